@@ -1,0 +1,1 @@
+"""The pipeline itself: reads one YAML file, plans its stages and runs them. Never imports torch."""

@@ -1,0 +1,25 @@
+"""What a running stage tells the runner: one JSON object a line, appended to `events.jsonl` in its folder.
+
+A file and not a pipe, because it works the same for one process, for several started by a launcher and for
+several machines on one file system, and because the curves of a run can be read from it later.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+FILE = "events.jsonl"
+
+
+def main_process() -> bool:
+    """True in the one process of a launched group that reports and writes files."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def emit(out: Path, kind: str, **values: object) -> None:
+    """Append one event. `kind` is start, total, step, log, note, done or error."""
+    if main_process():
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, ensure_ascii=False)
+        with open(out / FILE, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
