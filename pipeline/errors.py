@@ -57,7 +57,8 @@ def nearest(word: str, known: Iterable[str], moved: Mapping[str, str] | None = N
     if moved and word in moved:
         return f"; it is now {moved[word]}"
     lower = {name.lower(): name for name in names}
-    close = get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    longer = sorted((name for name in lower if name.startswith(word.lower()) and len(word) > 3), key=len)
+    close = longer[:1] or get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     if close:
         return f"; did you mean `{lower[close[0]]}`?"
     if len(names) <= 12:

@@ -1,0 +1,96 @@
+"""One question answered by the first, the tuned and the 4-bit model of a finished run; asked once, then remembered."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+from pipeline import artifact, runner
+from pipeline.plan import Plan, Step
+from pipeline.worker import LOG, _to_log
+
+FILE = "answers.json"
+TOKENS = 64  # enough to see whether it answers; a full answer is what `chat` is for
+
+
+def ask(plan: Plan) -> dict[str, str]:
+    """Model name → answer; empty without a `question` in the config or when the models are not chat models."""
+    question = plan.pipeline.question
+    models = _models(plan)
+    if not question or not models:
+        return {}
+    file = plan.saves / plan.pipeline.name / FILE
+    key = {"question": question, "models": {name: _identity(plan, step) for name, step in models.items()}}
+    known = _read(file)
+    if known.get("key") == key:
+        return dict(known["answers"])
+    answers = {name: recorded for name, step in models.items() if (recorded := _recorded(step, question)) is not None}
+    missing = {name: _folders(plan, step) for name, step in models.items() if name not in answers}
+    answers |= _in_child(missing, question, file.parent)
+    answers = {name: answers[name] for name in models if name in answers}
+    if len(answers) == len(models):
+        file.write_text(json.dumps({"key": key, "answers": answers}, ensure_ascii=False, indent=1), encoding="utf-8")
+    return answers
+
+
+def _models(plan: Plan) -> dict[str, Step | None]:
+    """The first model (None: one that no stage made), the last one in full precision, and the quantized one."""
+    made = [step for step in plan.steps if step.stage.use != "quantize"]
+    quantized = [step for step in plan.steps if step.stage.use == "quantize"]
+    trained = [step for step in made if step.stage.model is not None]
+    if not trained:
+        return {}
+    first = made[0] if made[0].stage.model is None else None
+    models: dict[str, Step | None] = {"the first model": first, f"after {trained[-1].name}": trained[-1]}
+    return models | {f"{step.stage.config.bits} bits": step for step in quantized[-1:]}  # type: ignore[attr-defined]
+
+
+def _identity(plan: Plan, step: Step | None) -> str:
+    return step.fingerprint if step is not None else plan.steps[0].inputs["model"]
+
+
+def _folders(plan: Plan, step: Step | None) -> list[str]:
+    return step.produces if step is not None else list(plan.steps[0].config.model)  # type: ignore[attr-defined]
+
+
+def _recorded(step: Step | None, question: str) -> str | None:
+    """What `quantize` was answered when it tried its own result."""
+    metrics = ((artifact.read(step.folder) or {}) if step else {}).get("metrics", {})
+    return metrics.get("answer") if metrics.get("question") == question else None
+
+
+def _read(file: Path) -> dict[str, dict[str, str]]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict[str, str]:
+    """Generate in a forked process; a model that cannot answer says why."""
+    if not models:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    runner.warm(folder / LOG)
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_generate, args=(models, question, str(folder), theirs))
+    child.start()
+    theirs.close()
+    try:
+        answers: dict[str, str] = ours.recv()
+    except EOFError:
+        answers = {name: f"(no answer; the log is {folder / LOG})" for name in models}
+    child.join()
+    return answers
+
+
+def _generate(models: dict[str, list[str]], question: str, folder: str, pipe: "multiprocessing.connection.Connection") -> None:
+    from stages import _generate as generate
+
+    _to_log(Path(folder, LOG))
+    messages = [{"role": "user", "content": question}]
+    answers = {}
+    for name, folders in models.items():
+        answer = generate.respond({"model": folders, "messages": messages, "max_new_tokens": TOKENS})
+        answers[name] = answer["answer"] or ""
+    pipe.send(answers)

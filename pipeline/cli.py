@@ -1,0 +1,189 @@
+"""Words on a command line in, an exit code out; the only place that prints.
+
+Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong, 75 interrupted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.plan import Plan
+
+DESCRIPTION = "One YAML file takes a base model to a domain model: PT, SFT, DPO, merge, 4-bit GPTQ."
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = _parser().parse_args(words)
+    try:
+        code: int = arguments.command(arguments)
+    except PipelineError as error:
+        _complain(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 75
+    except BrokenPipeError:  # the reader of our output left, as in `pipeline plan … | head`
+        sys.stderr.close()
+        return 1
+    return code
+
+
+def _complain(error: PipelineError) -> None:
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    for problem in problems:
+        print(f"error: {problem}" if not isinstance(error, ConfigError) else problem, file=sys.stderr)
+    if isinstance(error, ConfigError) and len(problems) > 1:
+        print(f"{len(problems)} problems; nothing was run", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pipeline", description=DESCRIPTION)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command, text in (
+        ("run", _run, "run every stage that is not done; run again to go on after a stop"),
+        ("plan", _plan, "show what would run, and why"),
+        ("validate", _validate, "check the config, the data and the models; run nothing"),
+        ("status", _status, "show what the stages of a config, or of all, have left"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("config", type=Path, nargs="?" if name == "status" else None, help="a YAML file")
+        sub.add_argument("--saves", type=Path, default=Path("saves"), metavar="DIR", help="outputs (default: saves)")
+        if name != "status":
+            sub.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="assignments",
+                             help="override one value, such as sft.trainer.learning_rate=2e-5")  # fmt: skip
+            sub.add_argument("--until", metavar="STAGE", help="stop after this stage")
+        sub.add_argument("--json", action="store_true", help="write JSON for scripts")
+    return parser
+
+
+def _planned(arguments: argparse.Namespace, *, fetch: bool = False) -> "Plan":
+    from pipeline import config, plan
+
+    pipeline = config.load(arguments.config, arguments.assignments)
+    return plan.build(pipeline, arguments.saves, fetch=fetch, until=arguments.until)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from pipeline import plan
+
+    planned = _planned(arguments)
+    plan.check(planned)
+    stages = [step.name for step in planned.steps]
+    if arguments.json:
+        print(json.dumps({"stages": stages, "rows": planned.rows, "notes": planned.notes}, ensure_ascii=False))
+        return 0
+    for note in planned.notes:
+        print(f"note: {note}")
+    rows = ", ".join(f"{name} {count} rows" for name, count in planned.rows.items())
+    print(f"{arguments.config}: {len(stages)} stages ({' → '.join(stages)}); {rows or 'no data'}; no problem found")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pipeline import plan
+    from pipeline.progress import plan_table
+
+    planned = _planned(arguments)
+    plan.check(planned)
+    if arguments.json:
+        steps = [
+            {"stage": step.name, "use": step.stage.use, "state": step.state, "why": step.why, "folder": str(step.folder),
+             "fingerprint": step.fingerprint, "recipe": step.recipe, "inputs": step.inputs}
+            for step in planned.steps
+        ]  # fmt: skip
+        print(json.dumps({"steps": steps, "rows": planned.rows, "notes": planned.notes}, ensure_ascii=False, indent=1))
+        return 0
+    _console().print(plan_table(planned))
+    for note in planned.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipeline import answers, plan, runner
+    from pipeline.progress import View, result_table
+
+    planned = _planned(arguments, fetch=True)
+    plan.check(planned)
+    console = _console()
+    quiet = arguments.json
+    with View(planned, _silent() if quiet else console) as view:
+        records = runner.run(planned, view)
+    spoken = answers.ask(planned)
+    if quiet:
+        steps = [{"stage": step.name, "folder": str(step.folder), "metrics": record["metrics"], "seconds": record["seconds"]}
+                 for step, record in zip(planned.steps, records, strict=True)]  # fmt: skip
+        print(json.dumps({"steps": steps, "answers": spoken}, ensure_ascii=False, indent=1))
+        return 0
+    console.print()
+    console.print(result_table(planned, records, {name: row.state for name, row in view.rows.items()}))
+    if spoken:
+        console.print(f"\nThe same question to each model: {planned.pipeline.question}", markup=False, highlight=False)
+        for name, text in spoken.items():
+            console.print(f"  {name}: {text.strip() or '(nothing)'}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _silent() -> "Console":
+    from io import StringIO
+
+    from rich.console import Console
+
+    return Console(file=StringIO(), width=160)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    rows = list(_left(arguments.saves, arguments.config))
+    if arguments.json:
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        return 0
+    if not rows:
+        print(f"nothing in {arguments.saves} yet; `pipeline run CONFIG` fills it")
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("config", "stage", "state", "since", "folder"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["config"], row["stage"], row["state"], row["since"], row["folder"])
+    _console().print(table)
+    return 0
+
+
+def _left(saves: Path, config: Path | None) -> Any:
+    """What lies in `saves`: finished stages by config, and work that was not finished."""
+    import time
+
+    from pipeline import artifact
+
+    wanted = config.stem if config is not None else "*"
+    for link in sorted(saves.glob(f"{wanted}/*")):
+        record = artifact.read(link.resolve()) if link.is_symlink() else None
+        if link.is_symlink():
+            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started"])) if record else ""
+            state = "done" if record else "damaged or gone"
+            yield {"config": link.parent.name, "stage": link.name, "state": state, "since": since,
+                   "folder": str(link.resolve())}  # fmt: skip
+    for part in sorted(saves.glob("*.part")) if config is None else []:
+        yield {"config": "", "stage": part.name.rsplit("-", 1)[0], "state": "unfinished", "since": "", "folder": str(part)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

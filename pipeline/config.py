@@ -1,0 +1,328 @@
+"""A YAML file in, a typed pipeline out; or every mistake in it at once, each with its line and the right word."""
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import stages
+from pipeline import settings
+from pipeline.document import Document, Key, read
+from pipeline.errors import ConfigError, StageError, nearest
+from stages import _model, _template
+from stages._rows import Source
+
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}$")  # becomes a folder name
+ROOT = ("model", "template", "data", "stages", "launch", "seed", "question")
+NONE_YET = Source(path="?", format="text")  # stands in for data that could not be read, so that checking goes on
+
+
+class Launch(BaseModel):
+    """How the processes of a training stage are started."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processes: int = Field(default=1, ge=1)
+    """On one machine, data-parallel: one per GPU, or on the CPU as many as asked."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as it is written: its kind is `use`, its starting model `model` (None for one that makes its own)."""
+
+    name: str
+    use: str
+    config: BaseModel
+    model: str | None
+    launch: Launch
+
+    @property
+    def module(self) -> ModuleType:
+        return module(self.use)
+
+    @property
+    def leaves_adapter(self) -> bool:
+        return getattr(self.config, "lora", None) is not None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A config file, read and typed."""
+
+    path: Path
+    document: Document
+    data: Mapping[str, Source]
+    stages: Sequence[Stage]
+    question: str | None
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.stem)
+
+
+def kinds() -> list[str]:
+    """The kinds of stage there are: every module in `stages/` without an underscore."""
+    folder = Path(stages.__path__[0])
+    return sorted(path.stem for path in folder.glob("[!_]*.py"))
+
+
+def module(use: str) -> ModuleType:
+    return importlib.import_module(f"stages.{use}")
+
+
+def load(path: Path, assignments: Sequence[str] = ()) -> Pipeline:
+    """Read and check a config; `assignments` are `key.path=value` from the command line.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    document = read(path)
+    if document.problems and not isinstance(document.data, dict):
+        raise ConfigError(document.problems)
+    if not isinstance(document.data, dict) or (document.problems and not document.data):
+        raise ConfigError(document.problems)
+    for assignment in assignments:
+        document.set(assignment)
+    return _Checker(path, document).pipeline()
+
+
+@dataclass
+class _Checker:
+    """Goes through a document once and collects what is wrong."""
+
+    path: Path
+    document: Document
+    problems: list[str] = field(default_factory=list)
+    data: dict[str, Source] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+
+    def pipeline(self) -> Pipeline:
+        root = self.document.data
+        self.problems += self.document.problems
+        for key in root:
+            if key not in ROOT:
+                self.at_key((key,), f"there is no `{key}` here{nearest(key, ROOT)}")
+        self.check_type(("seed",), int, "a whole number")
+        self.check_type(("question",), str, "text")
+        self.read_data(root.get("data"))
+        template = self.read_template(root.get("template"))
+        launch = self.model(Launch, root.get("launch") or {}, ("launch",), "`launch`") or Launch()
+        written = root.get("stages")
+        if not isinstance(written, dict) or not written:
+            self.at_key(("stages",), "`stages` names the stages in order, such as `sft: {data: consult}`")
+            written = {}
+        for name, raw in written.items():
+            self.read_stage(name, raw, template, launch)
+        if self.problems:
+            raise ConfigError(_in_order(self.problems))
+        return Pipeline(self.path, self.document, self.data, self.stages, root.get("question"))
+
+    def at_key(self, key: Key, text: str) -> None:
+        self.problems.append(f"{self.document.key_place(key)}: {text}")
+
+    def at_value(self, key: Key, text: str) -> None:
+        self.problems.append(f"{self.document.value_place(key)}: {text}")
+
+    def check_type(self, key: tuple[str], kind: type, wanted: str) -> None:
+        value = self.document.data.get(key[0])
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            self.at_value(key, f"`{key[0]}` is `{_shown(value)}`; it wants {wanted}")
+
+    def read_data(self, written: Any) -> None:
+        if written is None:
+            return
+        if not isinstance(written, dict):
+            self.at_value(("data",), "`data` names data sets, such as `consult: {path: consult.json, format: alpaca}`")
+            return
+        for name, raw in written.items():
+            if not NAME.match(name):
+                self.at_key(("data", name), f"`{name}` is no name for data; use small letters, digits, `_` and `-`")
+            source = self.model(Source, raw, ("data", name), f"data `{name}`")
+            self.data[name] = source or NONE_YET
+
+    def read_template(self, written: Any) -> str | None:
+        if written is None:
+            return None
+        if not isinstance(written, str):
+            self.at_value(("template",), "`template` is a built-in name, a .jinja file or a prompt-template .json file")
+            return None
+        try:
+            return _template.text(written)
+        except StageError as error:
+            self.at_value(("template",), str(error))
+            return None
+
+    def read_stage(self, name: str, raw: Any, template: str | None, launch: Launch) -> None:
+        key: Key = ("stages", name)
+        raw = {} if raw is None else raw
+        if not isinstance(raw, dict):
+            self.at_value(key, f"stage `{name}` is `{_shown(raw)}`; its settings are a mapping")
+            return
+        raw = dict(raw)
+        use = raw.pop("use", name)
+        if use not in kinds():
+            where = (*key, "use") if "use" in (self.document.data["stages"][name] or {}) else key
+            self.at_value(where, f"there is no stage `{use}`{nearest(str(use), kinds())}") if where != key else self.at_key(
+                key, f"there is no stage `{use}`{nearest(str(use), kinds())}"
+            )
+            return
+        if not NAME.match(name):
+            self.at_key(key, f"`{name}` is no name for a stage; use small letters, digits, `_` and `-`")
+        kind = module(use)
+        own_launch = raw.pop("launch", None)
+        if own_launch is not None:
+            launch = self.model(Launch, own_launch, (*key, "launch"), f"stage `{name}`: `launch`") or launch
+            if not getattr(kind, "PARALLEL", False):
+                self.at_key((*key, "launch"), f"stage `{name}`: `{use}` runs in one process; remove `launch`")
+        launch = launch if getattr(kind, "PARALLEL", False) else Launch()
+        self.fill_in(kind.Config.model_fields, raw, template)
+        self.resolve_data(raw, key, name)
+        model = self.starting_model(kind.Config.model_fields, raw, key, name)
+        self.check_settings(kind, raw, key, name)
+        config = self.model(kind.Config, raw, key, f"stage `{name}`", skip=_lists_of_sources(raw))
+        if config is not None:
+            self.stages.append(Stage(name, use, config, model, launch))
+
+    def fill_in(self, fields: Mapping[str, Any], raw: dict[str, Any], template: str | None) -> None:
+        """What the top of the file says for every stage."""
+        seed = self.document.data.get("seed")
+        for field_name, value in (("template", template), ("seed", seed)):
+            if field_name in fields and value is not None and isinstance(value, str | int):
+                raw.setdefault(field_name, value)
+
+    def resolve_data(self, raw: dict[str, Any], key: Key, stage: str) -> None:
+        """Wherever a stage has `data` or `eval_data`, names become sources."""
+        for word in ("data", "eval_data"):
+            if word in raw:
+                raw[word] = self.sources(raw[word], (*key, word), stage)
+        for word, value in raw.items():
+            if isinstance(value, dict) and "data" in value and word not in ("trainer", "lora"):
+                raw[word] = {**value, "data": self.sources(value["data"], (*key, word, "data"), stage)}
+
+    def sources(self, written: Any, key: Key, stage: str) -> list[Source]:
+        names = [written] if isinstance(written, str) else written
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+            self.at_value(key, f"stage `{stage}`: `{key[-1]}` is a name of declared data, or a list of names")
+            return [NONE_YET]
+        for index, name in enumerate(names):
+            if name not in self.data:
+                place = (*key, index) if isinstance(written, list) else key
+                hint = nearest(name, self.data) if self.data else "; declare it at the top under `data:`"
+                self.at_value(place, f"stage `{stage}`: no data `{name}` is declared{hint}")
+        return [self.data.get(name, NONE_YET) for name in names]
+
+    def starting_model(self, fields: Mapping[str, Any], raw: dict[str, Any], key: Key, name: str) -> str | None:
+        """Where the stage's model comes from: its own `model`, the stage above, or the top of the file."""
+        if "model" not in fields:
+            return None
+        above = [stage for stage in self.document.data["stages"] if stage in self._names_above(name)]
+        root = self.document.data.get("model")
+        model = raw.get("model", f"${above[-1]}" if above else root)
+        place = (*key, "model") if "model" in raw else ("model",)
+        if model is None:
+            self.at_key(key, f"stage `{name}` has no model to start from; set `model:` at the top, or put an `init` stage first")
+        elif not isinstance(model, str):
+            self.at_value(place, f"`model` is `{_shown(model)}`; it is a folder, `org/name@commit` on the Hub, or `$stage`")
+        elif model.startswith("$") and model[1:] not in above:
+            below = model[1:] in self.document.data["stages"]
+            hint = "; it stands below or is the stage itself" if below else nearest(model[1:], above)
+            self.at_value(place, f"stage `{name}`: no stage `{model[1:]}` is above it{hint}")
+        elif not model.startswith("$") and _model.is_hub_name(model) and "@" not in model:
+            self.at_value(place, f"`{model}` names no revision; pin the commit as `{model}@COMMIT` so that it cannot move")
+        raw["model"] = model if isinstance(model, str) else ""
+        return model if isinstance(model, str) else None
+
+    def _names_above(self, name: str) -> list[str]:
+        names = list(self.document.data["stages"])
+        return names[: names.index(name)]
+
+    def check_settings(self, kind: ModuleType, raw: Mapping[str, Any], key: Key, name: str) -> None:
+        """Settings that belong to a library, checked against the installed one."""
+        own = set(kind.Config.model_fields)
+        for prefix, reference in getattr(kind, "SETTINGS", {}).items():
+            theirs = raw.get(prefix) if prefix else {word: raw[word] for word in raw if word not in own}
+            if not isinstance(theirs, dict):
+                continue
+            for word, value in theirs.items():
+                where = (*key, prefix, word) if prefix else (*key, word)
+                text = settings.problem(reference, word, value)
+                if text and not prefix and (close := get_close_matches(word, own, n=1, cutoff=0.75)):
+                    text = f"has no setting `{word}`; did you mean `{close[0]}`?"
+                if text:
+                    unknown = word not in settings.settings(reference)
+                    report = self.at_key if unknown else self.at_value
+                    report(where, f"stage `{name}`: {text}")
+
+    def model(self, kind: Any, raw: Any, key: Key, label: str, skip: Sequence[str] = ()) -> Any:
+        """`raw` as a pydantic model, or None and its problems noted."""
+        if not isinstance(raw, dict):
+            self.at_value(key, f"{label} is `{_shown(raw)}`; it wants a mapping")
+            return None
+        try:
+            return kind.model_validate(raw, strict=True)
+        except ValidationError as error:
+            for found in error.errors():
+                if found["loc"] and found["loc"][0] not in skip or not found["loc"]:
+                    self.note(found, kind, key, label)
+            return None
+
+    def note(self, found: Any, kind: Any, key: Key, label: str) -> None:
+        location = tuple(part for part in found["loc"] if isinstance(part, str | int))
+        where, word = (*key, *location), str(location[-1]) if location else ""
+        if found["type"] == "extra_forbidden":
+            self.at_key(where, f"{label} has no setting `{word}`{nearest(word, _fields(kind, location))}")
+        elif found["type"] == "missing":
+            self.at_key(where, f"{label} needs `{'.'.join(map(str, location))}`")
+        elif found["type"] == "value_error":
+            self.at_key(where, f"{label}: {found['ctx']['error']}")
+        else:
+            wanted = _wanted(found)
+            hint = ""
+            if found["type"] == "literal_error":
+                hint = nearest(str(found["input"]), re.findall(r"'([^']+)'", found["ctx"]["expected"]))
+            self.at_value(where, f"{label}: `{word}` is `{_shown(found['input'])}`{hint or f'; it wants {wanted}'}")
+
+
+def _lists_of_sources(raw: Mapping[str, Any]) -> list[str]:
+    """Keys whose problems were noted when their names were looked up."""
+    return [key for key, value in raw.items() if isinstance(value, list) and NONE_YET in value]
+
+
+def _fields(kind: Any, location: Sequence[str | int]) -> list[str]:
+    """The fields a misspelt key could have meant: those of the model that it stands in."""
+    for part in location[:-1]:
+        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            kind = annotation
+    return list(kind.model_fields)
+
+
+def _wanted(found: Any) -> str:
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+    kinds |= {"list": "a list", "dict": "a mapping", "model": "a mapping"}
+    for word, text in kinds.items():
+        if found["type"].startswith(f"{word}_") and "pattern" not in found["type"]:
+            return text
+    message = str(found["msg"]).removeprefix("Input should be ").removeprefix("String should ")
+    return message[0].lower() + message[1:]
+
+
+def _shown(value: Any) -> str:
+    text = str(value) if not isinstance(value, bool) else str(value).lower()
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _in_order(problems: Sequence[str]) -> list[str]:
+    """By line, as a reader of the file meets them; each once."""
+
+    def line(problem: str) -> tuple[int, int]:
+        match = re.search(r":(\d+):(\d+): ", problem)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
+
+    return sorted(dict.fromkeys(problems), key=line)

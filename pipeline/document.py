@@ -1,0 +1,192 @@
+"""YAML text in, plain values with the line and column of each out.
+
+PyYAML composes the nodes; the values are read after YAML 1.2's core schema, so `5e-5` is a number and `no` is
+a word. Refused, each with its place: duplicate keys, tabs, tags, aliases beyond a budget, deep nesting.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 20_000  # counted after aliases are expanded: ten lines of aliases can mean a billion values
+MAX_DEPTH = 32
+
+Key = tuple[str | int, ...]
+
+_INT = re.compile(r"[-+]?[0-9]+$|0x[0-9a-fA-F]+$|0o[0-7]+$")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+_WORDS: dict[str, Any] = {
+    **dict.fromkeys(["", "~", "null", "Null", "NULL"]),
+    **dict.fromkeys(["true", "True", "TRUE"], True),
+    **dict.fromkeys(["false", "False", "FALSE"], False),
+    **dict.fromkeys([".inf", "+.inf", ".Inf", ".INF"], float("inf")),
+    **dict.fromkeys(["-.inf", "-.Inf", "-.INF"], float("-inf")),
+    **dict.fromkeys([".nan", ".NaN", ".NAN"], float("nan")),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
+
+
+@dataclass
+class Document:
+    """The values of a YAML file; `keys` and `values` say where each key and each value stands."""
+
+    name: str
+    data: dict[str, Any] = field(default_factory=dict)
+    keys: dict[Key, str] = field(default_factory=dict)
+    values: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def key_place(self, key: Key) -> str:
+        """`file:line:column` of the key, or of the nearest key around it."""
+        while key and key not in self.keys:
+            key = key[:-1]
+        return self.keys.get(key, f"{self.name}:1:1")
+
+    def value_place(self, key: Key) -> str:
+        """`file:line:column` of the value, or of the nearest key around it."""
+        return self.values.get(key) or self.key_place(key)
+
+    def set(self, assignment: str) -> None:
+        """Apply one `--set key.path=value`; the value is read as YAML.
+
+        Raises:
+            ConfigError: `=` is missing, or the path runs through a value that is no mapping.
+        """
+        path, equals, text = assignment.partition("=")
+        words: list[str] = path.strip().split(".")
+        if not equals or not all(words):
+            raise ConfigError([f"--set {assignment}: write it as `--set key.path=value`"])
+        stages = self.data.get("stages")
+        if words[0] not in self.data and isinstance(stages, dict) and words[0] in stages:
+            words.insert(0, "stages")
+        value = parse(text, f"--set {path}", wants_mapping=False)
+        if value.problems:
+            raise ConfigError(value.problems)
+        target: Any = self.data
+        for depth, word in enumerate(words[:-1]):
+            if target.get(word) is None:
+                target[word] = {}
+            target = target[word]
+            if not isinstance(target, dict):
+                raise ConfigError([f"--set {path}: `{'.'.join(words[: depth + 1])}` is no mapping"])
+        target[words[-1]] = value.data
+        for depth in range(1, len(words) + 1):
+            self.keys.setdefault(tuple(words[:depth]), f"--set {path}")
+        self.keys[tuple(words)] = self.values[tuple(words)] = f"--set {path}"
+
+
+def read(path: Path) -> Document:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, too large or not UTF-8. Problems of the YAML itself are in `.problems`.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror}){_yaml_near(path)}"]) from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError([f"{path}: {len(raw):,} bytes are too many for a config; data belongs in files of its own"])
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError([f"{path}:{line}: not UTF-8; save the file as UTF-8"]) from None
+    return parse(text, str(path))
+
+
+def _yaml_near(path: Path) -> str:
+    found = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    return "; there is " + ", ".join(f"`{name}`" for name in found[:8]) if found else ""
+
+
+def parse(text: str, name: str, *, wants_mapping: bool = True) -> Document:
+    """Read YAML text; every problem goes into `.problems`, each with its place."""
+    document = Document(name)
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            document.data = _Reader(document).value(node, ())
+    except yaml.MarkedYAMLError as error:
+        document.problems.append(_syntax(name, text, error))
+    except (yaml.YAMLError, RecursionError) as error:
+        document.problems.append(f"{name}: not valid YAML ({str(error) or 'nested too deeply'})")
+    if wants_mapping and not document.problems and not isinstance(document.data, dict):
+        document.problems.append(f"{name}:1:1: a config is a mapping such as `stages: …`")
+    return document
+
+
+def _syntax(name: str, text: str, error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return f"{name}: not valid YAML ({error.problem})"
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    place = f"{name}:{mark.line + 1}:{mark.column + 1}"
+    if "\t" in line[: mark.column + 1]:
+        return f"{place}: a tab; YAML is indented with spaces"
+    return f"{place}: not valid YAML ({error.problem})"
+
+
+class _Reader:
+    """Turns nodes into values and notes where they stand."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.nodes = 0
+
+    def value(self, node: yaml.Node, key: Key) -> Any:
+        self.nodes += 1
+        place = self._place(node)
+        self.document.values[key] = place
+        if self.nodes > MAX_NODES:
+            raise yaml.YAMLError("its aliases expand to more values than a config can hold")
+        if len(key) > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels")
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag[18:] not in ("str", "map", "seq"):
+            shown = node.tag.replace("tag:yaml.org,2002:", "!!")
+            self.document.problems.append(f"{place}: the tag `{shown}` is refused; write a plain value")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, key)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
+        return _scalar(node.value) if node.style is None else node.value
+
+    def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            place = self._place(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.document.problems.append(f"{place}: a key is one word")
+                continue
+            word = key_node.value
+            if word in found:
+                first = self.document.keys[(*key, word)].rsplit(":", 2)[-2]
+                self.document.problems.append(f"{place}: `{word}` is here twice; it stands in line {first} already")
+                continue
+            self.document.keys[(*key, word)] = place
+            found[word] = self.value(value_node, (*key, word))
+        return found
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self.document.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+
+
+def _scalar(text: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.match(text):
+        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+    if _FLOAT.match(text):
+        return float(text)
+    return text

@@ -1,0 +1,315 @@
+"""A plan in, finished folders out. The runner makes, renames and removes folders; it never imports torch.
+
+Each stage runs in a child forked from a server that has imported torch, transformers, trl and peft once, so a
+crash cannot take the runner with it, memory comes back, and the imports are paid once a run. With several
+processes a stage goes through accelerate's launcher instead.
+"""
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline import artifact, plan, worker
+from pipeline.errors import Busy, Interrupted, StageFailed
+from stages import _events
+
+PRELOAD = ["torch", "pipeline.worker", "datasets", "peft", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer",
+           "transformers.models.auto.modeling_auto"]  # fmt: skip
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # models are fetched before the first stage, by the runner
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # a tokenizer's threads and a fork do not go together
+    "GPTQMODEL_CPU_WORKERS": "2",  # its thread pool fails on machines with two cores or less
+}
+LOCK = "lock"
+SPEC = "spec.json"
+
+
+class View(Protocol):
+    """What the runner tells whoever draws."""
+
+    def step(self, step: plan.Step, state: str, detail: str = "") -> None: ...
+    def event(self, step: plan.Step, event: dict[str, Any]) -> None: ...
+
+
+class Child(Protocol):
+    """A stage's process: forked, or the launcher of several."""
+
+    pid: int | None
+
+    def is_alive(self) -> bool: ...
+    def wait(self, seconds: float) -> None: ...
+    def exit_code(self) -> int | None: ...
+    def kill(self) -> None: ...
+
+
+def run(planned: plan.Plan, view: View) -> list[dict[str, Any]]:
+    """Run every step that is not done, in order; the records of all of them.
+
+    Raises:
+        StageFailed: a stage ended without a result.
+        Interrupted: a signal came; running again goes on.
+        Busy: another run is at work on the same stage.
+    """
+    records = []
+    with _signals() as stop:
+        for step in planned.steps:
+            record = artifact.read(step.folder)
+            if record is not None:
+                view.step(step, "done")
+            else:
+                record = _run_step(step, view, stop)
+                view.step(step, "ran")
+            artifact.link(step.folder, step.link)
+            records.append(record)
+    return records
+
+
+class _Stop:
+    """How often the user asked to stop."""
+
+    count = 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    """SIGINT and SIGTERM are counted instead of ending the runner."""
+    stop = _Stop()
+
+    def handler(number: int, frame: object) -> None:
+        stop.count += 1
+
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def _run_step(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
+    """Run one step to its finished folder."""
+    started = time.time()
+    if step.folder.exists():  # without a whole record: damaged
+        step.folder.rename(_free_name(step.folder))
+    with _locked(step):
+        _clear(step)
+        spec = {"use": step.stage.use, "config": step.config.model_dump(mode="json")}
+        (step.part / SPEC).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        view.step(step, "running")
+        metrics = _follow(step, view, stop)
+        (step.part / SPEC).unlink()
+        (step.part / LOCK).unlink()
+        record = {
+            "stage": step.name,
+            "use": step.stage.use,
+            "fingerprint": step.fingerprint,
+            "recipe": dict(step.recipe),
+            "inputs": dict(step.inputs),
+            "model": step.produces,
+            "metrics": metrics,
+            "versions": plan._versions(step.stage.use),
+            "machine": {"host": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
+            "started": round(started, 3),
+            "seconds": round(time.time() - started, 3),
+        }
+        artifact.finish(step.part, step.folder, record)
+    return record
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (name := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        number += 1
+    return name
+
+
+def _clear(step: plan.Step) -> None:
+    """Take away what an earlier try left, except checkpoints to go on from and its log."""
+    for path in step.part.iterdir():
+        if path.name in ("checkpoints", "before.json", worker.LOG, LOCK):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(step: plan.Step) -> Iterator[None]:
+    """Hold the step's working folder; the kernel lets go of it however this process ends."""
+    step.part.mkdir(parents=True, exist_ok=True)
+    with open(step.part / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise Busy(f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it") from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+def _follow(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
+    """Start the stage's process and pass on its events until it ends; its metrics.
+
+    Raises:
+        Interrupted, StageFailed: as `run`.
+    """
+    events = _Events(step.part / _events.FILE)
+    child: Child = _Launched(step) if step.stage.launch.processes > 1 else _Forked(step.part)
+    asked = 0
+    while child.is_alive():
+        child.wait(0.1)
+        for event in events.new():
+            view.event(step, event)
+        if stop.count > asked:
+            asked = stop.count
+            _ask_to_stop(child, events, step, view, hard=asked > 1)
+    for event in events.new():
+        view.event(step, event)
+    return _result(step, child.exit_code(), events.last, asked > 0)
+
+
+def _ask_to_stop(child: Child, events: "_Events", step: plan.Step, view: View, *, hard: bool) -> None:
+    if hard:
+        child.kill()
+        return
+    view.event(step, {"kind": "note", "text": "stops at the next step; press Ctrl-C again to leave at once"})
+    pid = events.last.get("start", {}).get("pid") or child.pid
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _result(step: plan.Step, code: int | None, last: dict[str, dict[str, Any]], asked: bool) -> dict[str, Any]:
+    if code == 0 and "done" in last:
+        metrics: dict[str, Any] = last["done"]["metrics"]
+        return metrics
+    log = f"its log is {step.part / worker.LOG}"
+    if "interrupted" in last or (asked and "error" not in last):
+        how = last.get("interrupted", {}).get("text", "stopped")
+        raise Interrupted(f"stage `{step.name}` {how}; run the same command again to go on")
+    if "error" in last:
+        error = last["error"]
+        text = error["text"] or "ended with a fault of ours:\n" + error["traceback"].rstrip()
+        raise StageFailed(f"stage `{step.name}`: {text}\n{log}")
+    raise StageFailed(f"stage `{step.name}` {_death(code)}; {log}; run again to go on from its last checkpoint")
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = {"SIGKILL": " (kill -9, or the system ran out of memory)", "SIGSEGV": " (a crash in native code)"}
+        return f"was ended by signal {-code} {name}{hint.get(name, '')}"
+    return f"ended with exit code {code} and no result"
+
+
+class _Events:
+    """Reads the lines that a growing events file has gained."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position, self.last = path, 0, {}  # type: Path, int, dict[str, dict[str, Any]]
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.position)
+            chunk = file.read()
+        end = chunk.rfind(b"\n") + 1
+        self.position += end
+        found = [json.loads(line) for line in chunk[:end].splitlines()]
+        self.last.update({event["kind"]: event for event in found})
+        return found
+
+
+class _Forked:
+    """A stage forked from the warm server."""
+
+    def __init__(self, part: Path) -> None:
+        warm(part / worker.LOG)
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=worker.main, args=(str(part / SPEC),))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        self.process.join(seconds)
+
+    def exit_code(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def warm(log: Path) -> None:
+    """Start the server that children fork from, if it is not there yet; what its imports print goes to the log."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        forkserver.ensure_running()
+    finally:
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, handle):
+            os.close(descriptor)
+
+
+class _Launched:
+    """A stage started by accelerate's launcher in several processes of one machine."""
+
+    def __init__(self, step: plan.Step) -> None:
+        processes = step.stage.launch.processes
+        gpu = shutil.which("nvidia-smi") is not None
+        where = ["--multi_gpu"] if gpu else ["--cpu"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *where, "--num_processes", str(processes),
+                   "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                   "--main_process_port", str(_free_port()), "-m", "pipeline.worker", str(step.part / SPEC)]  # fmt: skip
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
+        with open(step.part / worker.LOG, "ab") as log:
+            # A session of its own: Ctrl-C reaches the runner, which tells the first process to stop.
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            env=environment, start_new_session=True)  # fmt: skip
+        self.pid: int | None = None  # the launcher itself is never told; it would end its processes at once
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait(self, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def exit_code(self) -> int | None:
+        return self.process.returncode
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,87 @@
+"""One stage in a process of its own: its spec in, its folder and events out.
+
+Forked from a warm server (see `runner`), or started by accelerate's launcher as `python -m pipeline.worker SPEC`
+in each of several processes. What the libraries print goes to the folder's `log.txt`.
+"""
+
+import contextlib
+import errno
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Interrupted, PipelineError
+from stages._events import emit
+
+LOG = "log.txt"
+
+
+def main(spec_file: str) -> None:
+    """Run the stage that a spec file names and leave with 0, 1 or 75; never returns."""
+    out = Path(spec_file).parent
+    spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
+    _to_log(out / LOG)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the runner decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    emit(out, "start", pid=os.getpid())
+    sys.exit(_run(spec, out))
+
+
+def _run(spec: dict[str, Any], out: Path) -> int:
+    try:
+        stage = importlib.import_module(f"stages.{spec['use']}")
+        metrics = stage.run(stage.Config.model_validate(spec["config"]), out)
+        emit(out, "done", metrics=metrics)
+        return 0
+    except Interrupted as error:
+        emit(out, "interrupted", text=str(error))
+        return Interrupted.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        text = explain(error)
+        with contextlib.suppress(OSError):  # the disk may be full; then the log's last lines must do
+            emit(out, "error", text=text, traceback=None if text else traceback.format_exc())
+        return 1
+
+
+def explain(error: BaseException) -> str | None:
+    """A sentence for an error that the user can mend; None for a fault of ours."""
+    if isinstance(error, PipelineError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory; halve `trainer.per_device_train_batch_size` and double `gradient_accumulation_steps`, "
+            "set `trainer.gradient_checkpointing: true`, or lower `trainer.max_length`"
+        )
+    if _disk_full(error):
+        return "the disk is full; free space and run again, what was finished is kept"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write `{error.filename}` ({error.strerror}); choose another folder with `--saves DIR`"
+    return None
+
+
+def _disk_full(error: BaseException) -> bool:
+    """ENOSPC as Python says it, or as torch and safetensors put it into words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    words = ("No space left on device", "inline_container.cc", "os error 28")
+    return any(word in str(error) for word in words)
+
+
+def _to_log(path: Path) -> None:
+    """Send everything this process prints, C libraries included, to the log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,71 @@
+"""Checkpoints that can be trusted: a checkpoint counts once its `complete.json` names the sha256 of every file.
+
+transformers writes `checkpoint-N` file by file under its final name and later picks the highest number, whole or
+not. Here the list of hashes is written last and verified before a checkpoint is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MARK = "complete.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the hashes of a checkpoint's files, last and durably; drop the one pickle nobody needs."""
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)  # holds the Hub token in clear
+    hashes = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    part = checkpoint / f"{MARK}.part"
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(hashes, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(checkpoint / MARK)
+
+
+def rotate(folder: Path, keep: int, best: str | None) -> None:
+    """Delete all but the newest `keep` sealed checkpoints; the best one stays."""
+    for old in sealed(folder)[:-keep] if keep else []:
+        if best is None or Path(best).name != old.name:
+            shutil.rmtree(old)
+
+
+def sealed(folder: Path) -> list[Path]:
+    """The sealed checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / MARK).is_file()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files match their hashes, and a sentence for each that was set aside."""
+    notes = []
+    for checkpoint in reversed(sealed(folder)):
+        damage = _damage(checkpoint)
+        if damage is None:
+            return checkpoint, notes
+        aside = checkpoint.with_name(f"corrupt-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        notes.append(f"{checkpoint.name} is damaged ({damage}); it is kept as {aside.name}, the one before is used")
+    return None, notes
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        hashes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{MARK} is torn"
+    for name, expected in hashes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} has changed"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,184 @@
+"""A model as the stages see it: a list of folders, the base first and then the adapters on it, in order.
+
+Facts about a folder are read without torch, from `config.json` and the headers of its safetensors; `load` folds
+the adapters into the base and hands out a transformers model.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+# These read position ids or none at all: documents packed into one row would attend to each other.
+PACKING_MIXES = frozenset({"bloom"})
+CARRIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before torch is loaded."""
+
+    source: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Weight name → shape; empty when not known."""
+    tokens: str = ""
+    """The text of tokenizer.json; empty when not known."""
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+    known: bool = True
+    """False for a Hub model that is not on this machine yet."""
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    def has_token(self, token: str) -> bool:
+        return not self.tokens or json.dumps(token, ensure_ascii=False) in self.tokens
+
+    def linear_modules(self) -> list[str]:
+        """Names of the modules that a LoRA adapter can target: 2-D weights that are no embeddings."""
+        embeddings = ("embed", "wte", "wpe")
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.weights.items()
+            if name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in embeddings)
+        ]
+
+
+def is_hub_name(model: str) -> bool:
+    """True for `org/name` or `org/name@revision` that is no folder here."""
+    return bool(HUB_NAME.match(model)) and not Path(model).exists()
+
+
+def locate(model: str, *, download: bool) -> Path | None:
+    """The folder of a model: itself, or a snapshot of a Hub model; None when it is not here and `download` is off.
+
+    Raises:
+        StageError: the folder does not exist, or the Hub cannot be reached or does not know the model.
+    """
+    if not is_hub_name(model):
+        if not Path(model).is_dir():
+            raise StageError(f"the model folder `{model}` does not exist; name a folder or a Hub model as `org/name@commit`")
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = model.partition("@")
+    files = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        if not download:
+            return None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StageError(f"the Hub does not hand out `{model}` ({first}); check name, revision, access and network") from None
+
+
+def facts(folder: Path, source: str = "") -> Facts:
+    """Read what is known of a model folder, without torch.
+
+    Raises:
+        StageError: no config.json, no safetensors, or a torn file.
+    """
+    config = _json(folder / "config.json", f"the model folder `{folder}` has no config.json; it is no transformers model")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+        found = f" (`{other}` is a pickle, which can run code)" if other else ""
+        raise StageError(f"the model folder `{folder}` holds no .safetensors weights{found}; convert it with `save_pretrained`")
+    weights: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        weights.update(_header(shard))
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise StageError(f"the model folder `{folder}` has no tokenizer.json; save its fast tokenizer beside the weights")
+    settings = _json(folder / "tokenizer_config.json", f"the model folder `{folder}` has no tokenizer_config.json")
+    template = folder / "chat_template.jinja"
+    own = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    return Facts(source or str(folder), config, weights, tokenizer.read_text(encoding="utf-8"), settings, own)
+
+
+def _json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise StageError(missing) from None
+    except (ValueError, OSError) as error:
+        raise StageError(f"`{path}` cannot be read ({error})") from None
+
+
+def _header(shard: Path) -> dict[str, tuple[int, ...]]:
+    """Weight names and shapes of a safetensors file (8 bytes of length, then JSON; the format's own README)."""
+    try:
+        with open(shard, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (struct.error, ValueError, KeyError, OSError, MemoryError, OverflowError):
+        raise StageError(f"`{shard}` is no whole safetensors file; fetch it again") from None
+    if shard.stat().st_size != 8 + length + end:
+        raise StageError(f"`{shard}` is cut off: {shard.stat().st_size:,} bytes of {8 + length + end:,}; fetch it again")
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def load(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":
+    """The model in evaluation mode, all adapters folded in; `settings` go to `from_pretrained` (dtype, …)."""
+    from transformers import AutoModelForCausalLM
+
+    from stages import _lora
+
+    settings.setdefault("dtype", "float32")
+    model = AutoModelForCausalLM.from_pretrained(
+        folders[0], use_safetensors=True, trust_remote_code=False, local_files_only=True, **settings
+    )
+    _lora.fold_into(model, folders[1:])
+    model.eval()
+    return model
+
+
+def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the last folder; every artifact carries it.
+
+    Raises:
+        StageError: it has no end-of-text token. A missing pad token becomes the end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[-1], trust_remote_code=False, local_files_only=True)
+    if tokenizer.eos_token is None:
+        raise StageError(f"the tokenizer of `{folders[-1]}` has no eos_token; set it in its tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let generation stop where training taught it to: at the template's end of turn, and at end of text."""
+    from stages import _template
+
+    stops = [_template.end_of_turn(tokenizer)] if tokenizer.chat_template else []
+    known = model.generation_config.eos_token_id
+    stops += known if isinstance(known, list) else [known]
+    stops += [tokenizer.eos_token_id]
+    unique = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    model.generation_config.eos_token_id = unique if len(unique) > 1 else unique[0]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The files that travel unchanged from artifact to artifact: tokenizer, template, generation config."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(CARRIED))

@@ -1,0 +1,186 @@
+"""Chat templates: a name or a file in, the template's text out; conversations in, token ids and labels out.
+
+One template and one way to tokenize serve every stage, the exported folder and the server: the ids that a stage
+trains on are those of `tokenizer.apply_chat_template(messages)`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StageError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILT_IN = Path(__file__).parent / "templates"
+IGNORED = -100  # the label of a token outside the loss (torch.nn.CrossEntropyLoss)
+
+Message = dict[str, str]
+
+
+def names() -> list[str]:
+    """The built-in templates."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.jinja"))
+
+
+def text(template: str) -> str:
+    """The text of a template: a built-in name, a `.jinja` file, or a prompt-template `.json`.
+
+    Raises:
+        StageError: there is no such name or file, or it is not a template.
+    """
+    if template in names():
+        return (BUILT_IN / f"{template}.jinja").read_text(encoding="utf-8")
+    path = Path(template)
+    if path.suffix not in (".jinja", ".json"):
+        raise StageError(f"there is no template `{template}`{nearest(template, names())}, or name a .jinja or .json file")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(f"the template `{template}` cannot be read ({_reason(error)})") from None
+    return _from_prompt_json(template, content) if path.suffix == ".json" else _parsed(template, content)
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8"
+
+
+def _parsed(name: str, content: str) -> str:
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", content)  # transformers' own tag, unknown to jinja2
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError as error:
+        raise StageError(f"the template `{name}` is not valid Jinja: line {error.lineno}: {error.message}") from None
+    return content
+
+
+def _from_prompt_json(name: str, content: str) -> str:
+    """A chat template from alpaca-lora's prompt template: {prompt_input, prompt_no_input, response_split}.
+
+    Rows reach a chat template with instruction and input joined, so `prompt_no_input` is the one that is used.
+    """
+    try:
+        prompt = json.loads(content)["prompt_no_input"]
+        before, after = prompt.split("{instruction}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StageError(
+            f"the template `{name}` is no prompt template: it needs `prompt_no_input` with one `{{instruction}}` in it"
+        ) from None
+    before, after = json.dumps(before, ensure_ascii=False), json.dumps(after, ensure_ascii=False)
+    return (
+        "{%- for message in messages -%}\n"
+        "{%- if message['role'] == 'system' -%}\n{{- message['content'] + '\\n' -}}\n"
+        "{%- elif message['role'] == 'user' -%}\n"
+        f"{{{{- {before} + message['content'] + {after} -}}}}\n"
+        "{%- else -%}\n{{- message['content'] + eos_token -}}\n"
+        "{%- if not loop.last -%}\n{{- '\\n' -}}\n{%- endif -%}\n"
+        "{%- endif -%}\n{%- endfor -%}\n"
+    )
+
+
+def tokens(template: str) -> list[str]:
+    """The special tokens that a template writes out, such as `<|im_end|>`."""
+    return sorted(set(re.findall(r"<\|[a-zA-Z0-9_]+\|>", template)))
+
+
+def install(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
+    """Give a tokenizer its template; without one it keeps its own.
+
+    A tokenizer that starts plain text with BOS (Llama's do) gets a template that does so too: chat templates are
+    tokenized without special tokens added, so otherwise the model would see a start that it never saw before.
+    """
+    if template is None:
+        return
+    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token is not None
+    if starts and "bos_token" not in template:
+        template = "{{- bos_token -}}\n" + template
+    tokenizer.chat_template = template
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation and their labels, both of length T; only the assistant's turns have labels.
+
+    The end of turn (the special token after the answer) is in the loss, or the model would never learn to stop.
+
+    Raises:
+        StageError: the template cannot render these messages, or it does not end the assistant's turn with a
+            special token.
+    """
+    full = render(tokenizer, messages)
+    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = encoded["input_ids"]
+    labels = [IGNORED] * len(ids)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start, end = _span(tokenizer, messages, index, full)
+            _label(tokenizer, ids, labels, encoded["offset_mapping"], start, end)
+    return ids, labels
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, prompt: bool = False) -> str:
+    """The text of a conversation; with `prompt`, up to where the assistant's next turn begins."""
+    from jinja2 import TemplateError
+
+    try:
+        rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise StageError(f"the chat template cannot render the roles {roles}: {error}") from None
+    return str(rendered)
+
+
+def _span(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], index: int, full: str
+) -> tuple[int, int]:
+    """Where the answer `messages[index]` stands in the rendered text, its end of turn left out."""
+    prefix = render(tokenizer, messages[:index], prompt=True)
+    answer = messages[index]["content"].strip()
+    found = full.find(answer, len(prefix))
+    if not full.startswith(prefix) or found < 0:
+        raise StageError(
+            "the chat template writes the start of a conversation differently once it goes on, so what is trained "
+            "would not be what is served; choose a built-in `template:`"
+        )
+    return len(prefix), found + len(answer)
+
+
+def _label(
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: list[int],
+    labels: list[int],
+    offsets: list[tuple[int, int]],
+    start: int,
+    end: int,
+) -> None:
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    last = 0
+    for position, (first, stop) in enumerate(offsets):
+        if stop > start and first < end:
+            labels[position] = ids[position]
+            last = position
+    for position in range(last + 1, len(ids)):
+        labels[position] = ids[position]
+        if ids[position] in special:
+            return
+        if tokenizer.decode([ids[position]]).strip():
+            break
+    raise StageError(
+        "the chat template does not end the assistant's turn with a special token, so the model could not learn "
+        "to stop; end it with `{{ eos_token }}` or choose a built-in `template:`"
+    )
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id of the token that ends an assistant's turn in this tokenizer's template.
+
+    Raises:
+        StageError: as `encode`.
+    """
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    _, labels = encode(tokenizer, probe)
+    return next(label for label in reversed(labels) if label != IGNORED)

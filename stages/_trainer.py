@@ -1,0 +1,325 @@
+"""What the three training stages share: their settings, the run itself, checkpoints, metrics and the artifact."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import Interrupted, StageError
+from stages import _checkpoint, _model, _template
+from stages._events import emit, main_process
+from stages._rows import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+Row = TypeVar("Row")
+Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
+
+
+class TrainingConfig(BaseModel):
+    """The settings that `pt`, `sft` and `dpo` share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | list[str]
+    """A folder, a Hub name with its revision, or an earlier stage as `$name`."""
+    data: list[Source] = Field(min_length=1)
+    """Names of declared data."""
+    eval_data: list[Source] = []
+    """Names of declared data that is held out, never trained on."""
+    eval_size: float = Field(default=0, ge=0)
+    """Rows of `data` held out: a share below 1, or a number of rows."""
+    lora: dict[str, Any] | None = None
+    """PEFT's LoraConfig; without it the whole model is trained."""
+    trainer: dict[str, Any] = {}
+    """TRL's own settings."""
+    template: str | None = None
+    """The chat template's text; without it the model keeps its own."""
+    seed: int = 42
+
+
+def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *, chat: bool) -> list[Problem]:
+    """What can be known to fail before anything is loaded."""
+    problems: list[Problem] = []
+    for key, sources in (("data", config.data), ("eval_data", config.eval_data)):
+        for source in sources:
+            if source.format not in formats:
+                wanted = ", ".join(f"`{name}`" for name in formats)
+                problems.append((key, f"`{source.path}` has format `{source.format}`; this stage reads {wanted}"))
+    if "quantization_config" in facts.config:
+        problems.append(("model", f"{facts.source} is quantized already and cannot be trained; start from the model before"))
+    if config.trainer.get("eval_strategy", "no") != "no" and not (config.eval_data or config.eval_size):
+        problems.append(("trainer.eval_strategy", "evaluation needs held-out rows; add `eval_size: 0.05` or `eval_data: NAME`"))
+    if config.lora is not None:
+        problems += _check_targets(config.lora, facts)
+    if chat or config.template:
+        problems += check_template(config.template, facts)
+    return problems
+
+
+def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[Problem]:
+    import re
+
+    targets, modules = lora.get("target_modules", "all-linear"), facts.linear_modules()
+    if not modules or targets in ("all-linear", None):
+        return []
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
+    there = "it has " + ", ".join(f"`{kind}`" for kind in kinds)
+    if isinstance(targets, str):
+        if any(re.fullmatch(targets, name) for name in modules):
+            return []
+        return [("lora.target_modules", f"`{targets}` matches no linear layer of {facts.source}; {there}")]
+    return [
+        ("lora.target_modules", f"`{target}` matches no linear layer of {facts.source}; {there}")
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in modules)
+    ]
+
+
+def check_template(template: str | None, facts: _model.Facts) -> list[Problem]:
+    """Problems of the chat template that a stage will use with this model's tokenizer."""
+    text = template or facts.template
+    if text is None and not facts.known:
+        return []
+    if text is None:
+        names = ", ".join(f"`{name}`" for name in _template.names())
+        return [("", f"{facts.source} brings no chat template; set `template:` at the top to one of {names}, or a file")]
+    lost = [token for token in _template.tokens(text) if not facts.has_token(token)]
+    if not lost:
+        return []
+    shown = ", ".join(f"`{token}`" for token in lost)
+    return [
+        ("template", f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; "
+                     "`med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token")
+    ]  # fmt: skip
+
+
+def hold_out(rows: list[Row], eval_size: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows, both in their old order.
+
+    Raises:
+        StageError: nothing would be left to train on.
+    """
+    count = math.ceil(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
+    if count >= len(rows):
+        raise StageError(f"`eval_size` holds out {count} of {len(rows)} rows; nothing is left to train on")
+    held = set(random.Random(seed).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def start(config: TrainingConfig) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The model that the stage starts from and its tokenizer with the run's template.
+
+    Weights are float32 for full fine-tuning and on the CPU, else bfloat16; `model_init_kwargs` says otherwise.
+    """
+    import torch
+
+    tokenizer = _model.load_tokenizer(config.model)
+    _template.install(tokenizer, config.template)
+    settings = dict(config.trainer.get("model_init_kwargs") or {})
+    frozen_on_gpu = config.lora is not None and torch.cuda.is_available()
+    settings.setdefault("dtype", "bfloat16" if frozen_on_gpu else "float32")
+    model = _model.load(config.model, **settings)
+    _model.set_stop_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> "TrainingArguments":
+    """The TRL config `kind` with the user's settings over `defaults` over ours.
+
+    Raises:
+        StageError: the library itself refuses the settings.
+    """
+    import torch
+    import trl
+
+    gpu = torch.cuda.is_available()
+    ours = {
+        "output_dir": str(out / "checkpoints"),
+        "seed": config.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # transformers would log a NaN loss as 0
+        "use_cpu": not gpu,
+        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": gpu,
+    }
+    theirs = {key: value for key, value in config.trainer.items() if key not in ("model_init_kwargs", "save_total_limit")}
+    try:
+        return getattr(trl, kind)(**{**ours, **defaults, **theirs})  # type: ignore[no-any-return]
+    except (ValueError, TypeError, ImportError) as error:
+        raise StageError(f"{kind} refuses these settings: {error}") from None
+
+
+def adapter(config: TrainingConfig) -> Any:
+    """PEFT's LoraConfig, or None when the whole model is trained."""
+    if config.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config.lora})
+
+
+def train(trainer: "Trainer", config: TrainingConfig, out: Path) -> dict[str, Any]:
+    """Run a prepared trainer from where it was, leave the artifact in `out`, and hand back its metrics.
+
+    Raises:
+        Interrupted: SIGTERM came; a checkpoint was written at the next step.
+        StageError: the loss or a weight is not finite.
+    """
+    from transformers import set_seed
+
+    checkpoints = Path(trainer.args.output_dir)
+    checkpoint, notes = _checkpoint.newest_whole(checkpoints)
+    for note in notes:
+        emit(out, "note", text=note)
+    progress = _Progress(out, checkpoints, keep=int(config.trainer.get("save_total_limit") or 2))
+    trainer.add_callback(progress.callback())
+    before = _evaluate_before(trainer, out, resumed=checkpoint is not None)
+    if checkpoint is None:
+        set_seed(trainer.args.seed)  # the held-out pass above drew random numbers
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if progress.stopped:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    after = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    _save(trainer, config, out)
+    return _metrics(trainer, before, after)
+
+
+def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[str, float]:
+    """The held-out figures of the model that the stage started from; a resumed run reads what it measured then."""
+    if trainer.eval_dataset is None:
+        return {}
+    file = out / "before.json"
+    if resumed and file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    emit(out, "note", text="measures the held-out rows before training")
+    figures = trainer.evaluate()
+    if main_process():
+        file.write_text(json.dumps(figures), encoding="utf-8")
+    return dict(figures)
+
+
+class _Progress:
+    """Reports steps, seals checkpoints, stops on SIGTERM and on a loss that is not finite."""
+
+    def __init__(self, out: Path, checkpoints: Path, keep: int) -> None:
+        self.out, self.checkpoints, self.keep = out, checkpoints, keep
+        self.asked = self.stopped = False
+        self.shown = 0.0
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+
+    def callback(self) -> "TrainerCallback":
+        from transformers import TrainerCallback
+
+        progress = self
+
+        class Callback(TrainerCallback):  # type: ignore[misc]
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                emit(progress.out, "total", steps=state.max_steps, step=state.global_step, **_batch(args))
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.step(args, state, control)
+
+            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.log(state, kwargs["logs"])
+
+            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.save(state)
+
+        return Callback()
+
+    def step(self, args: Any, state: Any, control: Any) -> None:
+        if time.monotonic() - self.shown > 0.25:
+            self.shown = time.monotonic()
+            emit(self.out, "step", step=state.global_step)
+        if _any_process(self.asked, args.world_size) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def log(self, state: Any, logs: Mapping[str, float]) -> None:
+        figures = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        emit(self.out, "log", step=state.global_step, **figures)
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if key in figures and not math.isfinite(figures[key]):
+                raise StageError(
+                    f"`{key}` is {figures[key]} at step {state.global_step}; nothing of it is kept as a result. "
+                    "Lower `trainer.learning_rate`, set `trainer.max_grad_norm`, or train in bf16 instead of fp16; "
+                    "then run again"
+                )
+
+    def save(self, state: Any) -> None:
+        """Seal the newest checkpoint. The one of the last step is not: going on from it would do a step too many."""
+        newest = self.checkpoints / f"checkpoint-{state.global_step}"
+        if main_process() and newest.is_dir() and state.global_step < state.max_steps:
+            _checkpoint.seal(newest)
+            _checkpoint.rotate(self.checkpoints, self.keep, state.best_model_checkpoint)
+
+
+def _batch(args: Any) -> dict[str, int]:
+    return {
+        "batch": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+    }
+
+
+def _any_process(asked: bool, processes: int) -> bool:
+    """True when any process was asked to stop: all must leave at the same step."""
+    if processes == 1:
+        return asked
+    import torch
+
+    flag = torch.tensor([int(asked)], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _save(trainer: "Trainer", config: TrainingConfig, out: Path) -> None:
+    """Write adapter or model, tokenizer with template, and generation config; drop what only training needed."""
+    import torch
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise StageError(f"the weight `{name}` is not finite after training; lower `trainer.learning_rate` and run again")
+    if not main_process():
+        return
+    whole = model.get_base_model() if config.lora is not None else model
+    if config.lora is not None:
+        model.peft_config["default"].base_model_name_or_path = str(config.model[0])
+    model.save_pretrained(out)
+    if config.lora is not None:
+        whole.generation_config.save_pretrained(out)
+    trainer.processing_class.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    (out / "before.json").unlink(missing_ok=True)
+
+
+def _metrics(trainer: "Trainer", before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics: dict[str, Any] = {"steps": trainer.state.global_step, **_batch(trainer.args)}
+    if logs:
+        metrics |= {"loss_first": logs[0], "loss_last": logs[-1]}
+    kept = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_mean_token_accuracy")
+    for key in kept:
+        if key in before and key in after:
+            metrics |= {f"{key}_before": before[key], key: after[key]}
+    return metrics
+
+
+def figure(metrics: Mapping[str, Any]) -> str:
+    """The stage's key figure for people."""
+    if "eval_loss" in metrics:
+        return f"held-out loss {metrics['eval_loss_before']:.3f} → {metrics['eval_loss']:.3f}"
+    if "loss_last" in metrics:
+        return f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+    return f"{metrics['steps']} steps"

@@ -1,0 +1,134 @@
+"""Direct preference optimization: a model and preference pairs in, an aligned model out.
+
+The reference is the model the stage started from: with LoRA the same model with the adapter off, with full
+fine-tuning a frozen copy. At step 0 both are one, so every reward margin must be 0 and the loss the one of its
+closed form; that is measured on the first batch, and anything else stops the stage.
+(Rafailov et al., arXiv 2305.18290.)
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StageError
+from stages import _model, _rows, _template, _trainer
+from stages._events import emit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1
+PARALLEL = True
+SETTINGS = {"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.lora.config:LoraConfig"}
+
+LIVE_TOLERANCE = 1e-5  # the same forward pass twice, in the same process
+STORED_TOLERANCE = 0.05  # `precompute_ref_log_probs` pads its batches differently
+
+
+class Config(_trainer.TrainingConfig):
+    """Settings of `dpo`; `trainer:` takes TRL's DPOConfig."""
+
+
+def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
+    """Problems that are known before the first stage starts."""
+    return _trainer.check(config, facts, ["preference"], chat=True)
+
+
+def loss_at_zero(loss_type: str, beta: float) -> float | None:
+    """The loss when policy and reference agree, for the losses that have a closed form there."""
+    return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * beta) ** 2}.get(loss_type)
+
+
+def fits(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], max_length: int | None) -> bool:
+    """True when a token of the answers is left at `max_length`: the trainer drops the rest without a word."""
+    if max_length is None:
+        return True
+    prompt = _template.render(tokenizer, row["prompt"], prompt=True)
+    return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < max_length
+
+
+def figure(metrics: Mapping[str, Any]) -> str:
+    """The stage's key figure for people."""
+    if "eval_rewards/accuracies" in metrics:
+        return f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}"
+    return _trainer.figure(metrics)
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Train on the pairs and leave the artifact in `out`."""
+    from datasets import Dataset
+
+    model, tokenizer = _trainer.start(config)
+    args = _trainer.arguments("DPOConfig", config, out)
+    pairs, held = _trainer.hold_out(
+        [row for source in config.data for row in _rows.examples(source)], config.eval_size, config.seed
+    )
+    held += [row for source in config.eval_data for row in _rows.examples(source)]
+    kept = [row for row in pairs if fits(tokenizer, row, args.max_length)]
+    if not kept:
+        raise StageError(f"all {len(pairs)} prompts fill `max_length` {args.max_length} alone; raise it")
+    account = {"rows": len(pairs), "dropped": len(pairs) - len(kept)}
+    emit(out, "note", text=f"{len(pairs)} pairs, {account['dropped']} dropped as too long, {len(held)} held out")
+    trainer = _trainer_class()(
+        model=model,
+        ref_model=_reference(config, args),
+        args=args,
+        train_dataset=Dataset.from_list(kept),
+        eval_dataset=Dataset.from_list(held) if held else None,
+        processing_class=tokenizer,
+        peft_config=_trainer.adapter(config),
+    )
+    metrics = _trainer.train(trainer, config, out)
+    return {**account, **metrics, **trainer.at_start}
+
+
+def _reference(config: Config, args: Any) -> Any:
+    """A frozen copy of the starting model for full fine-tuning; None where TRL takes it from the model itself."""
+    if config.lora is not None or args.precompute_ref_log_probs:
+        return None
+    settings = dict(config.trainer.get("model_init_kwargs") or {})
+    return _model.load(config.model, **settings)
+
+
+def _trainer_class() -> Any:
+    from trl import DPOTrainer
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        """TRL's DPOTrainer that proves its reference on the first batch."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.at_start: dict[str, float] = {}
+            super().__init__(*args, **kwargs)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            first = model.training and self.state.global_step == 0 and not self.at_start
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            if first:
+                loss = result[0] if isinstance(result, tuple) else result
+                self.at_start = _proof(self, float(loss.detach()))
+            return result
+
+    return Trainer
+
+
+def _proof(trainer: Any, loss: float) -> dict[str, float]:
+    """Margin and loss of the first batch.
+
+    Raises:
+        StageError: they are not those of a reference that equals the starting model.
+    """
+    args, recorded = trainer.args, trainer._metrics["train"]
+    margin = max(abs(value) for value in recorded["rewards/margins"])
+    expected = loss_at_zero(args.loss_type[0], args.beta) if len(args.loss_type) == 1 else None
+    tolerance = STORED_TOLERANCE if args.precompute_ref_log_probs else LIVE_TOLERANCE
+    plain = args.label_smoothing == 0 and not args.use_weighting and args.disable_dropout
+    wrong = margin > tolerance
+    if expected is not None and args.f_divergence_type == "reverse_kl":
+        wrong = wrong or abs(loss - expected) > tolerance * max(1.0, expected) * 2
+    if plain and wrong:
+        raise StageError(
+            f"at step 0 the reward margin is {margin:.2g} and the loss {loss:.6f}, not 0 and {expected}: "
+            "the reference is not the model this stage started from"
+        )
+    return {"margin_at_start": margin, "loss_at_start": loss}

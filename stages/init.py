@@ -1,0 +1,160 @@
+"""A small model made on the spot: an architecture, sizes and text in, an untrained model with its tokenizer out.
+
+It makes the demo and the tests independent of a model hub. The weights are random under `seed`; the tokenizer is
+a byte-level BPE trained on the named data.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stages import _model, _rows, _template
+from stages._events import emit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VERSION = 1
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+# The marks of the built-in templates, one token each, so that every template works on these models.
+MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+class Config(BaseModel):
+    """Settings of `init`, with the names of transformers' model configs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Literal["bloom", "llama", "qwen2", "qwen3"]
+    data: list[_rows.Source] = Field(min_length=1)
+    """Names of declared data that the tokenizer is trained on."""
+    hidden_size: int = Field(default=128, gt=0)
+    num_hidden_layers: int = Field(default=2, gt=0)
+    num_attention_heads: int = Field(default=4, gt=0)
+    num_key_value_heads: int | None = None
+    """Not used by bloom; as many as attention heads unless said otherwise."""
+    intermediate_size: int | None = None
+    """Not used by bloom, which takes 4 × hidden_size; 2 × hidden_size unless said otherwise."""
+    vocab_size: int = Field(default=2048, ge=300)
+    max_position_embeddings: int = Field(default=1024, gt=0)
+    tie_word_embeddings: bool = True
+    template: str | None = None
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Config":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size} is no multiple of `num_attention_heads` {self.num_attention_heads}"
+            )
+        return self
+
+    @property
+    def ffn(self) -> int:
+        return 4 * self.hidden_size if self.architecture == "bloom" else self.intermediate_size or 2 * self.hidden_size
+
+
+def facts(config: Config) -> _model.Facts:
+    """What later stages can know of the model before it is made."""
+    weights = {}
+    for layer in range(config.num_hidden_layers):
+        weights.update({f"{name}.weight": shape for name, shape in _layer(config, layer).items()})
+    shown = {"model_type": config.architecture, "hidden_size": config.hidden_size}
+    tokenizer = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
+    known = "".join(f'"{token}"' for token in SPECIAL + MARKS)
+    return _model.Facts("the model that `init` makes", shown, weights, known, tokenizer, config.template)
+
+
+def _layer(config: Config, layer: int) -> dict[str, tuple[int, int]]:
+    """The linear modules of a layer and their shapes, out × in."""
+    hidden, ffn = config.hidden_size, config.ffn
+    if config.architecture == "bloom":
+        prefix = f"transformer.h.{layer}"
+        attention = {"query_key_value": (3 * hidden, hidden), "dense": (hidden, hidden)}
+        mlp = {"dense_h_to_4h": (ffn, hidden), "dense_4h_to_h": (hidden, ffn)}
+        attention_name = "self_attention"
+    else:
+        prefix = f"model.layers.{layer}"
+        kv = hidden // config.num_attention_heads * (config.num_key_value_heads or config.num_attention_heads)
+        attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
+        mlp = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
+        attention_name = "self_attn"
+    named = {f"{prefix}.{attention_name}.{name}": shape for name, shape in attention.items()}
+    return named | {f"{prefix}.mlp.{name}": shape for name, shape in mlp.items()}
+
+
+def figure(metrics: Mapping[str, Any]) -> str:
+    """The stage's key figure for people."""
+    return f"{metrics['parameters'] / 1e6:.2f}M parameters, {metrics['vocab_size']} tokens"
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Make model and tokenizer and save both in `out`."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    tokenizer = _tokenizer(config)
+    _template.install(tokenizer, config.template)
+    set_seed(config.seed)
+    model = AutoModelForCausalLM.from_config(_architecture(config, tokenizer))
+    _model.set_stop_tokens(model, tokenizer)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    emit(out, "note", text=f"{config.architecture} with {model.num_parameters():,} parameters")
+    return {"parameters": model.num_parameters(), "vocab_size": len(tokenizer)}
+
+
+def _architecture(config: Config, tokenizer: "PreTrainedTokenizerFast") -> Any:
+    from transformers import AutoConfig
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    shared = {"vocab_size": len(tokenizer), "hidden_size": config.hidden_size, "tie_word_embeddings": config.tie_word_embeddings}
+    if config.architecture == "bloom":
+        sizes = {"n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads, "seq_length": config.max_position_embeddings}
+    else:
+        heads = config.num_attention_heads
+        sizes = {
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.num_key_value_heads or heads,
+            "intermediate_size": config.ffn,
+            "max_position_embeddings": config.max_position_embeddings,
+            "head_dim": config.hidden_size // heads,
+        }
+    return AutoConfig.for_model(config.architecture, **shared, **ids, **sizes)
+
+
+def _tokenizer(config: Config) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE without a normalizer, so that decoding gives back every byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=SPECIAL + MARKS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_texts(config.data), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _texts(sources: list[_rows.Source]) -> Iterator[str]:
+    for source in sources:
+        for row in _rows.examples(source):
+            if "text" in row:
+                yield row["text"]
+            for key in ("messages", "prompt", "chosen"):
+                yield from (message["content"] for message in row.get(key, []))

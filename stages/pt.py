@@ -1,0 +1,73 @@
+"""Continued pretraining: a model and raw text in, an adapter or a model out. Every token is in the loss."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import _model, _rows, _trainer
+from stages._events import emit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1
+PARALLEL = True
+SETTINGS = {"trainer": "trl.trainer.sft_config:SFTConfig", "lora": "peft.tuners.lora.config:LoraConfig"}
+
+figure = _trainer.figure
+
+
+class Config(_trainer.TrainingConfig):
+    """Settings of `pt`; `trainer:` takes TRL's SFTConfig. `packing: true` and `wrapped` unless said otherwise."""
+
+
+def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
+    """Problems that are known before the first stage starts."""
+    problems = _trainer.check(config, facts, ["text"], chat=False)
+    strategy = config.trainer.get("packing_strategy", "wrapped")
+    if config.trainer.get("packing", True) and strategy == "bfd":
+        problems.append(("trainer.packing_strategy", "`bfd` cuts off what is longer than `max_length`; "
+                         "`bfd_split` and `wrapped` lose no token"))  # fmt: skip
+    if config.trainer.get("packing", True) and strategy == "bfd_split" and facts.model_type in _model.PACKING_MIXES:
+        problems.append(("trainer.packing_strategy", f"`{facts.model_type}` ignores position ids, so `bfd_split` would "
+                         "not keep documents apart; use `wrapped`, which says so"))  # fmt: skip
+    return problems
+
+
+def documents(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length: int | None) -> list[list[int]]:
+    """Token ids of each text with its end-of-text token; cut into pieces of at most `max_length`, none lost."""
+    pieces = []
+    for text in texts:
+        ids: list[int] = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        length = max_length or len(ids)
+        pieces += [ids[start : start + length] for start in range(0, len(ids), length)]
+    return pieces
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Train on the texts and leave the artifact in `out`."""
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    model, tokenizer = _trainer.start(config)
+    args = _trainer.arguments("SFTConfig", config, out, packing=True, packing_strategy="wrapped")
+    texts = [row["text"] for source in config.data for row in _rows.examples(source)]
+    texts, held = _trainer.hold_out(texts, config.eval_size, config.seed)
+    held += [row["text"] for source in config.eval_data for row in _rows.examples(source)]
+    length = None if args.packing else args.max_length
+
+    def dataset(part: list[str]) -> Dataset:
+        ids = documents(tokenizer, part, length)
+        return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+    train = dataset(texts)
+    tokens = sum(map(len, train["input_ids"]))
+    emit(out, "note", text=f"{len(texts)} texts, {tokens} tokens, {len(held)} texts held out")
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=dataset(held) if held else None,
+        processing_class=tokenizer,
+        peft_config=_trainer.adapter(config),
+    )
+    return {"rows": len(texts), "tokens": tokens, **_trainer.train(trainer, config, out)}

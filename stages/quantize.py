@@ -1,0 +1,321 @@
+"""4-bit GPTQ: a whole model and calibration rows in, a folder that transformers and vLLM load as it is out.
+
+Perplexity is measured on rows that calibration never sees: before with the original, after with the written
+folder in a fresh process, which also answers a question. The same seed gives the same weights, bit for bit.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import StageError
+from stages import _generate, _model, _rows
+from stages._events import emit
+
+VERSION = 1
+SETTINGS = {"": "gptqmodel.quantization.config:GPTQConfig"}
+
+MEASURED = 64  # rows for perplexity
+LEAST = 8  # rows for perplexity, and for calibration, when the data is short
+GROUPS = (1024, 512, 256, 128, 64, 32, 16)
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+# What says how the weights came about; the rest of GPTQModel's `meta` is defaults and local paths.
+META = "quantizer damp_percent damp_auto_increment act_group_aware static_groups true_sequential mse".split()
+# Plain transformers loads such folders wrongly, or not at all: a quantized head comes out random, silently.
+UNREADABLE = ("lm_head", "rotation", "adapter", "activation")
+LAYER = re.compile(r"\.\d+\.(?!.*(embed|\.c_attn|\.c_proj|\.c_fc)).*weight$")  # GPT-2's c_* are transposed
+
+Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
+Ids = list[int]
+Losses = dict[str, float | None]  # a module's loss; None where it was only rounded
+
+
+class Calibration(BaseModel):
+    """Which rows the rounding errors are measured on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: list[_rows.Source] = Field(min_length=1)
+    """Names of declared data; the model's own training data suits best."""
+    samples: int = Field(default=128, gt=0)
+    max_length: int = Field(default=512, gt=1)
+    """Longer rows are cut."""
+
+
+class Config(BaseModel):
+    """Settings of `quantize`; all others are GPTQModel's own (`desc_act`, `sym`, `damp_percent`, …)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: str | list[str]
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
+    """Weights that share a scale; -1 for a whole row."""
+    calibration: Calibration
+    question: str = "你好，请介绍一下你自己。"
+    """Asked of the result in a fresh process."""
+    shard_size: str = Field(default="4GB", pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$")
+    seed: int = 42
+
+    @property
+    def folders(self) -> list[str]:
+        return [self.model] if isinstance(self.model, str) else self.model
+
+
+def check(config: Config, facts: _model.Facts | None) -> list[Problem]:
+    """What can be known to fail before anything is loaded."""
+    extra = config.model_extra or {}
+    problems: list[Problem] = []
+    if len(config.folders) > 1:
+        problems.append(("model", "an adapter cannot be quantized; put a `merge` stage before"))
+    for name in UNREADABLE:
+        if extra.get(name):
+            problems.append((name, f"plain transformers cannot load a model with `{name}`; leave it out"))
+    for name in ("format", "checkpoint_format"):
+        if extra.get(name, "gptq") != "gptq":
+            problems.append((name, f"transformers and vLLM load `gptq`, not `{extra[name]}`; leave it out"))
+    if extra.get("mock_quantization"):
+        problems.append(("mock_quantization", "this rounds without calibration; leave it out"))
+    for name, settings in (extra.get("dynamic") or {}).items():
+        if name.startswith("-") or {"bits", "group_size"} & set(settings or {}):
+            text = f"plain transformers cannot load a model whose layers `{name}` differ; leave it out"
+            problems.append(("dynamic", text))
+    if facts is None:
+        return problems
+    if "quantization_config" in facts.config:
+        problems.append(("model", f"{facts.source} is quantized already; start from the model before"))
+    return problems + _check_groups(config.group_size, facts.weights)
+
+
+def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[Problem]:
+    """GPTQModel takes a last group that is not full, and vLLM then refuses the folder."""
+    layers = {name: shape for name, shape in weights.items() if len(shape) == 2 and LAYER.search(name)}
+    widths = {name.removesuffix(".weight"): shape[1] for name, shape in layers.items()}
+    odd = [name for name, width in widths.items() if group > 0 and width % group]
+    if not odd:
+        return []
+    whole = math.gcd(*widths.values())
+    better = next((size for size in GROUPS if whole % size == 0), -1)
+    more = f" and of {len(odd) - 1} more" if odd[1:] else ""
+    text = f"{group} does not divide the {widths[odd[0]]} inputs of `{odd[0]}`{more}, and vLLM needs that"
+    return [("group_size", f"{text}; set `group_size: {better}`")]
+
+
+def figure(metrics: Mapping[str, Any]) -> str:
+    """The stage's key figure for people."""
+    smaller = metrics["bytes_before"] / metrics["bytes_after"]
+    before, after, rounded = (metrics[key] for key in ("perplexity_before", "perplexity_after", "fallback"))
+    note = f", {len(rounded)} modules only rounded" if rounded else ""
+    return f"{smaller:.1f} times smaller, perplexity {before:.2f} → {after:.2f}{note}"
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Quantize, save, and let a fresh process try the folder."""
+    folder = Path(config.folders[0])
+    facts = _model.facts(folder)
+    if problems := check(config, facts):
+        raise StageError("\n".join(f"`{name}`: {text}" for name, text in problems))
+    held_out, calibration = split(_encoded(config, folder), config.calibration.samples)
+    if len(calibration) < config.calibration.samples or len(held_out) < MEASURED:
+        asked = f"{len(calibration)} of {config.calibration.samples} rows to calibrate with"
+        emit(
+            out,
+            "note",
+            text=f"data is short: {asked}, {len(held_out)} of {MEASURED} to measure perplexity on",
+        )
+    before = _perplexity(folder, held_out)
+    work = out / ".gptq"
+    shutil.rmtree(work, ignore_errors=True)
+    losses = _quantize(config, facts, folder, calibration, work)
+    _publish(folder, work / "model", out)
+    shutil.rmtree(work)
+    return {
+        "perplexity_before": before,
+        **_tried(out, config.question, held_out),
+        "perplexity_rows": len(held_out),
+        "bytes_before": _bytes(folder),
+        "bytes_after": _bytes(out),
+        **_summary(losses, out),
+        "calibration_rows": len(calibration),
+        "calibration_tokens": sum(map(len, calibration)),
+    }
+
+
+def _encoded(config: Config, folder: Path) -> list[Ids]:
+    """As many different rows as are wanted, in the seed's order, as at most `max_length` token ids."""
+    tokenizer = _model.load_tokenizer([str(folder)])
+    rows = [row for source in config.calibration.data for row in _rows.examples(source)]
+    random.Random(config.seed).shuffle(rows)
+    found: dict[tuple[int, ...], None] = {}
+    for row in rows:
+        ids = tokenizer(_text(row, tokenizer, folder), add_special_tokens="text" in row)["input_ids"]
+        if len(ids) > 1:
+            found[tuple(ids[: config.calibration.max_length])] = None
+        if len(found) == MEASURED + config.calibration.samples:
+            break
+    return [list(ids) for ids in found]
+
+
+def _text(row: _rows.Row, tokenizer: Any, folder: Path) -> str:
+    """A row as the model was trained on it; the template writes its own special tokens."""
+    from stages import _template
+
+    if "text" in row:
+        return str(row["text"])
+    if tokenizer.chat_template is None:
+        raise StageError(
+            f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
+            "data of `format: text`, or set `template:` at the top"
+        )
+    return _template.render(
+        tokenizer, row["messages"] if "messages" in row else row["prompt"] + row["chosen"]
+    )
+
+
+def split(rows: list[Ids], samples: int) -> tuple[list[Ids], list[Ids]]:
+    """Rows for perplexity and rows for calibration, none in both.
+
+    Raises:
+        StageError: too few rows.
+    """
+    calibrating = min(LEAST, samples)
+    if len(rows) < calibrating + LEAST:
+        raise StageError(
+            f"the calibration data has {len(rows)} different rows, and at least {calibrating + LEAST} are needed: "
+            f"{calibrating} to calibrate with and {LEAST} to measure perplexity on; add data"
+        )
+    measured = min(MEASURED, max(LEAST, len(rows) - samples))
+    return rows[:measured], rows[measured : measured + samples]
+
+
+def _perplexity(folder: Path, held_out: list[Ids]) -> float:
+    model, _ = _generate.load([str(folder)])
+    found, _ = _generate.perplexity(model, held_out)
+    if not math.isfinite(found):
+        raise StageError(
+            f"the perplexity of `{folder}` is {found} before quantization; look at the stage before"
+        )
+    return found
+
+
+def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids], work: Path) -> Losses:
+    """Quantize into `work/model`."""
+    # Its thread pool fails with fewer than two workers, and it would compile a packer for half a minute.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(12, max(2, (os.cpu_count() or 1) // 2))))
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    import torch
+    from gptqmodel import GPTQModel
+    from gptqmodel.quantization.config import GPTQConfig
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    settings = {"offload_to_disk": _is_large(facts), "offload_to_disk_path": str(work / "offload")}
+    if config.group_size == -1:
+        settings["act_group_aware"] = False  # it reorders groups, and refuses when there are none
+    settings |= config.model_extra or {}
+    try:
+        wanted = GPTQConfig(bits=config.bits, group_size=config.group_size, **settings)
+    except (TypeError, ValueError) as error:
+        raise StageError(f"GPTQModel refuses the settings of `quantize`: {error}") from None
+    # Left to itself, it turns float16 into bfloat16 on a CPU.
+    half = (facts.config.get("dtype") or facts.config.get("torch_dtype")) == "float16"
+    dtype, device = torch.float16 if half else torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPTQModel.load(str(folder), wanted, device=device, dtype=dtype)
+    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
+    log = model.quantize(examples, batch_size=1, calibration_data_min_length=1)
+    number, unit = float(config.shard_size.rstrip("MBGi")), config.shard_size.lstrip("0123456789.")
+    model.save(str(work / "model"), max_shard_size=int(number * UNITS[unit]))
+    layers = model.extract_layers_node()[0]
+    return {
+        f"{layers}.{row['layer']}.{row['module']}": _loss(row["loss"])
+        for part in log.values()
+        for row in part
+    }
+
+
+def _is_large(facts: _model.Facts) -> bool:
+    """Does the model in 16 bits take more than half the memory? Keeping it on disk is slow."""
+    weights = sum(math.prod(shape) for shape in facts.weights.values())
+    return 2 * weights > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def _loss(text: str) -> float | None:
+    """The log has `0.0000279413`, or `fallback(rtn): …`, `rtn fallback` or 999999999 for plain rounding."""
+    try:
+        loss = float(text)
+    except ValueError:
+        return None
+    return loss if loss < 999999999 else None
+
+
+def _publish(folder: Path, made: Path, out: Path) -> None:
+    """Weights and quantization settings come from GPTQModel, all else from the source folder, byte for byte.
+
+    GPTQModel rewrites the tokenizer (another class, `fix_mistral_regex`) and the generation config (`do_sample`),
+    and leaves a CSV of timings.
+    """
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()
+    for weights in made.glob("model*.safetensors*"):
+        weights.rename(out / weights.name)
+    written = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    quantization = written["quantization_config"]
+    quantization["meta"] = {name: value for name, value in quantization["meta"].items() if name in META}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = written["dtype"]
+    config["quantization_config"] = quantization
+    for name, content in (("config.json", config), ("quantize_config.json", quantization)):
+        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in _model.carried_files(folder):
+        shutil.copyfile(path, out / path.name)
+
+
+def _tried(out: Path, question: str, held_out: list[Ids]) -> dict[str, Any]:
+    """What a fresh process gets from the written folder."""
+    found = _generate.ask([str(out)], [{"role": "user", "content": question}], texts=held_out)
+    if found["missing"]:
+        names = ", ".join(found["missing"][:5])
+        raise StageError(
+            f"transformers cannot load the quantized model: it finds no {names}; quantize all layers"
+        )
+    if not math.isfinite(found["perplexity"]):
+        raise StageError(
+            f"the quantized model's perplexity is {found['perplexity']}; use more calibration rows or more `bits`"
+        )
+    return {
+        "perplexity_after": found["perplexity"],
+        "perplexity_tokens": found["tokens"],
+        "answer": found["answer"],
+    }
+
+
+def _summary(losses: Losses, out: Path) -> dict[str, Any]:
+    """GPTQ's loss over the modules; those it could not calibrate are named, and told."""
+    known = {name: loss for name, loss in sorted(losses.items()) if loss is not None}
+    fallback = sorted(losses.keys() - known.keys())
+    if fallback:
+        named = ", ".join(fallback[:5]) + (", …" if fallback[5:] else "")
+        text = (
+            f"{len(fallback)} of {len(losses)} modules could not be calibrated and were only rounded: {named}"
+        )
+        emit(out, "note", text=text)
+    worst = max(known, key=lambda name: known[name], default=None)
+    return {
+        "modules": len(losses),
+        "fallback": fallback,
+        "loss_mean": sum(known.values()) / len(known) if known else None,
+        "loss_max": known[worst] if worst else None,
+        "loss_max_module": worst,
+    }
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

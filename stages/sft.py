@@ -1,0 +1,83 @@
+"""Supervised fine-tuning: a model and conversations in, a chat model out. Only the answers are in the loss."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StageError
+from stages import _model, _rows, _template, _trainer
+from stages._events import emit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1
+PARALLEL = True
+SETTINGS = {"trainer": "trl.trainer.sft_config:SFTConfig", "lora": "peft.tuners.lora.config:LoraConfig"}
+FORMATS = ["alpaca", "prompt_completion", "messages", "sharegpt"]
+
+figure = _trainer.figure
+
+
+class Config(_trainer.TrainingConfig):
+    """Settings of `sft`; `trainer:` takes TRL's SFTConfig."""
+
+
+def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
+    """Problems that are known before the first stage starts."""
+    problems = _trainer.check(config, facts, FORMATS, chat=True)
+    packs = config.trainer.get("packing") or config.trainer.get("padding_free")
+    if packs and facts.model_type in _model.PACKING_MIXES:
+        problems.append(("trainer.packing", f"`{facts.model_type}` ignores position ids, so rows packed together would "
+                         "read each other; remove `packing`"))  # fmt: skip
+    return problems
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]], max_length: int | None
+) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
+    """Columns `input_ids` and `labels` for the trainer, and the account: rows, dropped, truncated, tokens, trained.
+
+    A row longer than `max_length` keeps its start; one that has no answer left in it is dropped and counted.
+    """
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    account = {"rows": len(rows), "dropped": 0, "truncated": 0, "tokens": 0, "trained_tokens": 0}
+    for row in rows:
+        ids, labels = _template.encode(tokenizer, row["messages"])
+        account["truncated"] += max_length is not None and len(ids) > max_length
+        ids, labels = ids[:max_length], labels[:max_length]
+        trained = sum(label != _template.IGNORED for label in labels)
+        if not trained:
+            account["dropped"] += 1
+            continue
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+        account["tokens"] += len(ids)
+        account["trained_tokens"] += trained
+    return columns, account
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Train on the conversations and leave the artifact in `out`."""
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    model, tokenizer = _trainer.start(config)
+    args = _trainer.arguments("SFTConfig", config, out)
+    rows, held = _trainer.hold_out(
+        [row for source in config.data for row in _rows.examples(source)], config.eval_size, config.seed
+    )
+    held += [row for source in config.eval_data for row in _rows.examples(source)]
+    columns, account = tokenize(tokenizer, rows, args.max_length)
+    if not columns["input_ids"]:
+        raise StageError(f"all {len(rows)} rows lose their answer at `max_length` {args.max_length}; raise it")
+    emit(out, "note", text=", ".join(f"{value} {key.replace('_', ' ')}" for key, value in account.items()))
+    held_columns, _ = tokenize(tokenizer, held, args.max_length)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict(columns),
+        eval_dataset=Dataset.from_dict(held_columns) if held_columns["input_ids"] else None,
+        processing_class=tokenizer,
+        peft_config=_trainer.adapter(config),
+    )
+    return {**account, **_trainer.train(trainer, config, out)}
