@@ -41,7 +41,9 @@ def _models(plan: Plan) -> dict[str, Step | None]:
         return {}
     first = made[0] if made[0].stage.model is None else None
     models: dict[str, Step | None] = {"the first model": first, f"after {trained[-1].name}": trained[-1]}
-    return models | {f"{step.stage.config.bits} bits": step for step in quantized[-1:]}  # type: ignore[attr-defined]
+    for step in quantized[-1:]:
+        models[f"in {getattr(step.config, 'bits', 4)} bits"] = step
+    return models
 
 
 def _identity(plan: Plan, step: Step | None) -> str:
@@ -49,7 +51,7 @@ def _identity(plan: Plan, step: Step | None) -> str:
 
 
 def _folders(plan: Plan, step: Step | None) -> list[str]:
-    return step.produces if step is not None else list(plan.steps[0].config.model)  # type: ignore[attr-defined]
+    return step.produces if step is not None else list(getattr(plan.steps[0].config, "model", []))
 
 
 def _recorded(step: Step | None, question: str) -> str | None:
@@ -79,12 +81,14 @@ def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict
     try:
         answers: dict[str, str] = ours.recv()
     except EOFError:
-        answers = {name: f"(no answer; the log is {folder / LOG})" for name in models}
+        answers = dict.fromkeys(models, f"(no answer; the log is {folder / LOG})")
     child.join()
     return answers
 
 
-def _generate(models: dict[str, list[str]], question: str, folder: str, pipe: "multiprocessing.connection.Connection") -> None:
+def _generate(
+    models: dict[str, list[str]], question: str, folder: str, pipe: "multiprocessing.connection.Connection"
+) -> None:
     from stages import _generate as generate
 
     _to_log(Path(folder, LOG))

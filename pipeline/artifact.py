@@ -11,7 +11,11 @@ from typing import Any
 
 RECORD = "record.json"
 SCHEMA = 1
-NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # what a stage says about itself, not what later stages read
+NOT_CONTENT = {
+    RECORD,
+    "log.txt",
+    "events.jsonl",
+}  # what a stage says about itself, not what later stages read
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -59,8 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", type=Path, nargs="?" if name == "status" else None, help="a YAML file")
         sub.add_argument("--saves", type=Path, default=Path("saves"), metavar="DIR", help="outputs (default: saves)")
         if name != "status":
-            sub.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="assignments",
-                             help="override one value, such as sft.trainer.learning_rate=2e-5")  # fmt: skip
+            sub.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="KEY.PATH=VALUE",
+                dest="assignments",
+                help="override one value, such as sft.trainer.learning_rate=2e-5",
+            )
             sub.add_argument("--until", metavar="STAGE", help="stop after this stage")
         sub.add_argument("--json", action="store_true", help="write JSON for scripts")
     return parser
@@ -103,10 +109,18 @@ def _plan(arguments: argparse.Namespace) -> int:
     plan.check(planned)
     if arguments.json:
         steps = [
-            {"stage": step.name, "use": step.stage.use, "state": step.state, "why": step.why, "folder": str(step.folder),
-             "fingerprint": step.fingerprint, "recipe": step.recipe, "inputs": step.inputs}
+            {
+                "stage": step.name,
+                "use": step.stage.use,
+                "state": step.state,
+                "why": step.why,
+                "folder": str(step.folder),
+                "fingerprint": step.fingerprint,
+                "recipe": step.recipe,
+                "inputs": step.inputs,
+            }
             for step in planned.steps
-        ]  # fmt: skip
+        ]
         print(json.dumps({"steps": steps, "rows": planned.rows, "notes": planned.notes}, ensure_ascii=False, indent=1))
         return 0
     _console().print(plan_table(planned))
@@ -127,8 +141,10 @@ def _run(arguments: argparse.Namespace) -> int:
         records = runner.run(planned, view)
     spoken = answers.ask(planned)
     if quiet:
-        steps = [{"stage": step.name, "folder": str(step.folder), "metrics": record["metrics"], "seconds": record["seconds"]}
-                 for step, record in zip(planned.steps, records, strict=True)]  # fmt: skip
+        steps = [
+            {"stage": step.name, "folder": str(step.folder), "metrics": record["metrics"], "seconds": record["seconds"]}
+            for step, record in zip(planned.steps, records, strict=True)
+        ]
         print(json.dumps({"steps": steps, "answers": spoken}, ensure_ascii=False, indent=1))
         return 0
     console.print()
@@ -179,10 +195,21 @@ def _left(saves: Path, config: Path | None) -> Any:
         if link.is_symlink():
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started"])) if record else ""
             state = "done" if record else "damaged or gone"
-            yield {"config": link.parent.name, "stage": link.name, "state": state, "since": since,
-                   "folder": str(link.resolve())}  # fmt: skip
+            yield {
+                "config": link.parent.name,
+                "stage": link.name,
+                "state": state,
+                "since": since,
+                "folder": str(link.resolve()),
+            }
     for part in sorted(saves.glob("*.part")) if config is None else []:
-        yield {"config": "", "stage": part.name.rsplit("-", 1)[0], "state": "unfinished", "since": "", "folder": str(part)}
+        yield {
+            "config": "",
+            "stage": part.name.rsplit("-", 1)[0],
+            "state": "unfinished",
+            "since": "",
+            "folder": str(part),
+        }
 
 
 if __name__ == "__main__":

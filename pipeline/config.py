@@ -20,7 +20,9 @@ from stages._rows import Source
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}$")  # becomes a folder name
 ROOT = ("model", "template", "data", "stages", "launch", "seed", "question")
-NONE_YET = Source(path="?", format="text")  # stands in for data that could not be read, so that checking goes on
+NONE_YET = Source.model_construct(
+    path="?", format="text"
+)  # stands in for data that could not be read, so that checking goes on
 
 
 class Launch(BaseModel):
@@ -168,9 +170,9 @@ class _Checker:
         use = raw.pop("use", name)
         if use not in kinds():
             where = (*key, "use") if "use" in (self.document.data["stages"][name] or {}) else key
-            self.at_value(where, f"there is no stage `{use}`{nearest(str(use), kinds())}") if where != key else self.at_key(
-                key, f"there is no stage `{use}`{nearest(str(use), kinds())}"
-            )
+            self.at_value(
+                where, f"there is no stage `{use}`{nearest(str(use), kinds())}"
+            ) if where != key else self.at_key(key, f"there is no stage `{use}`{nearest(str(use), kinds())}")
             return
         if not NAME.match(name):
             self.at_key(key, f"`{name}` is no name for a stage; use small letters, digits, `_` and `-`")
@@ -226,15 +228,24 @@ class _Checker:
         model = raw.get("model", f"${above[-1]}" if above else root)
         place = (*key, "model") if "model" in raw else ("model",)
         if model is None:
-            self.at_key(key, f"stage `{name}` has no model to start from; set `model:` at the top, or put an `init` stage first")
+            self.at_key(
+                key,
+                f"stage `{name}` has no model to start from; set `model:` at the top, or put an `init` stage first",
+            )
         elif not isinstance(model, str):
-            self.at_value(place, f"`model` is `{_shown(model)}`; it is a folder, `org/name@commit` on the Hub, or `$stage`")
+            self.at_value(
+                place,
+                f"`model` is `{_shown(model)}`; it is a folder, `org/name@commit` on the Hub, or `$stage`",
+            )
         elif model.startswith("$") and model[1:] not in above:
             below = model[1:] in self.document.data["stages"]
             hint = "; it stands below or is the stage itself" if below else nearest(model[1:], above)
             self.at_value(place, f"stage `{name}`: no stage `{model[1:]}` is above it{hint}")
         elif not model.startswith("$") and _model.is_hub_name(model) and "@" not in model:
-            self.at_value(place, f"`{model}` names no revision; pin the commit as `{model}@COMMIT` so that it cannot move")
+            self.at_value(
+                place,
+                f"`{model}` names no revision; pin the commit as `{model}@COMMIT` so that it cannot move",
+            )
         raw["model"] = model if isinstance(model, str) else ""
         return model if isinstance(model, str) else None
 
@@ -268,7 +279,7 @@ class _Checker:
             return kind.model_validate(raw, strict=True)
         except ValidationError as error:
             for found in error.errors():
-                if found["loc"] and found["loc"][0] not in skip or not found["loc"]:
+                if (found["loc"] and found["loc"][0] not in skip) or not found["loc"]:
                     self.note(found, kind, key, label)
             return None
 

@@ -160,7 +160,8 @@ class _Reader:
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
-        return _scalar(node.value) if node.style is None else node.value
+        plain = getattr(node, "style", None) is None  # quoted words stay text
+        return _scalar(node.value) if plain else node.value
 
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         found: dict[str, Any] = {}

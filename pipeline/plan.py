@@ -20,9 +20,12 @@ from stages import _checkpoint, _model, _rows
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets")
 # Settings that change what is logged or kept, never the weights.
 NO_RESULT = frozenset(
-    "logging_steps logging_strategy logging_first_step report_to run_name project trackio_space_id log_level "
-    "save_steps save_strategy save_total_limit dataloader_num_workers dataloader_prefetch_factor "
-    "dataset_num_proc include_num_input_tokens_seen".split()
+    {
+        *("logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "log_level"),
+        *("project", "trackio_space_id", "save_steps", "save_strategy", "save_total_limit"),
+        *("dataloader_num_workers", "dataloader_prefetch_factor", "dataset_num_proc"),
+        "include_num_input_tokens_seen",
+    }
 )
 
 State = Literal["done", "resume", "run"]
@@ -141,8 +144,15 @@ class _Placer:
         after = getattr(stage.module, "facts_after", None)
         template = getattr(stage.config, "template", None) or facts.template
         changed: _model.Facts = after(stage.config, facts) if after else facts
-        return _model.Facts(f"the model of `{stage.name}`", changed.config, changed.weights, changed.tokens,
-                            changed.tokenizer, template, changed.known)  # fmt: skip
+        return _model.Facts(
+            f"the model of `{stage.name}`",
+            changed.config,
+            changed.weights,
+            changed.tokens,
+            changed.tokenizer,
+            template,
+            changed.known,
+        )
 
     def starting(self, stage: Stage) -> _Model | None:
         if stage.model is None:
@@ -158,7 +168,9 @@ class _Placer:
         try:
             folder = _model.locate(model, download=self.fetch)
             if folder is None:
-                self.plan.notes.append(f"`{model}` is not on this machine; `run` fetches it, until then it is unchecked")
+                self.plan.notes.append(
+                    f"`{model}` is not on this machine; `run` fetches it, until then it is unchecked"
+                )
                 return _Model([model], f"hub:{model}", _model.Facts(f"`{model}`", {}, known=False))
             facts = _model.facts(folder, f"`{model}`")
         except StageError as error:
@@ -166,7 +178,9 @@ class _Placer:
             return None
         if _model.is_hub_name(model):
             return _Model([str(folder)], f"hub:{model}", facts)
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model"))
+        files = sorted(
+            path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")
+        )
         content = dict(zip([path.name for path in files], self.hashes.of(files), strict=True))
         return _Model([str(folder)], "folder:" + hashlib.sha256(_canonical(content)).hexdigest(), facts)
 
@@ -228,10 +242,15 @@ class _Placer:
             return "run", "has not run yet"
         source = (stage.model or "")[1:]
         above = next((step for step in self.plan.steps if step.name == source and step.state != "done"), None)
-        changes = list(_differences({k: record.get(k) for k in ("recipe", "versions")}, content, "", self.place_of(stage)))
+        changes = list(
+            _differences({k: record.get(k) for k in ("recipe", "versions")}, content, "", self.place_of(stage))
+        )
         if changes:
             return "run", "because " + ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if changes[3:] else "")
-        return "run", f"because `{above.name}` above it will run" if above else "because the model it starts from changed"
+        return (
+            "run",
+            f"because `{above.name}` above it will run" if above else "because the model it starts from changed",
+        )
 
     def place_of(self, stage: Stage) -> Any:
         document = self.plan.pipeline.document
@@ -297,7 +316,9 @@ def _differences(old: Any, new: Any, path: str, place: Any) -> Iterator[str]:
 
 
 def _word(value: Any) -> str:
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return (
+        "not set" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    )
 
 
 def check(plan: Plan) -> None:

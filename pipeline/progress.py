@@ -101,7 +101,13 @@ class View:
     def __rich__(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         for name, row in self.rows.items():
-            table.add_row(MARKS[row.state], name, _bar(row), Text(_figures(row)), Text(row.note, overflow="ellipsis", no_wrap=True, style="dim"))
+            table.add_row(
+                MARKS[row.state],
+                name,
+                _bar(row),
+                Text(_figures(row)),
+                Text(row.note, overflow="ellipsis", no_wrap=True, style="dim"),
+            )
         return Group(table)
 
 
@@ -156,7 +162,9 @@ def result_table(planned: Plan, records: Sequence[Mapping[str, Any]], ran: Mappi
         table.add_column(column, overflow="fold")
     for step, record in zip(planned.steps, records, strict=True):
         what = {"ran": "ran", "done": "was done already"}[ran[step.name]]
-        table.add_row(_label(step), what, _time(record["seconds"]), Text(key_figure(step, record)), Text(str(step.link)))
+        table.add_row(
+            _label(step), what, _time(record["seconds"]), Text(key_figure(step, record)), Text(str(step.link))
+        )
     return table
 
 

@@ -26,8 +26,15 @@ from pipeline import artifact, plan, worker
 from pipeline.errors import Busy, Interrupted, StageFailed
 from stages import _events
 
-PRELOAD = ["torch", "pipeline.worker", "datasets", "peft", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer",
-           "transformers.models.auto.modeling_auto"]  # fmt: skip
+PRELOAD = [
+    "torch",
+    "pipeline.worker",
+    "datasets",
+    "peft",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "transformers.models.auto.modeling_auto",
+]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # models are fetched before the first stage, by the runner
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -154,7 +161,9 @@ def _locked(step: plan.Step) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise Busy(f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it") from None
+            raise Busy(
+                f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it"
+            ) from None
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
@@ -211,7 +220,10 @@ def _result(step: plan.Step, code: int | None, last: dict[str, dict[str, Any]], 
 def _death(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        hint = {"SIGKILL": " (kill -9, or the system ran out of memory)", "SIGSEGV": " (a crash in native code)"}
+        hint = {
+            "SIGKILL": " (kill -9, or the system ran out of memory)",
+            "SIGSEGV": " (a crash in native code)",
+        }
         return f"was ended by signal {-code} {name}{hint.get(name, '')}"
     return f"ended with exit code {code} and no result"
 
@@ -284,15 +296,32 @@ class _Launched:
         processes = step.stage.launch.processes
         gpu = shutil.which("nvidia-smi") is not None
         where = ["--multi_gpu"] if gpu else ["--cpu"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *where, "--num_processes", str(processes),
-                   "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                   "--main_process_port", str(_free_port()), "-m", "pipeline.worker", str(step.part / SPEC)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *where,
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            str(_free_port()),
+            "-m",
+            "pipeline.worker",
+            str(step.part / SPEC),
+        ]
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
         with open(step.part / worker.LOG, "ab") as log:
             # A session of its own: Ctrl-C reaches the runner, which tells the first process to stop.
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            env=environment, start_new_session=True)  # fmt: skip
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         self.pid: int | None = None  # the launcher itself is never told; it would end its processes at once
 
     def is_alive(self) -> bool:

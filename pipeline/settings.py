@@ -38,12 +38,10 @@ _TRAINER_MANAGED = _by_name(
         "is set by the pipeline (a stopped stage goes on by itself); remove it": "resume_from_checkpoint",
         "is left to you (the pipeline uploads nothing); remove it": "push_to_hub push_to_hub_model_id "
         "push_to_hub_organization hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
-        "has no place in a file (tokens come from the environment only); remove it": "hub_token "
-        "push_to_hub_token",
+        "has no place in a file (tokens come from the environment only); remove it": "hub_token push_to_hub_token",
         "is set by the pipeline (the stage says what runs); remove it": "do_train do_eval do_predict",
         "is set by the launcher; remove it": "local_rank",
-        "belongs under `launch:`": "deepspeed fsdp fsdp_config fsdp_min_num_params "
-        "fsdp_transformer_layer_cls_to_wrap",
+        "belongs under `launch:`": "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
         "is set by the pipeline (it shows the progress itself); remove it": "disable_tqdm",
         "is set by the pipeline (each stage knows its columns); remove it": "remove_unused_columns",
         "is set by the pipeline (from `template`, at the top of the file); remove it": "chat_template_path "

@@ -40,7 +40,7 @@ def sealed(folder: Path) -> list[Path]:
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their hashes, and a sentence for each that was set aside."""
-    notes = []
+    notes: list[str] = []
     for checkpoint in reversed(sealed(folder)):
         damage = _damage(checkpoint)
         if damage is None:

@@ -1,9 +1,10 @@
 """A model and a question in; its answer, and its perplexity on given tokens, out: what a stranger would get.
 
 `ask` does it in a fresh process, so that nothing of the stage that wrote the folder can help. That process is
-`python -m stages._generate [FOLDER …] < request.json > answer.json`, with the request
-`{"model": [base, adapter, …], "messages": […], "max_new_tokens": 128, "texts": [[ids], …]}`, where all but the
-model may be left out, and the answer `{"answer": …, "perplexity": …, "tokens": …, "missing": […]}`.
+`python -m stages._generate [FOLDER …] < request.json > answer.json`, and all but the model may be left out:
+
+request: `{"model": [base, adapter, …], "messages": […], "max_new_tokens": 128, "texts": [[ids], …]}`
+answer:  `{"answer": …, "perplexity": …, "tokens": …, "missing": […]}`
 """
 
 import json
@@ -45,9 +46,7 @@ def ask(
     )
     if done.returncode:
         said = "\n".join(done.stderr.decode(errors="replace").splitlines()[-30:])
-        raise RuntimeError(
-            f"a fresh process could not use {list(model)} (exit code {done.returncode}):\n{said}"
-        )
+        raise RuntimeError(f"a fresh process could not use {list(model)} (exit code {done.returncode}):\n{said}")
     return dict(json.loads(done.stdout))
 
 
@@ -56,16 +55,12 @@ def respond(request: Mapping[str, Any]) -> Answer:
     model, missing = load(request["model"])
     told = perplexity(model, request.get("texts") or [])
     messages = request.get("messages")
-    text = (
-        generate(model, request["model"][-1], messages, request.get("max_new_tokens", 128))
-        if messages
-        else None
-    )
+    text = generate(model, request["model"][-1], messages, request.get("max_new_tokens", 128)) if messages else None
     return {"answer": text, "perplexity": told[0] if told[1] else None, "tokens": told[1], "missing": missing}
 
 
 def load(folders: Sequence[str]) -> tuple[Any, list[str]]:
-    """The model in evaluation mode, on a GPU if there is one, and the names of weights that its folder lacks."""
+    """The model ready to answer, on a GPU if there is one, and the names of weights that its folder lacks."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -86,9 +81,7 @@ def load(folders: Sequence[str]) -> tuple[Any, list[str]]:
 
 def _without_compiling(folder: Path) -> dict[str, Any]:
     """On a CPU, GPTQModel would compile a kernel for minutes; its plain one gives the same numbers."""
-    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
-        "quantization_config", {}
-    )
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
     if quantization.get("quant_method") != "gptq":
         return {}
     import torch._dynamo.config

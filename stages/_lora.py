@@ -31,10 +31,10 @@ class Adapter:
         path = Path(folder, "adapter_config.json")
         try:
             self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            self.file = safe_open(str(Path(folder, "adapter_model.safetensors")), framework="pt")
+            self.file: Any = safe_open(str(Path(folder, "adapter_model.safetensors")), framework="pt")
         except (OSError, ValueError) as error:
             raise StageError(f"the adapter `{folder}` cannot be read ({error})") from None
-        self.unused = set(self.file.keys())
+        self.unused: set[str] = set(self.file.keys())
 
     def take(self, name: str) -> "torch.Tensor | None":
         key = PREFIX + name

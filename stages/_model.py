@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 # These read position ids or none at all: documents packed into one row would attend to each other.
 PACKING_MIXES = frozenset({"bloom"})
-CARRIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+CARRIED = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "generation_config",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,9 @@ def locate(model: str, *, download: bool) -> Path | None:
     """
     if not is_hub_name(model):
         if not Path(model).is_dir():
-            raise StageError(f"the model folder `{model}` does not exist; name a folder or a Hub model as `org/name@commit`")
+            raise StageError(
+                f"the model folder `{model}` does not exist; name a folder or a Hub model as `org/name@commit`"
+            )
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -84,7 +94,9 @@ def locate(model: str, *, download: bool) -> Path | None:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StageError(f"the Hub does not hand out `{model}` ({first}); check name, revision, access and network") from None
+        raise StageError(
+            f"the Hub does not hand out `{model}` ({first}); check name, revision, access and network"
+        ) from None
 
 
 def facts(folder: Path, source: str = "") -> Facts:
@@ -93,18 +105,24 @@ def facts(folder: Path, source: str = "") -> Facts:
     Raises:
         StageError: no config.json, no safetensors, or a torn file.
     """
-    config = _json(folder / "config.json", f"the model folder `{folder}` has no config.json; it is no transformers model")
+    config = _json(
+        folder / "config.json", f"the model folder `{folder}` has no config.json; it is no transformers model"
+    )
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
         found = f" (`{other}` is a pickle, which can run code)" if other else ""
-        raise StageError(f"the model folder `{folder}` holds no .safetensors weights{found}; convert it with `save_pretrained`")
+        raise StageError(
+            f"the model folder `{folder}` holds no .safetensors weights{found}; convert it with `save_pretrained`"
+        )
     weights: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         weights.update(_header(shard))
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
-        raise StageError(f"the model folder `{folder}` has no tokenizer.json; save its fast tokenizer beside the weights")
+        raise StageError(
+            f"the model folder `{folder}` has no tokenizer.json; save its fast tokenizer beside the weights"
+        )
     settings = _json(folder / "tokenizer_config.json", f"the model folder `{folder}` has no tokenizer_config.json")
     template = folder / "chat_template.jinja"
     own = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
@@ -130,7 +148,9 @@ def _header(shard: Path) -> dict[str, tuple[int, ...]]:
     except (struct.error, ValueError, KeyError, OSError, MemoryError, OverflowError):
         raise StageError(f"`{shard}` is no whole safetensors file; fetch it again") from None
     if shard.stat().st_size != 8 + length + end:
-        raise StageError(f"`{shard}` is cut off: {shard.stat().st_size:,} bytes of {8 + length + end:,}; fetch it again")
+        raise StageError(
+            f"`{shard}` is cut off: {shard.stat().st_size:,} bytes of {8 + length + end:,}; fetch it again"
+        )
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 

@@ -360,11 +360,10 @@ def _undecodable(path: Path, encoding: str) -> str:
             held = len(decoder.getstate()[0])
             try:
                 decoder.decode(line, final=not line)
-            except UnicodeDecodeError as error:
-                where = f"{path}:{number if line else number - 1}: byte {offset - held + error.start}"
-                return (
-                    f"{where} of the file is not {encoding}; mend it, or name the encoding with `encoding:`"
-                )
+            except UnicodeError as error:
+                byte = offset - held + getattr(error, "start", 0)  # UTF-16 without its mark has none
+                where = f"{path}:{number if line else number - 1}: byte {byte}"
+                return f"{where} of the file is not {encoding}; mend it, or name the encoding with `encoding:`"
             offset += len(line)
     return f"`{path}` is not {encoding}; name its encoding with `encoding:`"
 

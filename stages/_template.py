@@ -35,7 +35,9 @@ def text(template: str) -> str:
         return (BUILT_IN / f"{template}.jinja").read_text(encoding="utf-8")
     path = Path(template)
     if path.suffix not in (".jinja", ".json"):
-        raise StageError(f"there is no template `{template}`{nearest(template, names())}, or name a .jinja or .json file")
+        raise StageError(
+            f"there is no template `{template}`{nearest(template, names())}, or name a .jinja or .json file"
+        )
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -134,9 +136,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, pro
     return str(rendered)
 
 
-def _span(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], index: int, full: str
-) -> tuple[int, int]:
+def _span(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], index: int, full: str) -> tuple[int, int]:
     """Where the answer `messages[index]` stands in the rendered text, its end of turn left out."""
     prefix = render(tokenizer, messages[:index], prompt=True)
     answer = messages[index]["content"].strip()

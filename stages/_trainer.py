@@ -18,7 +18,13 @@ from stages._events import emit, main_process
 from stages._rows import Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
 Row = TypeVar("Row")
 Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
@@ -55,9 +61,19 @@ def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *
                 wanted = ", ".join(f"`{name}`" for name in formats)
                 problems.append((key, f"`{source.path}` has format `{source.format}`; this stage reads {wanted}"))
     if "quantization_config" in facts.config:
-        problems.append(("model", f"{facts.source} is quantized already and cannot be trained; start from the model before"))
+        problems.append(
+            (
+                "model",
+                f"{facts.source} is quantized already and cannot be trained; start from the model before",
+            )
+        )
     if config.trainer.get("eval_strategy", "no") != "no" and not (config.eval_data or config.eval_size):
-        problems.append(("trainer.eval_strategy", "evaluation needs held-out rows; add `eval_size: 0.05` or `eval_data: NAME`"))
+        problems.append(
+            (
+                "trainer.eval_strategy",
+                "evaluation needs held-out rows; add `eval_size: 0.05` or `eval_data: NAME`",
+            )
+        )
     if config.lora is not None:
         problems += _check_targets(config.lora, facts)
     if chat or config.template:
@@ -91,15 +107,23 @@ def check_template(template: str | None, facts: _model.Facts) -> list[Problem]:
         return []
     if text is None:
         names = ", ".join(f"`{name}`" for name in _template.names())
-        return [("", f"{facts.source} brings no chat template; set `template:` at the top to one of {names}, or a file")]
+        return [
+            (
+                "",
+                f"{facts.source} brings no chat template; set `template:` at the top to one of {names}, or a file",
+            )
+        ]
     lost = [token for token in _template.tokens(text) if not facts.has_token(token)]
     if not lost:
         return []
     shown = ", ".join(f"`{token}`" for token in lost)
     return [
-        ("template", f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; "
-                     "`med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token")
-    ]  # fmt: skip
+        (
+            "template",
+            f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; "
+            "`med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        )
+    ]
 
 
 def hold_out(rows: list[Row], eval_size: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -152,7 +176,9 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         "bf16": gpu and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": gpu,
     }
-    theirs = {key: value for key, value in config.trainer.items() if key not in ("model_init_kwargs", "save_total_limit")}
+    theirs = {
+        key: value for key, value in config.trainer.items() if key not in ("model_init_kwargs", "save_total_limit")
+    }
     try:
         return getattr(trl, kind)(**{**ours, **defaults, **theirs})  # type: ignore[no-any-return]
     except (ValueError, TypeError, ImportError) as error:
@@ -222,7 +248,7 @@ class _Progress:
 
         progress = self
 
-        class Callback(TrainerCallback):  # type: ignore[misc]
+        class Callback(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 emit(progress.out, "total", steps=state.max_steps, step=state.global_step, **_batch(args))
 
@@ -289,7 +315,9 @@ def _save(trainer: "Trainer", config: TrainingConfig, out: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise StageError(f"the weight `{name}` is not finite after training; lower `trainer.learning_rate` and run again")
+            raise StageError(
+                f"the weight `{name}` is not finite after training; lower `trainer.learning_rate` and run again"
+            )
     if not main_process():
         return
     whole = model.get_base_model() if config.lora is not None else model

@@ -69,7 +69,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if not kept:
         raise StageError(f"all {len(pairs)} prompts fill `max_length` {args.max_length} alone; raise it")
     account = {"rows": len(pairs), "dropped": len(pairs) - len(kept)}
-    emit(out, "note", text=f"{len(pairs)} pairs, {account['dropped']} dropped as too long, {len(held)} held out")
+    emit(
+        out,
+        "note",
+        text=f"{len(pairs)} pairs, {account['dropped']} dropped as too long, {len(held)} held out",
+    )
     trainer = _trainer_class()(
         model=model,
         ref_model=_reference(config, args),

@@ -78,7 +78,12 @@ def _layer(config: Config, layer: int) -> dict[str, tuple[int, int]]:
     else:
         prefix = f"model.layers.{layer}"
         kv = hidden // config.num_attention_heads * (config.num_key_value_heads or config.num_attention_heads)
-        attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
+        attention = {
+            "q_proj": (hidden, hidden),
+            "k_proj": (kv, hidden),
+            "v_proj": (kv, hidden),
+            "o_proj": (hidden, hidden),
+        }
         mlp = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
         attention_name = "self_attn"
     named = {f"{prefix}.{attention_name}.{name}": shape for name, shape in attention.items()}
@@ -109,9 +114,17 @@ def _architecture(config: Config, tokenizer: "PreTrainedTokenizerFast") -> Any:
     from transformers import AutoConfig
 
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    shared = {"vocab_size": len(tokenizer), "hidden_size": config.hidden_size, "tie_word_embeddings": config.tie_word_embeddings}
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
     if config.architecture == "bloom":
-        sizes = {"n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads, "seq_length": config.max_position_embeddings}
+        sizes = {
+            "n_layer": config.num_hidden_layers,
+            "n_head": config.num_attention_heads,
+            "seq_length": config.max_position_embeddings,
+        }
     else:
         heads = config.num_attention_heads
         sizes = {

@@ -38,7 +38,11 @@ class Config(BaseModel):
 def figure(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     folded = f"{metrics['adapters']} adapter{'s' if metrics['adapters'] != 1 else ''} folded"
-    return f"{folded}, largest logit difference {metrics['logit_difference']:.1e}" if "logit_difference" in metrics else folded
+    return (
+        f"{folded}, largest logit difference {metrics['logit_difference']:.1e}"
+        if "logit_difference" in metrics
+        else folded
+    )
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -52,7 +56,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     carried = _model.carried_files(Path(config.model[-1]))
     for path in carried:
         shutil.copy(path, out)
-    metrics: dict[str, Any] = {"adapters": len(adapters), "shards": files, "bytes": sum(f.stat().st_size for f in out.glob("*.safetensors"))}
+    metrics: dict[str, Any] = {
+        "adapters": len(adapters),
+        "shards": files,
+        "bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")),
+    }
     if config.verify:
         emit(out, "note", text="compares the logits of the merged model with those of the chain")
         metrics |= logit_difference(config.model if isinstance(config.model, list) else [config.model], out)
@@ -139,5 +147,7 @@ def logit_difference(chain: list[str], merged: Path) -> dict[str, float]:
         expected = model(input_ids=ids).logits.float()
     difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
     if not difference <= max(1e-4, 0.05 * largest if dtype != torch.float32 else 1e-4 * largest):
-        raise StageError(f"the merged model is not the chain: its logits differ by up to {difference:.3g}; please report this")
+        raise StageError(
+            f"the merged model is not the chain: its logits differ by up to {difference:.3g}; please report this"
+        )
     return {"logit_difference": difference, "largest_logit": largest}

@@ -25,11 +25,20 @@ def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
     problems = _trainer.check(config, facts, ["text"], chat=False)
     strategy = config.trainer.get("packing_strategy", "wrapped")
     if config.trainer.get("packing", True) and strategy == "bfd":
-        problems.append(("trainer.packing_strategy", "`bfd` cuts off what is longer than `max_length`; "
-                         "`bfd_split` and `wrapped` lose no token"))  # fmt: skip
+        problems.append(
+            (
+                "trainer.packing_strategy",
+                "`bfd` cuts off what is longer than `max_length`; `bfd_split` and `wrapped` lose no token",
+            )
+        )
     if config.trainer.get("packing", True) and strategy == "bfd_split" and facts.model_type in _model.PACKING_MIXES:
-        problems.append(("trainer.packing_strategy", f"`{facts.model_type}` ignores position ids, so `bfd_split` would "
-                         "not keep documents apart; use `wrapped`, which says so"))  # fmt: skip
+        problems.append(
+            (
+                "trainer.packing_strategy",
+                f"`{facts.model_type}` ignores position ids, so `bfd_split` would "
+                "not keep documents apart; use `wrapped`, which says so",
+            )
+        )
     return problems
 
 

@@ -28,7 +28,7 @@ LEAST = 8  # rows for perplexity, and for calibration, when the data is short
 GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 # What says how the weights came about; the rest of GPTQModel's `meta` is defaults and local paths.
-META = "quantizer damp_percent damp_auto_increment act_group_aware static_groups true_sequential mse".split()
+META = ("quantizer", "damp_percent", "damp_auto_increment", "act_group_aware", "true_sequential", "mse")
 # Plain transformers loads such folders wrongly, or not at all: a quantized head comes out random, silently.
 UNREADABLE = ("lm_head", "rotation", "adapter", "activation")
 LAYER = re.compile(r"\.\d+\.(?!.*(embed|\.c_attn|\.c_proj|\.c_fc)).*weight$")  # GPT-2's c_* are transposed
@@ -175,9 +175,7 @@ def _text(row: _rows.Row, tokenizer: Any, folder: Path) -> str:
             f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
             "data of `format: text`, or set `template:` at the top"
         )
-    return _template.render(
-        tokenizer, row["messages"] if "messages" in row else row["prompt"] + row["chosen"]
-    )
+    return _template.render(tokenizer, row["messages"] if "messages" in row else row["prompt"] + row["chosen"])
 
 
 def split(rows: list[Ids], samples: int) -> tuple[list[Ids], list[Ids]]:
@@ -186,11 +184,11 @@ def split(rows: list[Ids], samples: int) -> tuple[list[Ids], list[Ids]]:
     Raises:
         StageError: too few rows.
     """
-    calibrating = min(LEAST, samples)
-    if len(rows) < calibrating + LEAST:
+    least = min(LEAST, samples)
+    if len(rows) < least + LEAST:
         raise StageError(
-            f"the calibration data has {len(rows)} different rows, and at least {calibrating + LEAST} are needed: "
-            f"{calibrating} to calibrate with and {LEAST} to measure perplexity on; add data"
+            f"the calibration data has {len(rows)} different rows, and {least + LEAST} are the least: {least} "
+            f"to calibrate with and {LEAST} to measure perplexity on; add data"
         )
     measured = min(MEASURED, max(LEAST, len(rows) - samples))
     return rows[:measured], rows[measured : measured + samples]
@@ -200,9 +198,7 @@ def _perplexity(folder: Path, held_out: list[Ids]) -> float:
     model, _ = _generate.load([str(folder)])
     found, _ = _generate.perplexity(model, held_out)
     if not math.isfinite(found):
-        raise StageError(
-            f"the perplexity of `{folder}` is {found} before quantization; look at the stage before"
-        )
+        raise StageError(f"the perplexity of `{folder}` is {found} before quantization; look at the stage before")
     return found
 
 
@@ -234,11 +230,7 @@ def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids]
     number, unit = float(config.shard_size.rstrip("MBGi")), config.shard_size.lstrip("0123456789.")
     model.save(str(work / "model"), max_shard_size=int(number * UNITS[unit]))
     layers = model.extract_layers_node()[0]
-    return {
-        f"{layers}.{row['layer']}.{row['module']}": _loss(row["loss"])
-        for part in log.values()
-        for row in part
-    }
+    return {f"{layers}.{row['layer']}.{row['module']}": _loss(row["loss"]) for part in log.values() for row in part}
 
 
 def _is_large(facts: _model.Facts) -> bool:
@@ -257,10 +249,10 @@ def _loss(text: str) -> float | None:
 
 
 def _publish(folder: Path, made: Path, out: Path) -> None:
-    """Weights and quantization settings come from GPTQModel, all else from the source folder, byte for byte.
+    """Weights and quantization settings come from GPTQModel, all else from the source, byte for byte.
 
-    GPTQModel rewrites the tokenizer (another class, `fix_mistral_regex`) and the generation config (`do_sample`),
-    and leaves a CSV of timings.
+    GPTQModel rewrites the tokenizer (another class, `fix_mistral_regex`) and the generation config
+    (`do_sample`), and leaves a CSV of timings.
     """
     for old in out.glob("model*.safetensors*"):
         old.unlink()
@@ -283,13 +275,9 @@ def _tried(out: Path, question: str, held_out: list[Ids]) -> dict[str, Any]:
     found = _generate.ask([str(out)], [{"role": "user", "content": question}], texts=held_out)
     if found["missing"]:
         names = ", ".join(found["missing"][:5])
-        raise StageError(
-            f"transformers cannot load the quantized model: it finds no {names}; quantize all layers"
-        )
+        raise StageError(f"transformers cannot load the quantized model: it finds no {names}; quantize all layers")
     if not math.isfinite(found["perplexity"]):
-        raise StageError(
-            f"the quantized model's perplexity is {found['perplexity']}; use more calibration rows or more `bits`"
-        )
+        raise StageError(f"the quantized model's perplexity is {found['perplexity']}; use more rows or more `bits`")
     return {
         "perplexity_after": found["perplexity"],
         "perplexity_tokens": found["tokens"],
@@ -303,9 +291,7 @@ def _summary(losses: Losses, out: Path) -> dict[str, Any]:
     fallback = sorted(losses.keys() - known.keys())
     if fallback:
         named = ", ".join(fallback[:5]) + (", …" if fallback[5:] else "")
-        text = (
-            f"{len(fallback)} of {len(losses)} modules could not be calibrated and were only rounded: {named}"
-        )
+        text = f"{len(fallback)} of {len(losses)} modules could not be calibrated and were only rounded: {named}"
         emit(out, "note", text=text)
     worst = max(known, key=lambda name: known[name], default=None)
     return {

@@ -27,8 +27,13 @@ def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
     problems = _trainer.check(config, facts, FORMATS, chat=True)
     packs = config.trainer.get("packing") or config.trainer.get("padding_free")
     if packs and facts.model_type in _model.PACKING_MIXES:
-        problems.append(("trainer.packing", f"`{facts.model_type}` ignores position ids, so rows packed together would "
-                         "read each other; remove `packing`"))  # fmt: skip
+        problems.append(
+            (
+                "trainer.packing",
+                f"`{facts.model_type}` ignores position ids, so rows packed together would "
+                "read each other; remove `packing`",
+            )
+        )
     return problems
 
 

@@ -310,10 +310,7 @@ LACKING = [
     ),
     (
         {"instruction": "ask", "output": "answers", "system": "x"},
-        [
-            "`x.csv`: no column `x`, which `columns:` gives for `system`; "
-            "the file has `department`, `ask`, `answers`"
-        ],
+        ["`x.csv`: no column `x`, which `columns:` gives for `system`; the file has `department`, `ask`, `answers`"],
     ),
 ]
 
@@ -331,9 +328,7 @@ def test_the_nearest_column_is_named():
 
 
 def test_a_rare_column_may_come_after_the_first_rows():
-    path = write(
-        "x.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "who": "s"}]
-    )
+    path = write("x.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "who": "s"}])
     source = of(path, "alpaca", columns={"system": "who"}, max_samples=1)
     assert problems(source) == (1, [])
 
@@ -572,6 +567,7 @@ MEND = "mend it, or name the encoding with `encoding:`"
         ),
         (CHINESE.encode()[:-1], None, "x.txt:1: byte 96 of the file is not utf-8"),
         ("a\n".encode("utf-16") + b"\0\xdc\0\0", None, "x.txt:2: byte 6 of the file is not utf-16"),
+        (b"abcd", "utf-16", "x.txt:1: byte 0 of the file is not utf-16"),
         (b"a\n\xff\xff", "gbk", "x.txt:2: byte 2 of the file is not gbk"),
     ],
 )

@@ -250,9 +250,7 @@ def test_what_the_library_takes(reference, name, value):
 
 def test_the_choices_that_stand_in_code_are_still_found():
     """After an upgrade: a smaller set means that a pattern in HIDDEN no longer fits."""
-    losses = (
-        "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
-    )
+    losses = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
     losses += "discopop sft sigmoid_norm"
     assert set(_hidden("DPOConfig", "loss_type")) == set(losses.split())
     divergences = "reverse_kl forward_kl js_divergence alpha_divergence"

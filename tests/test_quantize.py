@@ -1,0 +1,407 @@
+"""Tiny models are trained for a moment, quantized as a run would do it, and tried as a stranger would."""
+
+import hashlib
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.errors import StageError
+from stages import _generate, _model, quantize
+
+ASKED = ["高血压", "糖尿病", "感冒", "发烧", "失眠", "胃炎", "贫血", "哮喘", "肺炎", "湿疹"]
+TOLD = [
+    "少盐少油",
+    "多喝水",
+    "注意休息",
+    "按时吃药",
+    "适量运动",
+    "清淡饮食",
+    "保持心情",
+    "定期复查",
+    "戒烟限酒",
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + '：' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant：{% endif %}"
+)
+
+
+def conversations(count):
+    for number in range(count):
+        told = "，".join(TOLD[(number * step + number // 9) % 9] for step in (1, 2, 4))
+        question = f"{ASKED[number % 10]}患者第{number}天应该注意什么？"
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": f"{told}。"}]
+
+
+def write_rows(path, count):
+    rows = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations(count)]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {"path": str(path), "format": "messages"}
+
+
+def save_tokenizer(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([message["content"] for row in conversations(50) for message in row], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build(kind, folder, steps=40):
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    ends = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    if kind == "bloom":
+        model = BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, **ends))
+    else:
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        tied = kind == "tied"
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=tied, **ends))
+    tokenizer = save_tokenizer(folder)
+    texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in conversations(64)]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generation_config.repetition_penalty = 1.1
+    model.save_pretrained(folder)
+    return folder
+
+
+def sha256(folder):
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def notes(out):
+    events = out / "events.jsonl"
+    lines = events.read_text(encoding="utf-8").splitlines() if events.exists() else []
+    return [event["text"] for event in map(json.loads, lines) if event["kind"] == "note"]
+
+
+def config(model, data, samples=32, **settings):
+    calibration = {"data": [data], "samples": samples, "max_length": 40}
+    settings = {"group_size": 32, "seed": 7, **settings}
+    return quantize.Config(model=[str(model)], calibration=calibration, **settings)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """A process like the one a stage runs in; GPTQModel patches what it imports."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 120)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, worker):
+    made = {}
+
+    def model(kind, *steps):
+        if kind not in made:
+            made[kind] = worker(build, kind, tmp_path_factory.mktemp(kind), *steps)
+        return made[kind]
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, worker, models, data):
+    """The result of a whole run of a kind of model, made once."""
+    made = {}
+
+    def run(kind):
+        if kind not in made:
+            out = tmp_path_factory.mktemp(f"{kind}-out")
+            asked = config(models(kind), data)
+            made[kind] = SimpleNamespace(config=asked, out=out, metrics=worker(quantize.run, asked, out))
+        return made[kind]
+
+    return run
+
+
+KINDS = pytest.mark.parametrize("kind", ["bloom", "tied", "untied"])
+
+
+@pytest.mark.train
+@KINDS
+def test_perplexity_stays_near_and_bytes_shrink(done, kind):
+    metrics = done(kind).metrics
+    assert metrics["perplexity_before"] < 30
+    assert metrics["perplexity_after"] == pytest.approx(metrics["perplexity_before"], rel=0.15)
+    assert metrics["bytes_before"] > 2.5 * metrics["bytes_after"]
+    assert metrics["modules"] == (8 if kind == "bloom" else 14)
+    assert metrics["fallback"] == []
+    assert (metrics["calibration_rows"], metrics["perplexity_rows"]) == (32, 64)
+    assert 32 * 20 < metrics["calibration_tokens"] <= 32 * 40
+    assert metrics["answer"]
+    assert math.isfinite(metrics["loss_max"])
+    assert "times smaller, perplexity" in quantize.figure(metrics)
+    json.dumps(metrics, allow_nan=False)
+
+
+@pytest.mark.train
+@KINDS
+def test_every_inner_layer_is_quantized_and_the_rest_is_whole(done, models, kind):
+    before = _model.facts(models(kind)).weights
+    after = _model.facts(done(kind).out).weights
+    inner = {name for name, shape in before.items() if quantize.LAYER.search(name) and len(shape) == 2}
+    assert {name.removesuffix("qweight") + "weight" for name in after if name.endswith("qweight")} == inner
+    assert before.keys() - inner == {name for name in after if name.endswith((".weight", ".bias"))} & before.keys()
+
+
+@pytest.mark.train
+@KINDS
+def test_the_folder_holds_the_model_and_nothing_else(done, models, kind):
+    source, out = models(kind), done(kind).out
+    own = {"config.json", "quantize_config.json", "model.safetensors"}
+    carried = {path.name for path in source.iterdir()} - {"config.json", "model.safetensors"}
+    assert "tokenizer.json" in carried
+    assert "chat_template.jinja" in carried
+    assert "generation_config.json" in carried
+    assert {path.name for path in out.iterdir()} == own | carried
+    for name in carried:
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.train
+@KINDS
+def test_config_says_how_it_was_quantized_and_no_more(done, models, kind):
+    written = json.loads((done(kind).out / "config.json").read_text(encoding="utf-8"))
+    source = json.loads((models(kind) / "config.json").read_text(encoding="utf-8"))
+    quantization = written.pop("quantization_config")
+    assert written == {**source, "dtype": "bfloat16"}
+    assert (quantization["quant_method"], quantization["checkpoint_format"]) == ("gptq", "gptq")
+    assert (quantization["bits"], quantization["group_size"]) == (4, 32)
+    assert set(quantization["meta"]) == set(quantize.META)
+    assert len(json.dumps(quantization)) < 600
+    assert json.loads((done(kind).out / "quantize_config.json").read_text(encoding="utf-8")) == quantization
+
+
+def same_weights(asked, folder, out):
+    held_out, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples)
+    assert not {*map(tuple, held_out)} & {*map(tuple, calibration)}
+    quantize._quantize(asked, _model.facts(folder), folder, calibration, out)
+    return sha256(out / "model")
+
+
+@pytest.mark.train
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models, worker, data, tmp_path):
+    first, folder = done("tied"), models("tied")
+    again = worker(same_weights, first.config, folder, tmp_path / "again")
+    other = worker(same_weights, config(folder, data, seed=8), folder, tmp_path / "other")
+    assert again == sha256(first.out)
+    assert other != again
+
+
+@pytest.mark.train
+def test_memory_or_disk_gives_the_same_weights(done, models, worker, data, tmp_path):
+    asked = config(models("bloom"), data, offload_to_disk=True)
+    assert worker(same_weights, asked, models("bloom"), tmp_path / "disk") == sha256(done("bloom").out)
+
+
+def losses(asked, folder, work, out):
+    _, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples)
+    return quantize._summary(quantize._quantize(asked, _model.facts(folder), folder, calibration, work), out)
+
+
+@pytest.mark.train
+def test_modules_that_were_only_rounded_are_named(models, worker, data, tmp_path):
+    asked = config(models("bloom"), data, fallback={"threshold": 10**6})
+    found = worker(losses, asked, models("bloom"), tmp_path / "work", tmp_path)
+    parts = [
+        "mlp.dense_4h_to_h",
+        "mlp.dense_h_to_4h",
+        "self_attention.dense",
+        "self_attention.query_key_value",
+    ]
+    assert found["fallback"] == [f"transformer.h.{layer}.{part}" for layer in (0, 1) for part in parts]
+    assert (found["modules"], found["loss_max"]) == (8, None)
+    assert notes(tmp_path) == [
+        "8 of 8 modules could not be calibrated and were only rounded: " + ", ".join(found["fallback"][:5]) + ", …"
+    ]
+
+
+@pytest.mark.train
+def test_a_whole_row_as_one_group(models, worker, data, tmp_path):
+    asked = config(models("bloom"), data, group_size=-1)
+    assert worker(losses, asked, models("bloom"), tmp_path / "work", tmp_path)["fallback"] == []
+
+
+@pytest.mark.train
+def test_float16_stays_float16(models, worker, data, tmp_path):
+    folder = worker(halve, models("tied"), tmp_path / "half")
+    worker(losses, config(folder, data), folder, tmp_path / "work", tmp_path)
+    written = json.loads((tmp_path / "work" / "model" / "config.json").read_text(encoding="utf-8"))
+    assert written["dtype"] == "float16"
+
+
+def halve(folder, out):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(out)
+    for path in _model.carried_files(folder):
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+def poison(folder, out):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.transformer.h[0].mlp.dense_h_to_4h.weight, math.nan)
+    model.save_pretrained(out)
+    for path in _model.carried_files(folder):
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+@pytest.mark.train
+def test_broken_weights_are_refused_before_anything_is_quantized(models, worker, data, tmp_path):
+    folder = worker(poison, models("bloom"), tmp_path / "nan")
+    with pytest.raises(StageError) as caught:
+        worker(quantize.run, config(folder, data), tmp_path)
+    assert str(caught.value) == (f"the perplexity of `{folder}` is nan before quantization; look at the stage before")
+
+
+@pytest.mark.train
+def test_too_few_rows(models, worker, tmp_path):
+    with pytest.raises(StageError) as caught:
+        worker(quantize.run, config(models("bloom"), write_rows(tmp_path / "few.jsonl", 11)), tmp_path)
+    assert str(caught.value) == (
+        "the calibration data has 11 different rows, and 16 are the least: 8 to calibrate with and 8 to "
+        "measure perplexity on; add data"
+    )
+
+
+@pytest.mark.train
+def test_conversations_without_a_template(models, worker, data, tmp_path):
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for path in models("bloom").iterdir():
+        if path.name != "chat_template.jinja":
+            (folder / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(StageError) as caught:
+        worker(quantize.run, config(folder, data), tmp_path)
+    assert str(caught.value) == (
+        f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with data of "
+        "`format: text`, or set `template:` at the top"
+    )
+
+
+@pytest.mark.train
+def test_settings_that_gptqmodel_refuses(models, worker, data, tmp_path):
+    asked = config(models("bloom"), data, desc_act=True, act_group_aware=True)
+    with pytest.raises(StageError, match="^GPTQModel refuses the settings of `quantize`: .*desc_act"):
+        worker(quantize.run, asked, tmp_path)
+
+
+@pytest.mark.train
+def test_an_answer_from_the_command_line_is_json_alone(done, models):
+    text = "高血压患者第3天应该注意什么？"
+    answer = _generate.ask([str(models("tied"))], [{"role": "user", "content": text}], max_new_tokens=5)
+    assert answer["answer"]
+    assert (answer["perplexity"], answer["tokens"], answer["missing"]) == (None, 0, [])
+
+
+def test_rows_to_measure_on_are_never_calibrated_with():
+    rows = [[number] for number in range(300)]
+    for count in (16, 17, 100, 150, 192, 300):
+        held_out, calibration = quantize.split(rows[:count], 128)
+        assert 8 <= len(held_out) <= 64
+        assert 8 <= len(calibration) <= 128
+        assert not [row for row in held_out if row in calibration]
+    assert [len(part) for part in quantize.split(rows, 128)] == [64, 128]
+    assert [len(part) for part in quantize.split(rows[:12], 4)] == [8, 4]
+
+
+def test_what_cannot_work_is_known_before_torch_is_loaded():
+    shapes = {"q_proj": (64, 576), "k_proj": (64, 576), "down_proj": (576, 1536)}
+    weights = {f"model.layers.0.mlp.{name}.weight": shape for name, shape in shapes.items()}
+    weights["model.embed_tokens.weight"] = (1000, 577)
+    facts = _model.Facts("the model", {}, weights)
+    source = {"path": "rows.jsonl", "format": "text"}
+    assert quantize.check(config("base", source, group_size=64), facts) == []
+    assert quantize.check(config("base", source, group_size=-1), facts) == []
+    assert quantize.check(config("base", source), None) == []
+    assert quantize.check(config("base", source, group_size=128), facts) == [
+        (
+            "group_size",
+            "128 does not divide the 576 inputs of `model.layers.0.mlp.q_proj` and of 1 more, and vLLM needs "
+            "that; set `group_size: 64`",
+        )
+    ]
+    quantized = _model.Facts("the model", {"quantization_config": {}}, {})
+    asked = quantize.Config(
+        model=["base", "adapter"],
+        calibration={"data": [source]},
+        lm_head=True,
+        format="gptq_v2",
+        mock_quantization=True,
+        dynamic={"-:.*down_proj": {}, "+:.*up_proj": {"damp_percent": 0.1}},
+    )
+    assert quantize.check(asked, quantized) == [
+        ("model", "an adapter cannot be quantized; put a `merge` stage before"),
+        ("lm_head", "plain transformers cannot load a model with `lm_head`; leave it out"),
+        ("format", "transformers and vLLM load `gptq`, not `gptq_v2`; leave it out"),
+        ("mock_quantization", "this rounds without calibration; leave it out"),
+        (
+            "dynamic",
+            "plain transformers cannot load a model whose layers `-:.*down_proj` differ; leave it out",
+        ),
+        ("model", "the model is quantized already; start from the model before"),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 5}, {"group_size": 100}, {"shard_size": "4 GB"}])
+def test_values_that_the_format_does_not_have(wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        config("base", {"path": "rows.jsonl", "format": "text"}, **wrong)
+
+
+def test_how_gptqmodel_says_that_it_only_rounded():
+    assert quantize._loss("0.0000279413") == 0.0000279413
+    for text in ("fallback(rtn): 0.0016098", "rtn fallback", "999999999.0000000000", "unknown"):
+        assert quantize._loss(text) is None
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="(?s)a fresh process could not use .*no-such-folder"):
+        _generate.ask([str(Path("no-such-folder"))])
