@@ -180,7 +180,7 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         key: value for key, value in config.trainer.items() if key not in ("model_init_kwargs", "save_total_limit")
     }
     try:
-        return getattr(trl, kind)(**{**ours, **defaults, **theirs})  # type: ignore[no-any-return]
+        return getattr(trl, kind)(**{**ours, **defaults, **theirs})
     except (ValueError, TypeError, ImportError) as error:
         raise StageError(f"{kind} refuses these settings: {error}") from None
 
