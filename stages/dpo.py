@@ -98,7 +98,7 @@ def _reference(config: Config, args: Any) -> Any:
 def _trainer_class() -> Any:
     from trl import DPOTrainer
 
-    class Trainer(DPOTrainer):  # type: ignore[misc]
+    class Trainer(DPOTrainer):
         """TRL's DPOTrainer that proves its reference on the first batch."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -187,8 +187,8 @@ def split(rows: list[Ids], samples: int) -> tuple[list[Ids], list[Ids]]:
     least = min(LEAST, samples)
     if len(rows) < least + LEAST:
         raise StageError(
-            f"the calibration data has {len(rows)} different rows, and {least + LEAST} are the least: {least} "
-            f"to calibrate with and {LEAST} to measure perplexity on; add data"
+            f"the calibration data has {len(rows)} different rows, and {least + LEAST} are the least: "
+            f"{least} to calibrate with and {LEAST} to measure perplexity on; add data"
         )
     measured = min(MEASURED, max(LEAST, len(rows) - samples))
     return rows[:measured], rows[measured : measured + samples]
@@ -272,7 +272,8 @@ def _publish(folder: Path, made: Path, out: Path) -> None:
 
 def _tried(out: Path, question: str, held_out: list[Ids]) -> dict[str, Any]:
     """What a fresh process gets from the written folder."""
-    found = _generate.ask([str(out)], [{"role": "user", "content": question}], texts=held_out)
+    asked = [{"role": "user", "content": question}]
+    found = _generate.ask([str(out)], asked, max_new_tokens=64, texts=held_out)
     if found["missing"]:
         names = ", ".join(found["missing"][:5])
         raise StageError(f"transformers cannot load the quantized model: it finds no {names}; quantize all layers")

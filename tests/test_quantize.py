@@ -3,6 +3,9 @@
 import hashlib
 import json
 import math
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -321,24 +324,65 @@ def test_conversations_without_a_template(models, worker, data, tmp_path):
     with pytest.raises(StageError) as caught:
         worker(quantize.run, config(folder, data), tmp_path)
     assert str(caught.value) == (
-        f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with data of "
-        "`format: text`, or set `template:` at the top"
+        f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
+        "data of `format: text`, or set `template:` at the top"
     )
 
 
 @pytest.mark.train
 def test_settings_that_gptqmodel_refuses(models, worker, data, tmp_path):
     asked = config(models("bloom"), data, desc_act=True, act_group_aware=True)
-    with pytest.raises(StageError, match="^GPTQModel refuses the settings of `quantize`: .*desc_act"):
+    with pytest.raises(StageError, match="GPTQModel refuses the settings of `quantize`"):
         worker(quantize.run, asked, tmp_path)
 
 
+def adapt(folder, out):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    targets = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), targets).save_pretrained(out)
+    for path in _model.carried_files(folder):
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+def respond(*folders):
+    asked = [{"role": "user", "content": "高血压患者第3天应该注意什么？"}]
+    return _generate.respond({"model": list(map(str, folders)), "messages": asked, "max_new_tokens": 5})
+
+
 @pytest.mark.train
-def test_an_answer_from_the_command_line_is_json_alone(done, models):
-    text = "高血压患者第3天应该注意什么？"
-    answer = _generate.ask([str(models("tied"))], [{"role": "user", "content": text}], max_new_tokens=5)
-    assert answer["answer"]
-    assert (answer["perplexity"], answer["tokens"], answer["missing"]) == (None, 0, [])
+def test_the_command_line_writes_json_alone_and_folds_adapters(models, worker, tmp_path):
+    base, adapter = models("tied"), worker(adapt, models("tied"), tmp_path / "adapter")
+    asked = {"messages": [{"role": "user", "content": "高血压患者第3天应该注意什么？"}], "max_new_tokens": 5}
+    done = subprocess.run(
+        [sys.executable, "-m", "stages._generate", str(base), str(adapter)],
+        input=json.dumps({**asked, "texts": [[5, 6, 7], [8, 9]]}).encode(),
+        stdout=subprocess.PIPE,
+        cwd=Path(_generate.__file__).parent.parent,
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    # A fresh adapter changes nothing, so the chain answers as its base does.
+    assert answer["answer"] == worker(respond, base)["answer"] != ""
+    assert answer["tokens"] == 3
+    assert 1 < answer["perplexity"] < math.inf
+
+
+def missing(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return _generate.load([str(folder)])[1]
+
+
+@pytest.mark.train
+def test_weights_that_transformers_makes_up_are_named(models, worker, tmp_path):
+    shutil.copytree(models("untied"), tmp_path / "headless")
+    assert worker(missing, tmp_path / "headless") == ["lm_head.weight"]
 
 
 def test_rows_to_measure_on_are_never_calibrated_with():
@@ -402,6 +446,7 @@ def test_how_gptqmodel_says_that_it_only_rounded():
         assert quantize._loss(text) is None
 
 
-def test_a_process_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="(?s)a fresh process could not use .*no-such-folder"):
-        _generate.ask([str(Path("no-such-folder"))])
+@pytest.mark.train
+def test_a_process_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^a fresh process could not use (.|\n)*config\.json"):
+        _generate.ask([str(tmp_path)])

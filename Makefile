@@ -1,0 +1,38 @@
+# make demo · make test · make check · make pt|sft|dpo|merge|quantize [CONFIG=configs/x.yaml]
+CONFIG ?= configs/tiny.yaml
+SAVES ?= saves
+PYTHON ?= python3
+BIN := .venv/bin
+STAGES := pt sft dpo merge quantize
+
+.PHONY: demo test test-fast test-train check format clean $(STAGES)
+
+demo: .venv/ready  ## the whole chain on a tiny model made on the spot
+	$(BIN)/pipeline run configs/tiny.yaml --saves $(SAVES)
+
+$(STAGES): .venv/ready  ## every stage up to this one
+	$(BIN)/pipeline run $(CONFIG) --saves $(SAVES) --until $@
+
+test: test-fast test-train
+
+test-fast: .venv/ready  ## no torch, seconds
+	$(BIN)/python -m pytest -q -m "not train"
+
+test-train: .venv/ready  ## trains, merges and quantizes tiny models
+	$(BIN)/python -m pytest -q -m train
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/ready: pyproject.toml constraints.txt install.sh
+	./install.sh $(PYTHON)
+	@touch $@
+
+clean:  ## what was built; outputs in saves/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

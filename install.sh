@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the project into it, with uv when it is there, else with pip. Usage: install.sh [PYTHON]
+# Without an NVIDIA GPU a CPU build of torch is preferred wherever one is at hand: in a folder that pip or uv is told
+# to look in (PIP_FIND_LINKS, UV_FIND_LINKS), or through uv's own `--torch-backend`. Else it is the normal build.
+set -euo pipefail
+cd "$(dirname "$0")"
+python=${1:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    echo "Python 3.11 or newer is needed; \`$python\` is $("$python" --version 2>&1 || echo missing). Name one: make PYTHON=python3.12" >&2
+    exit 2
+}
+torch=$(grep '^torch==' constraints.txt)
+gpu=no
+command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && gpu=yes
+
+if command -v uv >/dev/null; then
+    [ -x .venv/bin/python ] || uv venv --quiet --python "$python" .venv
+    export VIRTUAL_ENV=$PWD/.venv
+    links=()
+    for folder in ${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}; do links+=(--find-links "$folder"); done
+    if [ $gpu = no ]; then
+        uv pip install --quiet ${links[@]+"${links[@]}"} "$torch+cpu" 2>/dev/null ||
+            uv pip install --quiet --torch-backend cpu "$torch" 2>/dev/null ||
+            uv pip install --quiet ${links[@]+"${links[@]}"} "$torch"
+    else
+        uv pip install --quiet "$torch"
+    fi
+    uv pip install --quiet ${links[@]+"${links[@]}"} --constraint constraints.txt --editable '.[dev]'
+else
+    [ -x .venv/bin/pip ] || "$python" -m venv .venv
+    if [ $gpu = no ]; then
+        .venv/bin/pip install --quiet "$torch+cpu" 2>/dev/null || .venv/bin/pip install --quiet "$torch"
+    else
+        .venv/bin/pip install --quiet "$torch"
+    fi
+    .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+fi
