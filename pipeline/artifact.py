@@ -1,5 +1,6 @@
 """A stage's finished folder and its record: `record.json` is written last, so no record means no artifact."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -114,7 +115,8 @@ class Hashes:
             fresh.write_text(json.dumps(self.known), encoding="utf-8")
             fresh.replace(self.cache)
         except OSError:
-            fresh.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fresh.unlink()
 
 
 def _age_ns(stat: os.stat_result) -> int:

@@ -65,7 +65,7 @@ class Pipeline:
 
     @property
     def name(self) -> str:
-        return re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.stem)
+        return re.sub(r"[^\w.-]+", "_", self.path.stem)
 
 
 def kinds() -> list[str]:
@@ -122,7 +122,7 @@ class _Checker:
         for name, raw in written.items():
             self.read_stage(name, raw, template, launch)
         if self.problems:
-            raise ConfigError(_in_order(self.problems))
+            raise ConfigError(in_order(self.problems))
         return Pipeline(self.path, self.document, self.data, self.stages, root.get("question"))
 
     def at_key(self, key: Key, text: str) -> None:
@@ -148,16 +148,16 @@ class _Checker:
             source = self.model(Source, raw, ("data", name), f"data `{name}`")
             self.data[name] = source or NONE_YET
 
-    def read_template(self, written: Any) -> str | None:
+    def read_template(self, written: Any, key: Key = ("template",)) -> str | None:
         if written is None:
             return None
         if not isinstance(written, str):
-            self.at_value(("template",), "`template` is a built-in name, a .jinja file or a prompt-template .json file")
+            self.at_value(key, "`template` is a built-in name, a .jinja file or a prompt-template .json file")
             return None
         try:
             return _template.text(written)
         except StageError as error:
-            self.at_value(("template",), str(error))
+            self.at_value(key, str(error))
             return None
 
     def read_stage(self, name: str, raw: Any, template: str | None, launch: Launch) -> None:
@@ -183,6 +183,8 @@ class _Checker:
             if not getattr(kind, "PARALLEL", False):
                 self.at_key((*key, "launch"), f"stage `{name}`: `{use}` runs in one process; remove `launch`")
         launch = launch if getattr(kind, "PARALLEL", False) else Launch()
+        if "template" in raw and "template" in kind.Config.model_fields:
+            raw["template"] = self.read_template(raw["template"], (*key, "template"))
         self.fill_in(kind.Config.model_fields, raw, template)
         self.resolve_data(raw, key, name)
         model = self.starting_model(kind.Config.model_fields, raw, key, name)
@@ -320,8 +322,10 @@ def _wanted(found: Any) -> str:
     for word, text in kinds.items():
         if found["type"].startswith(f"{word}_") and "pattern" not in found["type"]:
             return text
-    message = str(found["msg"]).removeprefix("Input should be ").removeprefix("String should ")
-    return message[0].lower() + message[1:]
+    if found["type"] == "string_pattern_mismatch":
+        return f"text that matches `{found['ctx']['pattern']}`"
+    message = str(found["msg"]).removeprefix("Input should be ")
+    return f"a number {message}" if found["type"].startswith(("greater", "less")) else message[0].lower() + message[1:]
 
 
 def _shown(value: Any) -> str:
@@ -329,7 +333,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _in_order(problems: Sequence[str]) -> list[str]:
+def in_order(problems: Sequence[str]) -> list[str]:
     """By line, as a reader of the file meets them; each once."""
 
     def line(problem: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ MAX_DEPTH = 32
 
 Key = tuple[str | int, ...]
 
-_INT = re.compile(r"[-+]?[0-9]+$|0x[0-9a-fA-F]+$|0o[0-7]+$")
+_INT = re.compile(r"[-+]?[0-9]{1,99}$|0x[0-9a-fA-F]+$|0o[0-7]+$")  # Python refuses to read thousands of digits
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(["", "~", "null", "Null", "NULL"]),
@@ -32,7 +32,9 @@ _WORDS: dict[str, Any] = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        """PyYAML asks for the tag of what is written without one; so a node with a tag had it in the file."""
+        return ""
 
 
 @dataclass
@@ -114,12 +116,14 @@ def parse(text: str, name: str, *, wants_mapping: bool = True) -> Document:
     document = Document(name)
     try:
         node = yaml.compose(text, Loader=_Loader)
-        if node is not None:
-            document.data = _Reader(document).value(node, ())
+        value: Any = {} if wants_mapping else None
+        document.data = value if node is None else _Reader(document).value(node, ())
     except yaml.MarkedYAMLError as error:
         document.problems.append(_syntax(name, text, error))
-    except (yaml.YAMLError, RecursionError) as error:
-        document.problems.append(f"{name}: not valid YAML ({str(error) or 'nested too deeply'})")
+    except yaml.YAMLError as error:
+        document.problems.append(f"{name}: not valid YAML ({str(error).splitlines()[0]})")
+    except RecursionError:
+        document.problems.append(f"{name}: not valid YAML (nested deeper than {MAX_DEPTH} levels)")
     if wants_mapping and not document.problems and not isinstance(document.data, dict):
         document.problems.append(f"{name}:1:1: a config is a mapping such as `stages: …`")
     return document
@@ -134,7 +138,8 @@ def _syntax(name: str, text: str, error: yaml.MarkedYAMLError) -> str:
     place = f"{name}:{mark.line + 1}:{mark.column + 1}"
     if "\t" in line[: mark.column + 1]:
         return f"{place}: a tab; YAML is indented with spaces"
-    return f"{place}: not valid YAML ({error.problem})"
+    problem = f"{error.context} {error.problem}" if str(error.problem).startswith("but ") else error.problem
+    return f"{place}: not valid YAML ({problem})"
 
 
 class _Reader:
@@ -149,10 +154,10 @@ class _Reader:
         place = self._place(node)
         self.document.values[key] = place
         if self.nodes > MAX_NODES:
-            raise yaml.YAMLError("its aliases expand to more values than a config can hold")
+            raise yaml.MarkedYAMLError(problem="more values than a config can hold", problem_mark=node.start_mark)
         if len(key) > MAX_DEPTH:
-            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels")
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag[18:] not in ("str", "map", "seq"):
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=node.start_mark)
+        if node.tag:
             shown = node.tag.replace("tag:yaml.org,2002:", "!!")
             self.document.problems.append(f"{place}: the tag `{shown}` is refused; write a plain value")
             return None
@@ -160,6 +165,8 @@ class _Reader:
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
+        if re.search("[\ud800-\udfff]", node.value):
+            self.document.problems.append(f"{place}: half a character (a lone surrogate); write the whole character")
         plain = getattr(node, "style", None) is None  # quoted words stay text
         return _scalar(node.value) if plain else node.value
 
@@ -167,7 +174,7 @@ class _Reader:
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             place = self._place(key_node)
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag:
                 self.document.problems.append(f"{place}: a key is one word")
                 continue
             word = key_node.value

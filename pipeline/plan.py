@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from pipeline import artifact
-from pipeline.config import Pipeline, Stage
-from pipeline.errors import ConfigError, StageError
+from pipeline.config import Pipeline, Stage, in_order
+from pipeline.errors import ConfigError, StageError, nearest
 from stages import _checkpoint, _model, _rows
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets")
@@ -90,7 +90,7 @@ def build(pipeline: Pipeline, saves: Path, *, fetch: bool = False, until: str | 
     """
     names = [stage.name for stage in pipeline.stages]
     if until is not None and until not in names:
-        raise ConfigError([f"--until {until}: there is no such stage; there is " + ", ".join(f"`{n}`" for n in names)])
+        raise ConfigError([f"--until {until}: there is no such stage{nearest(until, names)}"])
     plan = Plan(pipeline, saves)
     _check_place(plan)
     hashes = artifact.Hashes(saves / ".hashes.json")
@@ -187,7 +187,8 @@ class _Placer:
     def problem(self, stage: Stage, setting: str, text: str) -> None:
         document = self.plan.pipeline.document
         key = ("stages", stage.name, *setting.split(".")) if setting else ("stages", stage.name)
-        if setting in ("model", "template") and key not in document.keys:
+        from_top = setting == "template" or (setting == "model" and not (stage.model or "").startswith("$"))
+        if from_top and key not in document.keys and (setting,) in document.keys:
             key = (setting,)
         self.plan.problems.append(f"{document.value_place(key)}: stage `{stage.name}`: {text}")
 
@@ -197,17 +198,18 @@ class _Placer:
             self.check_data(source)
         check = getattr(stage.module, "check", None)
         if check is not None and (model is not None or stage.model is None):
-            for setting, text in check(stage.config, model.facts if model else None):
+            config = stage.config if model is None else stage.config.model_copy(update={"model": model.folders})
+            for setting, text in check(config, model.facts if model else None):
                 self.problem(stage, setting, text)
 
     def check_data(self, source: _rows.Source) -> None:
-        name = next(name for name, declared in self.plan.pipeline.data.items() if declared == source)
-        if name in self.plan.rows:
+        names = [name for name, declared in self.plan.pipeline.data.items() if declared == source]
+        if names[0] in self.plan.rows:
             return
         count, problems = _rows.problems(source)
-        self.plan.rows[name] = count
-        place = self.plan.pipeline.document.key_place(("data", name))
-        self.plan.problems += [f"{place}: data `{name}`: {text}" for text in problems]
+        self.plan.rows.update(dict.fromkeys(names, count))
+        place = self.plan.pipeline.document.key_place(("data", names[0]))
+        self.plan.problems += [f"{place}: data `{names[0]}`: {text}" for text in problems]
 
     def recipe(self, stage: Stage) -> dict[str, Any]:
         """What the stage does, in values that can be compared: settings, and the content of its data by hash."""
@@ -256,8 +258,9 @@ class _Placer:
         document = self.plan.pipeline.document
 
         def place(path: str) -> str:
-            key = ("stages", stage.name, *path.split("."))
-            return f" ({':'.join(document.keys[key].split(':')[:2])})" if key in document.keys else ""
+            words = tuple(path.split("."))
+            keys = [key for key in (("stages", stage.name, *words), words) if key in document.keys]
+            return f" ({':'.join(document.keys[keys[0]].split(':')[:2])})" if keys else ""
 
         return place
 
@@ -327,6 +330,5 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: with every problem of every stage.
     """
-    problems: Sequence[str] = list(dict.fromkeys(plan.problems))
-    if problems:
-        raise ConfigError(problems)
+    if plan.problems:
+        raise ConfigError(in_order(plan.problems))

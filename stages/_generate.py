@@ -80,13 +80,17 @@ def load(folders: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def _without_compiling(folder: Path) -> dict[str, Any]:
-    """On a CPU, GPTQModel would compile a kernel for minutes; its plain one gives the same numbers."""
+    """On a CPU, GPTQModel would compile a kernel for minutes; its plain one gives the same numbers.
+
+    That one unpacks the weights for every token, unless told to keep what it has unpacked.
+    """
     quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
     if quantization.get("quant_method") != "gptq":
         return {}
     import torch._dynamo.config
     from transformers import GPTQConfig
 
+    os.environ.setdefault("GPTQ_TORCH_CACHE_WEIGHTS", "1")
     torch._dynamo.config.disable = True
     return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend="torch")}
 

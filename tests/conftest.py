@@ -1,0 +1,113 @@
+"""Tiny models made on the spot and rows of this project's own data: no network, no GPU, no luck."""
+
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from stages import _model, _rows, _template, _trainer, init
+
+DATA = Path(__file__).parent.parent / "data"
+FILES = {"alpaca": "med_qa.json", "text": "med_book.jsonl", "preference": "med_prefer.jsonl"}
+# A few steps at a rate that shows; a checkpoint or recomputed activations would only cost time.
+QUICK = {
+    "learning_rate": 1e-2,
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "max_length": 512,
+    "activation_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """The first rows of this project's own data, as a stage names them."""
+
+    def source(kind, count):
+        return _rows.Source(path=str(DATA / FILES[kind]), format=kind, max_samples=count)
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, rows):
+    """The folder of an untrained model, made once a kind; `template` is a built-in name or None."""
+    import torch
+
+    torch.set_num_threads(1)  # two threads wait for each other: 4 steps take 7 s instead of 1 s on two busy cores
+    made = {}
+
+    def model(architecture, *, tied=True, template="med"):
+        key = (architecture, tied, template)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(architecture)
+            sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 600}
+            config = init.Config(
+                architecture=architecture,
+                data=[rows("alpaca", 40), rows("text", 20)],
+                tie_word_embeddings=tied,
+                template=template and _template.text(template),
+                **sizes,
+            )
+            init.run(config, made[key])
+        return made[key]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory, tiny):
+    """Run a training stage in this process; hands out its folder, its metrics and the trainer that it built.
+
+    LoRA of rank 4 unless `lora=None`; `trainer` comes over a few quick steps; `callback` sees every step.
+    """
+
+    def run(stage, model, data, *, out=None, callback=None, trainer=None, **settings):
+        folder = out or tmp_path_factory.mktemp(stage.__name__.rpartition(".")[2])
+        settings = {"lora": {"r": 4}, **settings, "trainer": {**QUICK, **(trainer or {})}}
+        config = stage.Config(model=list(map(str, model)), data=[data], **settings)
+        real, seen, handler = _trainer.train, [], signal.getsignal(signal.SIGTERM)
+
+        def train(built, *arguments):
+            seen.append(built)
+            if callback:
+                built.add_callback(callback)
+            return real(built, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_trainer, "train", train)
+            try:
+                metrics = stage.run(config, folder)
+            finally:
+                signal.signal(signal.SIGTERM, handler)  # a stage takes it over
+        return SimpleNamespace(out=folder, metrics=metrics, trainer=seen[0])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def adapt(tmp_path_factory, tiny):
+    """The folder of an adapter on a chain, as training leaves it, with random weights in place of trained ones."""
+
+    def adapter(chain, seed=0, **lora):
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        folder = tmp_path_factory.mktemp("adapter")
+        torch.manual_seed(seed)
+        settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
+        model = get_peft_model(_model.load(list(map(str, chain))), LoraConfig(**settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        for path in _model.carried_files(chain[-1]):
+            shutil.copy(path, folder)
+        return folder
+
+    return adapter

@@ -1,0 +1,87 @@
+"""Adapters are folded as PEFT applies them: on every architecture, of every kind, one after another."""
+
+import shutil
+
+import pytest
+
+from pipeline.errors import StageError
+from stages import _lora, _model
+
+pytestmark = pytest.mark.train
+
+KINDS = {
+    "plain": {},
+    "rank-stabilised": {"use_rslora": True, "lora_alpha": 3},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}, "alpha_pattern": {"down_proj": 5}},
+    "DoRA": {"use_dora": True},
+    "one layer": {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+    "whole modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+def same(folded, expected, tolerance=1e-6):
+    assert folded.keys() == expected.keys()
+    for name, weight in folded.items():
+        assert (weight - expected[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_is_what_peft_merges(tiny, adapt, kind):
+    from peft import PeftModel
+
+    base = tiny("llama", tied=False)
+    adapter = adapt([base], **KINDS[kind])
+    merged = PeftModel.from_pretrained(_model.load([str(base)]), adapter).merge_and_unload()
+    same(_model.load([str(base), str(adapter)]).state_dict(), merged.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["plain", "DoRA", "whole modules"])
+def test_adapters_are_folded_in_their_order(tiny, adapt, kind):
+    from peft import PeftModel
+
+    base = tiny("llama", tied=False)
+    first = adapt([base], seed=1, **KINDS[kind])
+    second = adapt([base, first], seed=2, **KINDS[kind])
+    merged = _model.load([str(base)])
+    for adapter in (first, second):
+        merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
+    same(_model.load([str(base), str(first), str(second)]).state_dict(), merged.state_dict())
+
+
+def test_biases_that_were_trained_are_folded(tiny, adapt):
+    from peft import PeftModel
+
+    base = tiny("bloom")
+    adapter = adapt([base], bias="all")
+    merged = PeftModel.from_pretrained(_model.load([str(base)]), adapter).merge_and_unload()
+    same(_model.load([str(base), str(adapter)]).state_dict(), merged.state_dict())
+
+
+def test_a_fresh_adapter_changes_nothing(tiny, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base = str(tiny("qwen2"))
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(_model.load([base]), config).save_pretrained(tmp_path)
+    for name, weight in _model.load([base, str(tmp_path)]).state_dict().items():
+        assert torch.equal(weight, _model.load([base]).state_dict()[name])
+
+
+def test_an_adapter_of_another_model_is_refused(tiny, adapt):
+    adapter = adapt([tiny("llama")], target_modules=["q_proj", "up_proj"])
+    with pytest.raises(StageError) as caught:
+        _model.load([str(tiny("bloom")), str(adapter)])
+    assert str(caught.value) == (
+        f"8 tensors of the adapter `{adapter}` have no place in the base (first "
+        "`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`): it was trained on another model, or its kind "
+        "cannot be folded"
+    )
+
+
+def test_an_adapter_that_is_cut_off_is_refused(tiny, adapt, tmp_path):
+    adapter = shutil.copytree(adapt([tiny("llama")]), tmp_path / "torn")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(StageError, match=rf"^the adapter `{adapter}` cannot be read \(.+\)$"):
+        _lora.Adapter(str(adapter))
