@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, StageError, nearest
 from stages import _model, _template
 from stages._rows import Source
 
-NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}$")  # becomes a folder name
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}\Z")  # becomes a folder name
 ROOT = ("model", "template", "data", "stages", "launch", "seed", "question")
 NONE_YET = Source.model_construct(
     path="?", format="text"
@@ -266,7 +266,7 @@ class _Checker:
                 where = (*key, prefix, word) if prefix else (*key, word)
                 text = settings.problem(reference, word, value)
                 if text and not prefix and (close := get_close_matches(word, own, n=1, cutoff=0.75)):
-                    text = f"has no setting `{word}`; did you mean `{close[0]}`?"
+                    text = f"there is no setting `{word}`; did you mean `{close[0]}`?"
                 if text:
                     unknown = word not in settings.settings(reference)
                     report = self.at_key if unknown else self.at_value

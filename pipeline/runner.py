@@ -294,29 +294,15 @@ class _Launched:
 
     def __init__(self, step: plan.Step) -> None:
         processes = step.stage.launch.processes
-        gpu = shutil.which("nvidia-smi") is not None
-        where = ["--multi_gpu"] if gpu else ["--cpu"]
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *where,
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            str(_free_port()),
-            "-m",
-            "pipeline.worker",
-            str(step.part / SPEC),
-        ]
+        # `--multi_gpu` is accelerate's word for several processes on this machine; `--cpu` would start only one.
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", "--main_process_port", str(_free_port())]
+        command += ["-m", "pipeline.worker", str(step.part / SPEC)]
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
+        if shutil.which("nvidia-smi") is None:
+            environment["ACCELERATE_USE_CPU"] = "true"
         with open(step.part / worker.LOG, "ab") as log:
             # A session of its own: Ctrl-C reaches the runner, which tells the first process to stop.
             self.process = subprocess.Popen(

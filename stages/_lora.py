@@ -25,14 +25,14 @@ class Adapter:
     """One adapter folder in PEFT's layout; remembers which of its tensors were used."""
 
     def __init__(self, folder: str) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.folder = folder
         path = Path(folder, "adapter_config.json")
         try:
             self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             self.file: Any = safe_open(str(Path(folder, "adapter_model.safetensors")), framework="pt")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise StageError(f"the adapter `{folder}` cannot be read ({error})") from None
         self.unused: set[str] = set(self.file.keys())
 
@@ -56,8 +56,10 @@ class Adapter:
 
     def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
         """`weight` (out × in, float32) with this adapter's share for the parameter `name` added."""
-        whole = self.take(name)
-        if whole is not None:  # modules_to_save
+        whole = self.take(name)  # modules_to_save
+        if whole is None and name.endswith(".bias"):  # `bias: all` of a layer that has LoRA too
+            whole = self.take(f"{name.removesuffix('.bias')}.base_layer.bias")
+        if whole is not None:
             return whole
         module = name.removesuffix(".weight")
         if name.endswith(".bias"):

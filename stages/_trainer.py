@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
+# Kinds of LoRA that are no plain update of a weight.
+UNFOLDABLE = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config")
+UNFOLDABLE += ("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
 
 
 class TrainingConfig(BaseModel):
@@ -75,7 +78,7 @@ def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *
             )
         )
     if config.lora is not None:
-        problems += _check_targets(config.lora, facts)
+        problems += _check_targets(config.lora, facts) + _check_foldable(config.lora)
     if chat or config.template:
         problems += check_template(config.template, facts)
     return problems
@@ -98,6 +101,15 @@ def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[Problem
         for target in targets
         if not any(name == target or name.endswith(f".{target}") for name in modules)
     ]
+
+
+def _check_foldable(lora: Mapping[str, Any]) -> list[Problem]:
+    advice = "later stages could not fold the adapter into its base; remove it"
+    problems = [(f"lora.{name}", f"with `{name}` {advice}") for name in UNFOLDABLE if lora.get(name)]
+    start = str(lora.get("init_lora_weights"))
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        problems.append(("lora.init_lora_weights", f"`{start}` also changes the base, so {advice}"))
+    return problems
 
 
 def check_template(template: str | None, facts: _model.Facts) -> list[Problem]:

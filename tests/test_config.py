@@ -1,9 +1,11 @@
 """A YAML file in, every mistake in it out: at once, in line order, each one sentence."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.cli import main
-from pipeline.config import kinds, load
+from pipeline.config import kinds, load, module
 
 ROWS = {
     "books.jsonl": '{"text": "a"}\n{"text": "b"}\n',
@@ -51,7 +53,7 @@ def test_a_config_without_a_mistake_says_what_it_would_run(project):
     )
 
 
-def test_nine_mistakes_are_reported_at_once_in_the_order_of_the_file(project):
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(project):
     text = """\
 template: medd
 modell: m
@@ -156,7 +158,7 @@ stages:
             "quantize: {calibrationn: {data: consult}}",
             [
                 "8:3: stage `quantize` needs `calibration`",
-                "8:14: stage `quantize`: has no setting `calibrationn`; did you mean `calibration`?",
+                "8:14: stage `quantize`: there is no setting `calibrationn`; did you mean `calibration`?",
             ],
         ),
         ("quantize: {calibration: {samples: 3}}", ["8:14: stage `quantize` needs `calibration.data`"]),
@@ -185,7 +187,7 @@ def test_a_mistake_in_a_stage_names_its_place_the_word_and_what_is_wanted(projec
             "8:3: `/tmp/x` is no name for a stage; use small letters, digits, `_` and `-`",
         ),
         ("..: {use: merge}", "8:3: `..` is no name for a stage; use small letters, digits, `_` and `-`"),
-        ("'x\\n': {use: merge}", "8:3: `x\\n` is no name for a stage; use small letters, digits, `_` and `-`"),
+        ('"x\\n": {use: merge}', "8:3: `x\n` is no name for a stage; use small letters, digits, `_` and `-`"),
         (
             f"{'x' * 65}: {{use: merge}}",
             f"8:3: `{'x' * 65}` is no name for a stage; use small letters, digits, `_` and `-`",
@@ -193,10 +195,6 @@ def test_a_mistake_in_a_stage_names_its_place_the_word_and_what_is_wanted(projec
         ("../x:", "8:3: there is no stage `../x`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`"),
         ("_trainer:", "8:3: there is no stage `_trainer`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`"),
         ("x: {use: ../x}", "8:12: there is no stage `../x`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`"),
-        (
-            "x: {use: [sft]}",
-            "8:12: there is no stage `['sft']`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`",
-        ),
     ],
 )
 def test_a_stage_cannot_leave_the_saves_folder(project, line, expected):
@@ -223,8 +221,6 @@ def test_the_second_stage_of_a_kind_names_its_kind(project):
 
 
 def load_here(*assignments):
-    from pathlib import Path
-
     return load(Path("x.yaml"), assignments)
 
 
@@ -332,9 +328,9 @@ def test_what_is_assigned_on_the_command_line_is_checked_like_the_file(project):
     assert project(text, *(word for value in words for word in ("--set", value))) == refused(
         "--set dop.data: there is no `dop` here; there is `data`, `launch`, `model`, `question`, `seed`, `stages`, "
         "`template`",
-        "--set sft.seed: stage `sft`: `seed` is `x`; it wants a whole number",
         "--set sft.trainer.lerning_rate: stage `sft`: SFTConfig has no setting `lerning_rate`; did you mean "
         "`learning_rate`?",
+        "--set sft.seed: stage `sft`: `seed` is `x`; it wants a whole number",
     )
 
 
@@ -342,16 +338,12 @@ def test_two_configs_with_chinese_names_have_two_names(project):
     project(TOP)
     names = []
     for file in ("医疗.yaml", "法律.yaml", "my model v1.0.yaml"):
-        from pathlib import Path
-
         Path(file).write_text(TOP, encoding="utf-8")
         names.append(load(Path(file)).name)
     assert names == ["医疗", "法律", "my_model_v1.0"]
 
 
 def test_every_stage_kind_has_a_config_a_run_a_figure_and_a_version():
-    from pipeline.config import module
-
     for use in kinds():
         missing = {"Config", "run", "figure", "VERSION", "__doc__"} - set(vars(module(use)))
         assert not missing, use

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from pipeline.errors import StageError
-from stages import _lora, _model
+from stages import _lora, _model, sft
 
 pytestmark = pytest.mark.train
 
@@ -48,11 +48,12 @@ def test_adapters_are_folded_in_their_order(tiny, adapt, kind):
     same(_model.load([str(base), str(first), str(second)]).state_dict(), merged.state_dict())
 
 
-def test_biases_that_were_trained_are_folded(tiny, adapt):
+@pytest.mark.parametrize("lora", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}], ids=str)
+def test_biases_that_were_trained_are_folded(tiny, adapt, lora):
     from peft import PeftModel
 
     base = tiny("bloom")
-    adapter = adapt([base], bias="all")
+    adapter = adapt([base], **lora)
     merged = PeftModel.from_pretrained(_model.load([str(base)]), adapter).merge_and_unload()
     same(_model.load([str(base), str(adapter)]).state_dict(), merged.state_dict())
 
@@ -85,3 +86,33 @@ def test_an_adapter_that_is_cut_off_is_refused(tiny, adapt, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(StageError, match=rf"^the adapter `{adapter}` cannot be read \(.+\)$"):
         _lora.Adapter(str(adapter))
+
+
+def test_kinds_that_could_not_be_folded_are_refused_before_training(tiny, rows):
+    facts = _model.facts(tiny("llama"))
+
+    def problems(lora):
+        return sft.check(sft.Config(model=["base"], data=[rows("alpaca", 1)], lora=lora), facts)
+
+    advice = "later stages could not fold the adapter into its base; remove it"
+    assert problems({"init_lora_weights": "pissa_niter_4", "use_qalora": True, "r": 4}) == [
+        ("lora.use_qalora", f"with `use_qalora` {advice}"),
+        ("lora.init_lora_weights", f"`pissa_niter_4` also changes the base, so {advice}"),
+    ]
+    for start in (True, "gaussian", "orthogonal"):
+        assert problems({"init_lora_weights": start, "use_qalora": False, "use_dora": True}) == []
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_an_adapter_is_folded_as_it_was_trained(tiny, train, rows, start):
+    import torch
+
+    base = tiny("qwen3")
+    lora = {"r": 4, "init_lora_weights": start, "use_dora": start is True}
+    done = train(sft, [base], rows("alpaca", 4), lora=lora, trainer={"max_steps": 2})
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        expected = done.trainer.model.eval()(input_ids=ids).logits
+        folded = _model.load([str(base), str(done.out)])(input_ids=ids).logits
+        assert (folded - expected).abs().max() <= 1e-5
+        assert (_model.load([str(base)])(input_ids=ids).logits - expected).abs().max() > 1e-3

@@ -1,0 +1,197 @@
+"""The merged folder is the chain: the same logits, tokenizer and template, in files that a stranger loads."""
+
+import json
+import shutil
+
+import pytest
+
+from pipeline.errors import StageError
+from stages import _model, merge
+
+pytestmark = pytest.mark.train
+
+PROBE = "感冒了要不要吃抗生素？多休息，多喝水。"
+KINDS = {
+    "rank-stabilised": {"use_rslora": True, "lora_alpha": 3},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}, "alpha_pattern": {"down_proj": 5}},
+    "DoRA": {"use_dora": True},
+}
+
+
+def logits(model, folder):
+    import torch
+    from transformers import AutoTokenizer
+
+    with torch.no_grad():
+        return model.eval()(**AutoTokenizer.from_pretrained(folder)(PROBE, return_tensors="pt")).logits
+
+
+def served(folder):
+    """The logits of a folder as a stranger loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    return logits(model, folder)
+
+
+def trained(chain):
+    """The logits of a chain as its last stage trained: PEFT folds all adapters but the last, which stays beside."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(chain[0])
+    for adapter in chain[1:]:
+        model = PeftModel.from_pretrained(model, adapter)
+        if adapter != chain[-1]:
+            model = model.merge_and_unload()
+    return logits(model, chain[-1])
+
+
+def merged(chain, out, **settings):
+    return merge.run(merge.Config(model=list(map(str, chain)), **settings), out)
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one adapter", "two adapters"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ["bloom", "llama", "qwen2", "qwen3"])
+def test_the_merged_model_answers_as_the_chain(tiny, adapt, tmp_path, architecture, tied, count):
+    chain = [tiny(architecture, tied=tied)]
+    for seed in range(count):
+        chain.append(adapt(chain, seed))
+    metrics = merged(chain, tmp_path)
+    expected = trained(chain)
+    assert (served(tmp_path) - expected).abs().max() <= 1e-4
+    assert (served(chain[0]) - expected).abs().max() > 0.01
+    assert (metrics["adapters"], metrics["shards"]) == (count, 1)
+    assert metrics["bytes"] == (tmp_path / "model.safetensors").stat().st_size
+    assert metrics["logit_difference"] <= 1e-4
+    assert metrics["largest_logit"] > 0.1
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one adapter", "two adapters"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_lora_is_merged(tiny, adapt, tmp_path, kind, count):
+    chain = [tiny("llama")]
+    for seed in range(count):
+        chain.append(adapt(chain, seed, **KINDS[kind]))
+    merged(chain, tmp_path)
+    assert (served(tmp_path) - trained(chain)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one adapter", "two adapters"])
+def test_modules_that_were_trained_whole_are_merged(tiny, adapt, tmp_path, count):
+    chain = [tiny("qwen3", tied=False)]
+    for seed in range(count):
+        chain.append(adapt(chain, seed, modules_to_save=["lm_head", "embed_tokens"]))
+    merged(chain, tmp_path)
+    assert (served(tmp_path) - trained(chain)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "llama", "qwen2", "qwen3"])
+def test_tied_embeddings_stay_tied(tiny, adapt, tmp_path, architecture):
+    from transformers import AutoModelForCausalLM
+
+    base = tiny(architecture)
+    merged([base, adapt([base])], tmp_path)
+    assert "lm_head.weight" not in _model.facts(tmp_path).weights
+    assert (tmp_path / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_large_model_is_written_as_several_files_and_an_index(tiny, adapt, tmp_path):
+    chain = [tiny("llama", tied=False)]
+    chain.append(adapt(chain))
+    metrics = merged(chain, tmp_path, shard_size="0.15MB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    assert metrics["shards"] == len(files) > 3
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["weight_map"].keys() == _model.facts(chain[0]).weights.keys()
+    assert all((tmp_path / name).stat().st_size < 160_000 for name in files)
+    assert (served(tmp_path) - trained(chain)).abs().max() <= 1e-4
+
+
+def test_a_base_in_several_files_is_merged(tiny, adapt, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    out.mkdir()
+    source = tiny("qwen2", tied=False)
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(base, max_shard_size="150KB")
+    for path in _model.carried_files(source):
+        shutil.copy(path, base)
+    assert len(list(base.glob("*.safetensors"))) > 2
+    chain = [base, adapt([base])]
+    merged(chain, out)
+    assert (served(out) - trained(chain)).abs().max() <= 1e-4
+
+
+def test_a_base_whose_weights_lack_the_prefix_is_merged(tiny, adapt, tmp_path):
+    """As bigscience's own BLOOM checkpoints on the Hub."""
+    from safetensors.torch import load_file, save_file
+
+    base, out = shutil.copytree(tiny("bloom"), tmp_path / "base"), tmp_path / "out"
+    out.mkdir()
+    weights = load_file(base / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    chain = [base, adapt([base])]
+    merged(chain, out)
+    assert (served(out) - trained(chain)).abs().max() <= 1e-4
+
+
+def test_tokenizer_template_and_generation_config_are_carried_byte_for_byte(tiny, adapt, tmp_path):
+    base = tiny("llama")
+    adapter = adapt([base])
+    (adapter / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.3}', encoding="utf-8")
+    merged([base, adapter], tmp_path)
+    carried = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in carried:
+        assert (tmp_path / name).read_bytes() == (adapter / name).read_bytes()
+    own = ["config.json", "events.jsonl", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*carried, *own])
+
+
+def test_a_bfloat16_base_stays_bfloat16(tiny, adapt, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    out.mkdir()
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(base)
+    for path in _model.carried_files(tiny("llama")):
+        shutil.copy(path, base)
+    merged([base, adapt([base])], out)
+    assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_model_without_adapters_is_copied(tiny, tmp_path):
+    base = tiny("llama")
+    assert merged([base], tmp_path)["logit_difference"] == 0
+    assert (served(tmp_path) - served(base)).abs().max() == 0
+
+
+def test_an_adapter_of_another_model_is_refused(tiny, adapt, tmp_path):
+    adapter = adapt([tiny("bloom")], target_modules=["query_key_value"])
+    with pytest.raises(StageError) as caught:
+        merged([tiny("qwen2"), adapter], tmp_path)
+    assert str(caught.value) == (
+        f"4 tensors of the adapter `{adapter}` have no place in the base (first "
+        "`base_model.model.transformer.h.0.self_attention.query_key_value.lora_A.weight`): it was trained on another "
+        "model, or its kind cannot be folded"
+    )
+
+
+def test_a_merge_that_went_wrong_is_noticed(tiny, adapt, tmp_path, monkeypatch):
+    from stages import _lora
+
+    monkeypatch.setattr(_lora.Adapter, "scale", lambda self, module: 1.0)  # it is lora_alpha 8 / r 4
+    base = tiny("llama")
+    with pytest.raises(StageError, match=r"^the merged model is not the chain: its logits differ by up to [0-9.e-]+; "):
+        merged([base, adapt([base])], tmp_path)
