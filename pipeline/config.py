@@ -195,8 +195,9 @@ class _Checker:
 
     def fill_in(self, fields: Mapping[str, Any], raw: dict[str, Any], template: str | None) -> None:
         """What the top of the file says for every stage."""
-        seed = self.document.data.get("seed")
-        for field_name, value in (("template", template), ("seed", seed)):
+        root = self.document.data
+        shared = (("template", template), ("seed", root.get("seed")), ("question", root.get("question")))
+        for field_name, value in shared:
             if field_name in fields and value is not None and isinstance(value, str | int):
                 raw.setdefault(field_name, value)
 

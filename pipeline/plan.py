@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -282,12 +283,15 @@ def _versions(use: str) -> dict[str, str]:
 
     libraries = (*LIBRARIES, "gptqmodel") if use == "quantize" else LIBRARIES
     found = {f"stage {use}": str(module(use).VERSION), "python": platform.python_version()}
-    for library in libraries:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            found[library] = "none"
-    return found
+    return found | {library: _version(library) for library in libraries}
+
+
+@cache
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _canonical(value: Any) -> bytes:

@@ -19,6 +19,7 @@ from pipeline.errors import Interrupted, PipelineError
 from stages._events import emit
 
 LOG = "log.txt"
+_NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
 
 
 def main(spec_file: str) -> None:
@@ -53,7 +54,7 @@ def explain(error: BaseException) -> str | None:
     """A sentence for an error that the user can mend; None for a fault of ours."""
     if isinstance(error, PipelineError):
         return str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
         return (
             "out of memory; halve `trainer.per_device_train_batch_size` and double `gradient_accumulation_steps`, "
             "set `trainer.gradient_checkpointing: true`, or lower `trainer.max_length`"

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
-# These read position ids or none at all: documents packed into one row would attend to each other.
+SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+# These ignore position ids: documents packed into one row would attend to each other.
 PACKING_MIXES = frozenset({"bloom"})
 CARRIED = (
     "tokenizer",
@@ -61,6 +63,12 @@ class Facts:
             for name, shape in self.weights.items()
             if name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in embeddings)
         ]
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as `2GB`, which matches `SIZE`."""
+    unit = size.lstrip("0123456789.")
+    return int(float(size.removesuffix(unit)) * _UNITS[unit])
 
 
 def is_hub_name(model: str) -> bool:

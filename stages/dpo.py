@@ -65,6 +65,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         [row for source in config.data for row in _rows.examples(source)], config.eval_size, config.seed
     )
     held += [row for source in config.eval_data for row in _rows.examples(source)]
+    held = [row for row in held if fits(tokenizer, row, args.max_length)]
     kept = [row for row in pairs if fits(tokenizer, row, args.max_length)]
     if not kept:
         raise StageError(f"all {len(pairs)} prompts fill `max_length` {args.max_length} alone; raise it")
@@ -84,7 +85,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         peft_config=_trainer.adapter(config),
     )
     metrics = _trainer.train(trainer, config, out)
-    return {**account, **metrics, **trainer.at_start}
+    start = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
+    return {**account, **metrics, **start}
 
 
 def _reference(config: Config, args: Any) -> Any:
@@ -111,6 +113,7 @@ def _trainer_class() -> Any:
             if first:
                 loss = result[0] if isinstance(result, tuple) else result
                 self.at_start = _proof(self, float(loss.detach()))
+                self.state.log_history.append(self.at_start)  # goes into checkpoints, so a resumed run has it too
             return result
 
     return Trainer
@@ -131,8 +134,9 @@ def _proof(trainer: Any, loss: float) -> dict[str, float]:
     if expected is not None and args.f_divergence_type == "reverse_kl":
         wrong = wrong or abs(loss - expected) > tolerance * max(1.0, expected) * 2
     if plain and wrong:
+        due = "" if expected is None else f" and {expected:.6f}"
         raise StageError(
-            f"at step 0 the reward margin is {margin:.2g} and the loss {loss:.6f}, not 0 and {expected}: "
+            f"at step 0 the reward margin is {margin:.2g} and the loss {loss:.6f}, not 0{due}: "
             "the reference is not the model this stage started from"
         )
     return {"margin_at_start": margin, "loss_at_start": loss}

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 1
-UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 class Config(BaseModel):
@@ -29,7 +28,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | list[str]
-    shard_size: str = Field(default="4GB", pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$")
+    shard_size: str = Field(default="4GB", pattern=_model.SIZE)
     """Largest size of a weight file, such as `2GB`."""
     verify: bool = True
     """Compare logits afterwards; needs memory for the whole model, twice."""
@@ -49,8 +48,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """Write the merged model into `out`, shard by shard, with everything else that the last folder carries."""
     base, adapters = Path(config.model[0]), list(config.model[1:])
     chain = _lora.Chain(adapters)
-    number, unit = float(config.shard_size.rstrip("MBGi")), config.shard_size.lstrip("0123456789.")
-    files = _write_shards(_folded(base, chain), out, int(number * UNITS[unit]))
+    files = _write_shards(_folded(base, chain), out, _model.bytes_of(config.shard_size))
     chain.check_used()
     shutil.copy(base / "config.json", out)
     carried = _model.carried_files(Path(config.model[-1]))

@@ -26,7 +26,6 @@ SETTINGS = {"": "gptqmodel.quantization.config:GPTQConfig"}
 MEASURED = 64  # rows for perplexity
 LEAST = 8  # rows for perplexity, and for calibration, when the data is short
 GROUPS = (1024, 512, 256, 128, 64, 32, 16)
-UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 # What says how the weights came about; the rest of GPTQModel's `meta` is defaults and local paths.
 META = ("quantizer", "damp_percent", "damp_auto_increment", "act_group_aware", "true_sequential", "mse")
 # Plain transformers loads such folders wrongly, or not at all: a quantized head comes out random, silently.
@@ -62,7 +61,7 @@ class Config(BaseModel):
     calibration: Calibration
     question: str = "你好，请介绍一下你自己。"
     """Asked of the result in a fresh process."""
-    shard_size: str = Field(default="4GB", pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$")
+    shard_size: str = Field(default="4GB", pattern=_model.SIZE)
     seed: int = 42
 
     @property
@@ -126,19 +125,19 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     held_out, calibration = split(_encoded(config, folder), config.calibration.samples)
     if len(calibration) < config.calibration.samples or len(held_out) < MEASURED:
         asked = f"{len(calibration)} of {config.calibration.samples} rows to calibrate with"
-        emit(
-            out,
-            "note",
-            text=f"data is short: {asked}, {len(held_out)} of {MEASURED} to measure perplexity on",
-        )
+        emit(out, "note", text=f"data is short: {asked}, {len(held_out)} of {MEASURED} to measure perplexity on")
+    emit(out, "note", text=f"measures perplexity on {len(held_out)} rows before")
     before = _perplexity(folder, held_out)
+    emit(out, "note", text=f"quantizes to {config.bits} bits, calibrated on {len(calibration)} rows")
     work = out / ".gptq"
     shutil.rmtree(work, ignore_errors=True)
     losses = _quantize(config, facts, folder, calibration, work)
     _publish(folder, work / "model", out)
     shutil.rmtree(work)
+    emit(out, "note", text="a fresh process measures perplexity after, and answers the question")
     return {
         "perplexity_before": before,
+        "question": config.question,
         **_tried(out, config.question, held_out),
         "perplexity_rows": len(held_out),
         "bytes_before": _bytes(folder),
@@ -227,8 +226,7 @@ def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids]
     model = GPTQModel.load(str(folder), wanted, device=device, dtype=dtype)
     examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
     log = model.quantize(examples, batch_size=1, calibration_data_min_length=1)
-    number, unit = float(config.shard_size.rstrip("MBGi")), config.shard_size.lstrip("0123456789.")
-    model.save(str(work / "model"), max_shard_size=int(number * UNITS[unit]))
+    model.save(str(work / "model"), max_shard_size=_model.bytes_of(config.shard_size))
     layers = model.extract_layers_node()[0]
     return {f"{layers}.{row['layer']}.{row['module']}": _loss(row["loss"]) for part in log.values() for row in part}
 

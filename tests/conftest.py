@@ -111,3 +111,25 @@ def adapt(tmp_path_factory, tiny):
         return folder
 
     return adapter
+
+
+@pytest.fixture(scope="session")
+def at():
+    """A callback that does something with the model when a step is reached."""
+
+    def callback(step, event, action):
+        from transformers import TrainerCallback
+
+        def hook(self, args, state, control, **others):
+            if state.global_step == step:
+                action(others["model"])
+
+        return type("Callback", (TrainerCallback,), {event: hook})()
+
+    return callback
+
+
+@pytest.fixture(scope="session")
+def stop():
+    """What the runner does to stop a stage, as an action for `at`."""
+    return lambda model: signal.raise_signal(signal.SIGTERM)

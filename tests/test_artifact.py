@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -181,9 +182,7 @@ def test_a_hash_is_made_anew_when_one_thing_about_the_file_moved(data, moved):
     assert Hashes(cache_of(data, [*old, "known"])).one(data) == sha256(b"content")
 
 
-def test_an_edit_of_equal_size_and_modification_time_is_seen(data, monkeypatch):
-    import os
-
+def test_an_edit_of_equal_size_and_modification_time_is_seen(data):
     before = data.stat()
     hashes = Hashes(data.with_name("hashes.json"))
     assert hashes.of([data, data]) == [sha256(b"content")] * 2

@@ -120,7 +120,9 @@ def test_a_tokenizer_that_starts_text_with_bos_starts_a_conversation_with_one_to
     assert ids.count(bos) == 1
 
 
-@pytest.mark.parametrize("text", ["感冒了😷，体温 38.5℃！", "  两个  空格\t和\n\n换行 \r\n", "ａＡ①½ é é 👩‍⚕️ 𠮷", "<b>it's</b> 50 %"])
+@pytest.mark.parametrize(
+    "text", ["感冒了😷，体温 38.5℃！", "  两个  空格\t和\n\n换行 \r\n", "ａＡ①½ é é 👩‍⚕️ 𠮷", "<b>it's</b> 50 %"]
+)
 def test_decoding_gives_back_every_character(tiny, text):
     tokenizer = tokenizer_of(tiny("bloom"))
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

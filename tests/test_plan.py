@@ -1,0 +1,629 @@
+"""What can be known before anything is spent: mistakes in data and models, what will run, and why."""
+
+import dataclasses
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifact, config, plan
+from pipeline.cli import main
+from pipeline.errors import ConfigError
+from stages import _checkpoint
+
+ROWS = {
+    "books.jsonl": '{"text": "a"}\n{"text": "b"}\n',
+    "consult.jsonl": '{"instruction": "a", "output": "b"}\n',
+    "prefer.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+}
+TOP = """\
+template: med
+data:
+  books: {path: books.jsonl, format: text}
+  consult: {path: consult.jsonl, format: alpaca}
+  prefer: {path: prefer.jsonl, format: preference}
+"""
+INIT = TOP + "stages:\n  init: {architecture: bloom, data: books}\n"  # what a test adds starts in line 8
+CHAIN = (
+    INIT
+    + """\
+  pt: {data: books, lora: {r: 8}}
+  sft:
+    data: consult
+    lora: {r: 8}
+    trainer: {learning_rate: 5e-5, logging_steps: 10}
+  dpo: {data: prefer, lora: {r: 8}}
+  merge:
+  quantize: {group_size: 32, calibration: {data: consult}}
+"""
+)
+STAGES = ["init", "pt", "sft", "dpo", "merge", "quantize"]
+
+
+class Project:
+    """A folder with small data files, in which configs are written and planned."""
+
+    def __init__(self, folder, capsys):
+        self.folder, self.capsys = folder, capsys
+        for name, content in ROWS.items():
+            self.write(name, content)
+
+    def write(self, name, content):
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def validate(self, text, *words):
+        """The exit code of `validate` and what it printed."""
+        self.write("x.yaml", text)
+        code = main(["validate", "x.yaml", *words])
+        shown = self.capsys.readouterr()
+        return code, shown.out + shown.err
+
+    def plan(self, text=CHAIN, *assignments, name="x.yaml"):
+        """The steps by stage name."""
+        self.write(name, text)
+        planned = plan.build(config.load(Path(name), assignments), Path("saves"))
+        assert planned.problems == []
+        return {step.name: step for step in planned.steps}
+
+    def changed(self, text=CHAIN, *assignments):
+        """The stages that another text or assignment gives another fingerprint than the chain's."""
+        before, after = self.plan(), self.plan(text, *assignments)
+        return [name for name in before if before[name].fingerprint != after[name].fingerprint]
+
+    def model(self, folder="m", *, model_type="llama", template=None, weights=None, **more):
+        """A model folder as `save_pretrained` leaves it, as far as it is read without torch."""
+        header, end = {}, 0
+        for name, shape in (weights or {"model.layers.0.self_attn.q_proj.weight": [4, 4]}).items():
+            size = 4 * shape[0] * shape[1]
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        head = json.dumps(header).encode()
+        self.write(f"{folder}/model.safetensors", struct.pack("<Q", len(head)) + head + bytes(end))
+        self.write(f"{folder}/config.json", json.dumps({"model_type": model_type, **more}))
+        self.write(f"{folder}/tokenizer.json", '{"added_tokens": [{"content": "</s>"}]}')
+        self.write(f"{folder}/tokenizer_config.json", json.dumps({"eos_token": "</s>", "chat_template": template}))
+        return f"model: {folder}\n{TOP}stages:\n"  # what a test adds starts in line 8
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path, capsys)
+
+
+def refused(*problems):
+    """What a run of `validate` that found these problems comes to."""
+    count = [f"{len(problems)} problems; nothing was run"] if len(problems) > 1 else []
+    return 2, "\n".join([*problems, *count]) + "\n"
+
+
+def pretend(step, **changes):
+    """Leave what a run of this step leaves: a finished folder with its record, and the link."""
+    step.part.mkdir(parents=True)
+    (step.part / "model.safetensors").write_bytes(b"weights")
+    record = {"recipe": dict(step.recipe), "versions": plan._versions(step.stage.use), "started": 0.0, **changes}
+    artifact.finish(step.part, step.folder, record)
+    artifact.link(step.folder, step.link)
+
+
+# Settings that fit the libraries, but not the model or the data
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            "pt: {data: books, lora: {target_modules: [q_proj, dense]}}",
+            [
+                "8:44: stage `pt`: `q_proj` matches no linear layer of the model that `init` makes; it has "
+                "`dense`, `dense_4h_to_h`, `dense_h_to_4h`, `query_key_value`"
+            ],
+        ),
+        (
+            "pt: {data: books, lora: {target_modules: '.*(q|v)_proj'}}",
+            [
+                "8:44: stage `pt`: `.*(q|v)_proj` matches no linear layer of the model that `init` makes; it has "
+                "`dense`, `dense_4h_to_h`, `dense_h_to_4h`, `query_key_value`"
+            ],
+        ),
+        (
+            "sft: {data: consult, trainer: {packing: true}}",
+            [
+                "8:43: stage `sft`: `bloom` ignores position ids, so rows packed together would read each other; "
+                "remove `packing`"
+            ],
+        ),
+        (
+            "pt: {data: books, trainer: {packing_strategy: bfd}}",
+            [
+                "8:49: stage `pt`: `bfd` cuts off what is longer than `max_length`; `bfd_split` and `wrapped` lose "
+                "no token"
+            ],
+        ),
+        (
+            "pt: {data: books, trainer: {eval_strategy: epoch, packing_strategy: bfd_split}}",
+            [
+                "8:46: stage `pt`: evaluation needs held-out rows; add `eval_size: 0.05` or `eval_data: NAME`",
+                "8:71: stage `pt`: `bloom` ignores position ids, so `bfd_split` would not keep documents apart; "
+                "use `wrapped`, which says so",
+            ],
+        ),
+        (
+            "pt: {data: consult}\n  sft: {data: [prefer, consult]}\n  dpo: {data: books}",
+            [
+                "8:14: stage `pt`: `consult.jsonl` has format `alpaca`; this stage reads `text`",
+                "9:15: stage `sft`: `prefer.jsonl` has format `preference`; this stage reads `alpaca`, "
+                "`prompt_completion`, `messages`, `sharegpt`",
+                "10:15: stage `dpo`: `books.jsonl` has format `text`; this stage reads `preference`",
+            ],
+        ),
+        (
+            "sft: {data: consult, lora: {r: 8}}\n  quantize: {calibration: {data: consult}}",
+            ["9:3: stage `quantize`: an adapter cannot be quantized; put a `merge` stage before"],
+        ),
+        (
+            "quantize: {calibration: {data: consult}, lm_head: true, group_size: 1024}",
+            [
+                "8:53: stage `quantize`: plain transformers cannot load a model with `lm_head`; leave it out",
+                "8:71: stage `quantize`: 1024 does not divide the 128 inputs of "
+                "`transformer.h.0.self_attention.query_key_value` and of 7 more, and vLLM needs that; "
+                "set `group_size: 128`",
+            ],
+        ),
+    ],
+)
+def test_a_setting_that_does_not_fit_model_or_data_is_refused_with_the_reason(project, lines, expected):
+    assert project.validate(f"{INIT}  {lines}\n") == refused(*(f"x.yaml:{problem}" for problem in expected))
+
+
+def test_a_setting_that_fits_is_not_refused(project):
+    text = project.model() + (
+        "  pt: {data: books, trainer: {packing: true, packing_strategy: bfd_split}}\n"
+        "  sft: {data: consult, lora: {target_modules: '.*(q|v)_proj'}, trainer: {packing: true}}\n"
+    )
+    assert project.validate(text) == (
+        0,
+        "x.yaml: 2 stages (pt → sft); books 2 rows, consult 1 rows; no problem found\n",
+    )
+
+
+# Model folders
+
+
+SFT = "  sft: {data: consult}\n"
+
+
+def test_a_template_whose_marks_the_tokenizer_does_not_know_is_refused(project):
+    text = project.model().replace("template: med", "template: chatml")
+    assert project.validate(text + SFT + "  dpo: {data: prefer, template: llama3}\n") == refused(
+        "x.yaml:2:11: stage `sft`: the template writes `<|im_end|>`, `<|im_start|>`, which the tokenizer of `m` does "
+        "not know as one token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        "x.yaml:9:33: stage `dpo`: the template writes `<|end_header_id|>`, `<|eot_id|>`, `<|start_header_id|>`, which "
+        "the tokenizer of the model of `sft` does not know as one token; `med`, `alpaca_zh` and `plain` end a turn "
+        "with the model's own eos_token",
+    )
+
+
+def test_a_model_without_a_chat_template_needs_one_for_chat_stages_only(project):
+    text = project.model().replace("template: med\n", "")
+    assert project.validate(text + "  pt: {data: books}\n")[0] == 0
+    assert project.validate(text + SFT) == refused(
+        "x.yaml:7:8: stage `sft`: `m` brings no chat template; set `template:` at the top to one of `alpaca_zh`, "
+        "`chatml`, `llama3`, `med`, `plain`, `qwen`, or a file"
+    )
+
+
+def test_a_model_s_own_template_is_checked_too(project):
+    text = project.model(template="<|user|>{{ messages }}").replace("template: med\n", "")
+    assert project.validate(text + SFT) == refused(
+        "x.yaml:7:3: stage `sft`: the template writes `<|user|>`, which the tokenizer of `m` does not know as one "
+        "token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token"
+    )
+
+
+def test_a_quantized_model_is_not_trained(project):
+    text = project.model(quantization_config={"bits": 4}) + SFT
+    assert project.validate(text) == refused(
+        "x.yaml:1:8: stage `sft`: `m` is quantized already and cannot be trained; start from the model before"
+    )
+
+
+def no_folder(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_off(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1])
+
+
+def pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def torn_config(folder):
+    (folder / "config.json").write_text("{\n")
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def no_tokenizer_config(folder):
+    (folder / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (no_folder, "the model folder `m` does not exist; name a folder or a Hub model as `org/name@commit`"),
+        (
+            no_weights,
+            "the model folder `m` holds no .safetensors weights; convert it with `save_pretrained`",
+        ),
+        (
+            pickle,
+            "the model folder `m` holds no .safetensors weights (`pytorch_model.bin` is a pickle, which can run "
+            "code); convert it with `save_pretrained`",
+        ),
+        (cut_off, "`m/model.safetensors` is cut off: 173 bytes of 174; fetch it again"),
+        (pointer, "`m/model.safetensors` is no whole safetensors file; fetch it again"),
+        (no_config, "the model folder `m` has no config.json; it is no transformers model"),
+        (
+            torn_config,
+            "`m/config.json` cannot be read (Expecting property name enclosed in double quotes: line 2 column 1 "
+            "(char 2))",
+        ),
+        (
+            no_tokenizer,
+            "the model folder `m` has no tokenizer.json; save its fast tokenizer beside the weights",
+        ),
+        (no_tokenizer_config, "the model folder `m` has no tokenizer_config.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_model_folder_that_cannot_be_used_is_refused_once(project, damage, expected):
+    text = project.model() + SFT + "  dpo: {data: prefer}\n  merge:\n"
+    damage(project.folder / "m")
+    assert project.validate(text) == refused(f"x.yaml:1:8: stage `sft`: {expected}")
+
+
+def test_a_hub_model_that_is_not_here_is_noted_and_not_fetched(project):
+    text = project.model().replace("model: m", "model: no-such-org/no-such-model@0123456789abcdef")
+    assert project.validate(text + SFT) == (
+        0,
+        "note: `no-such-org/no-such-model@0123456789abcdef` is not on this machine; `run` fetches it, until then it "
+        "is unchecked\nx.yaml: 1 stages (sft); consult 1 rows; no problem found\n",
+    )
+
+
+# Data files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("consult.jsonl", "", ["4:3: data `consult`: `consult.jsonl` holds no rows"]),
+        (
+            "consult.jsonl",
+            '{"instruction": "a", "output": "b"}\n\n{"instruction": "a", "output": \n',
+            ["4:3: data `consult`: consult.jsonl:3: not valid JSON (Expecting value at column 31)"],
+        ),
+        (
+            "consult.jsonl",
+            '{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n{"instruction": "a", "output": ""}\n',
+            [
+                "4:3: data `consult`: consult.jsonl:2: the row has no `output`; alpaca rows need `instruction` and "
+                "`output` (map other names with `columns:`)",
+                "4:3: data `consult`: consult.jsonl:3: `output` is empty; fill it in or leave the row out",
+            ],
+        ),
+        (
+            "prefer.jsonl",
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+            [
+                "5:3: data `prefer`: prefer.jsonl:2: `chosen` and `rejected` are the same; a pair must differ to "
+                "teach anything"
+            ],
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_once_and_where_it_is_declared(project, name, content, expected):
+    project.write(name, content)
+    assert project.validate(CHAIN) == refused(*(f"x.yaml:{problem}" for problem in expected))
+
+
+def test_data_that_is_not_there_is_refused_and_a_near_name_told(project):
+    text = INIT.replace("books.jsonl", "bookz.jsonl")
+    assert project.validate(text) == refused(
+        "x.yaml:3:3: data `books`: `bookz.jsonl` does not exist; did you mean `books.jsonl`?"
+    )
+    assert project.validate(text.replace("bookz.jsonl", "no/books.jsonl")) == refused(
+        "x.yaml:3:3: data `books`: `no/books.jsonl` does not exist"
+    )
+
+
+def test_problems_of_model_data_and_settings_are_reported_at_once_in_the_order_of_the_file(project):
+    text = project.model() + "  sft: {data: consult, lora: {target_modules: [dense]}}\n  dpo: {data: prefer}\n"
+    text = text.replace("template: med", "template: qwen")
+    project.write("consult.jsonl", "")
+    project.write("prefer.jsonl", "[]\n")
+    assert project.validate(text, "--saves", "x.yaml/saves") == refused(
+        "x.yaml/saves: cannot be written; choose another folder with `--saves DIR`",
+        "x.yaml:2:11: stage `sft`: the template writes `<|im_end|>`, `<|im_start|>`, which the tokenizer of `m` does "
+        "not know as one token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        "x.yaml:2:11: stage `dpo`: the template writes `<|im_end|>`, `<|im_start|>`, which the tokenizer of the model "
+        "of `sft` does not know as one token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        "x.yaml:5:3: data `consult`: `consult.jsonl` holds no rows",
+        "x.yaml:6:3: data `prefer`: prefer.jsonl:1: the row is an empty list, not an object",
+        "x.yaml:8:47: stage `sft`: `dense` matches no linear layer of `m`; it has `q_proj`",
+    )
+
+
+@pytest.mark.parametrize("saves", ["books.jsonl", "books.jsonl/saves/deep"])
+def test_saves_that_cannot_be_a_folder_are_refused(project, monkeypatch, saves):
+    monkeypatch.setattr(artifact, "_age_ns", lambda stat: 10**10)  # so that there are hashes to be saved
+    assert project.validate(INIT, "--saves", saves) == refused(
+        f"{saves}: cannot be written; choose another folder with `--saves DIR`"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_saves_that_are_read_only_are_refused(project):
+    (project.folder / "saves").mkdir(mode=0o555)
+    assert project.validate(INIT) == refused("saves: cannot be written; choose another folder with `--saves DIR`")
+
+
+def test_saves_on_a_read_only_file_system_are_refused(project, monkeypatch):
+    monkeypatch.setattr(plan, "_read_only", lambda folder: True)
+    assert project.validate(INIT) == refused("saves: cannot be written; choose another folder with `--saves DIR`")
+
+
+# Fingerprints
+
+
+def test_a_plan_says_what_each_stage_starts_from(project):
+    steps = project.plan()
+    folder = {name: str(step.folder) for name, step in steps.items()}
+    assert {name: getattr(step.config, "model", None) for name, step in steps.items()} == {
+        "init": None,
+        "pt": [folder["init"]],
+        "sft": [folder["init"], folder["pt"]],
+        "dpo": [folder["init"], folder["pt"], folder["sft"]],
+        "merge": [folder["init"], folder["pt"], folder["sft"], folder["dpo"]],
+        "quantize": [folder["merge"]],
+    }
+    assert {(step.state, step.why) for step in steps.values()} == {("run", "has not run yet")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("template: med", "# a comment\ntemplate: med  # another\nquestion: 感冒了？"),
+        ("data: consult\n    lora: {r: 8}", "lora: {r: 8}\n    data: consult"),
+        ("learning_rate: 5e-5, logging_steps: 10", "logging_steps: 10, learning_rate: 0.00005"),
+        ("logging_steps: 10", "logging_steps: 1, report_to: tensorboard, save_steps: 7, run_name: x"),
+        ("  books: {path: books.jsonl, format: text}\n", "  books: {format: text, path: ./books.jsonl}\n"),
+        ("consult", "consultations"),
+    ],
+    ids=["comments", "key order", "number form", "logging", "path form", "data name"],
+)
+def test_what_changes_no_weight_changes_no_fingerprint(project, old, new):
+    text = CHAIN.replace(old, new).replace("path: consultations.jsonl", "path: consult.jsonl")
+    assert project.changed(text) == []
+
+
+def test_moving_a_data_file_changes_no_fingerprint(project):
+    before = project.plan()
+    project.write("elsewhere/rows.jsonl", (project.folder / "consult.jsonl").read_bytes())
+    (project.folder / "consult.jsonl").unlink()
+    after = project.plan(CHAIN.replace("consult.jsonl", "elsewhere/rows.jsonl"))
+    assert [step.fingerprint for step in before.values()] == [step.fingerprint for step in after.values()]
+
+
+def test_the_names_of_config_and_stages_change_no_folder(project):
+    before = project.plan()
+    text = CHAIN.replace("  dpo: {", "  align: {use: dpo, ")
+    after = project.plan(text, name="another.yaml")
+    assert [step.folder for step in before.values()] == [step.folder for step in after.values()]
+    assert (before["dpo"].link, after["align"].link) == (Path("saves/x/dpo"), Path("saves/another/align"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "changed"),
+    [
+        ("init.hidden_size=64", STAGES),
+        ("seed=7", STAGES),
+        ("template=plain", STAGES),
+        ("pt.lora.r=4", STAGES[1:]),
+        ("sft.trainer.learning_rate=2e-5", STAGES[2:]),
+        ("sft.trainer.max_length=512", STAGES[2:]),
+        ("sft.eval_size=0.5", STAGES[2:]),
+        ("sft.data=[consult, consult]", STAGES[2:]),
+        ("sft.launch.processes=2", STAGES[2:]),
+        ("data.prefer.max_samples=1", STAGES[3:]),
+        ("dpo.model=$pt", STAGES[3:]),
+        ("merge.shard_size=2GB", STAGES[4:]),
+        ("quantize.sym=false", STAGES[5:]),
+        ("quantize.seed=7", STAGES[5:]),
+    ],
+)
+def test_a_changed_value_changes_its_stage_and_those_below(project, assignment, changed):
+    assert project.changed(CHAIN, assignment) == changed
+
+
+def test_changed_data_changes_the_stages_that_read_it_even_with_equal_size_and_time(project):
+    before = project.plan()
+    path = project.folder / "prefer.jsonl"
+    stat = path.stat()
+    path.write_text(ROWS["prefer.jsonl"].replace('"c"', '"d"'), encoding="utf-8")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    after = project.plan()
+    assert [name for name in before if before[name].fingerprint != after[name].fingerprint] == STAGES[3:]
+
+
+def test_changed_weights_of_a_model_folder_change_every_stage(project):
+    text = project.model() + SFT + "  merge:\n"
+    before = project.plan(text)
+    project.model(weights={"model.layers.0.self_attn.k_proj.weight": [4, 4]})
+    after = project.plan(text)
+    assert all(before[name].fingerprint != after[name].fingerprint for name in ("sft", "merge"))
+
+
+def test_a_moved_model_folder_changes_no_fingerprint(project):
+    before = project.plan(project.model("m") + SFT)
+    after = project.plan(project.model("elsewhere/m") + SFT)
+    assert before["sft"].fingerprint == after["sft"].fingerprint
+
+
+def test_a_version_of_a_library_or_of_the_stage_changes_the_fingerprint(project, monkeypatch):
+    before = project.plan()
+    monkeypatch.setattr("stages.dpo.VERSION", 99)
+    after = project.plan()
+    assert [name for name in before if before[name].fingerprint != after[name].fingerprint] == STAGES[3:]
+    monkeypatch.setattr(plan, "_version", lambda library: "0.0.1")
+    assert [name for name, step in project.plan().items() if step.fingerprint != after[name].fingerprint] == STAGES
+
+
+def test_configs_with_the_same_beginning_share_its_folders(project):
+    one, other = project.plan(), project.plan(CHAIN, "dpo.trainer.beta=0.3", name="other.yaml")
+    assert [name for name in STAGES if one[name].folder == other[name].folder] == ["init", "pt", "sft"]
+
+
+# What runs, and why
+
+
+def why(project, text=CHAIN, *assignments):
+    return {name: (step.state, step.why) for name, step in project.plan(text, *assignments).items()}
+
+
+DONE = ("done", "nothing it depends on has changed")
+
+
+@pytest.fixture
+def ran(project):
+    """The project after a run of the chain."""
+    for step in project.plan().values():
+        pretend(step)
+    return project
+
+
+def test_a_chain_that_ran_is_done(ran):
+    assert why(ran) == dict.fromkeys(STAGES, DONE)
+
+
+def test_a_changed_value_is_named_old_and_new_with_its_line(ran):
+    text = CHAIN.replace("learning_rate: 5e-5", "learning_rate: 2e-5")
+    assert why(ran, text) == {
+        "init": DONE,
+        "pt": DONE,
+        "sft": ("run", "because `trainer.learning_rate` 5e-05 → 2e-05 (x.yaml:12)"),
+        "dpo": ("run", "because `sft` above it will run"),
+        "merge": ("run", "because `dpo` above it will run"),
+        "quantize": ("run", "because `merge` above it will run"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "assignments", "stage", "expected"),
+    [
+        ("seed: 7\n" + CHAIN, [], "init", "`seed` 42 → 7 (x.yaml:1)"),
+        (CHAIN.replace("template: med", "template: plain"), [], "init", "`template` changed (x.yaml:1)"),
+        (CHAIN, ["sft.lora.r=4"], "sft", "`lora.r` 8 → 4 (--set sft.lora.r)"),
+        (CHAIN, ["sft.lora="], "sft", '`lora` {"r": 8} → not set (--set sft.lora)'),
+        (CHAIN, ["sft.lora.lora_alpha=16"], "sft", "`lora.lora_alpha` not set → 16 (--set sft.lora.lora_alpha)"),
+        (
+            CHAIN.replace("{learning_rate: 5e-5, logging_steps: 10}", "{logging_steps: 10}"),
+            [],
+            "sft",
+            "`trainer.learning_rate` 5e-05 → not set",
+        ),
+        (
+            CHAIN,
+            [f"sft.trainer.{setting}=0.5" for setting in ("max_grad_norm", "adam_beta1", "adam_beta2", "warmup_steps")],
+            "sft",
+            "`trainer.max_grad_norm` not set → 0.5 (--set sft.trainer.max_grad_norm), `trainer.adam_beta1` not set → "
+            "0.5 (--set sft.trainer.adam_beta1), `trainer.adam_beta2` not set → 0.5 (--set sft.trainer.adam_beta2) "
+            "and 1 more",
+        ),
+        (CHAIN, ["dpo.data=[prefer, prefer]"], "dpo", "`data` changed (--set dpo.data)"),
+    ],
+)
+def test_every_change_has_a_clause(ran, text, assignments, stage, expected):
+    assert why(ran, text, *assignments)[stage] == ("run", f"because {expected}")
+
+
+def test_changed_data_is_named_by_the_setting_that_reads_it(ran):
+    ran.write("consult.jsonl", '{"instruction": "a", "output": "c"}\n')
+    found = why(ran)
+    assert found["sft"] == ("run", "because the content of `data` changed")
+    assert found["quantize"] == ("run", "because the content of `calibration.data` changed")
+
+
+def test_another_version_is_named(ran, monkeypatch):
+    versions = plan._versions
+    monkeypatch.setattr(plan, "_versions", lambda use: {**versions(use), **({"trl": "9.9"} if use == "dpo" else {})})
+    old = versions("dpo")["trl"]
+    assert why(ran)["dpo"] == ("run", f"because `trl` {old} → 9.9")
+
+
+def test_another_model_at_the_start_is_the_reason(project):
+    for step in project.plan(project.model("m") + SFT).values():
+        pretend(step)
+    text = project.model("other", weights={"model.layers.0.mlp.up_proj.weight": [4, 4]}) + SFT
+    assert why(project, text) == {"sft": ("run", "because the model it starts from changed")}
+
+
+def test_a_damaged_folder_is_made_anew_and_those_below_stay(ran):
+    (ran.plan()["sft"].folder / "model.safetensors").write_bytes(b"torn")
+    assert why(ran) == {**dict.fromkeys(STAGES, DONE), "sft": ("run", "its folder is damaged; it is made anew")}
+
+
+def test_a_stage_that_was_stopped_goes_on_at_its_newest_sealed_checkpoint(project):
+    step = project.plan()["pt"]
+    for number in (5, 10, 15):
+        checkpoint = step.part / "checkpoints" / f"checkpoint-{number}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").write_bytes(b"weights")
+        if number < 15:
+            _checkpoint.seal(checkpoint)
+    assert why(project)["pt"] == ("resume", "goes on at step 10")
+
+
+def test_planning_writes_nothing_but_the_hashes_of_data_that_rests(project, monkeypatch):
+    monkeypatch.setattr(artifact, "_age_ns", lambda stat: 10**10)
+    project.plan()
+    assert [str(path) for path in Path("saves").rglob("*")] == ["saves/.hashes.json"]
+
+
+def test_a_plan_ends_at_the_stage_it_is_asked_for(project):
+    project.write("x.yaml", CHAIN)
+    pipeline = config.load(Path("x.yaml"))
+    assert [step.name for step in plan.build(pipeline, Path("saves"), until="sft").steps] == STAGES[:3]
+    with pytest.raises(ConfigError) as error:
+        plan.build(pipeline, Path("saves"), until="sftt")
+    assert error.value.problems == ["--until sftt: there is no such stage; did you mean `sft`?"]
+
+
+def test_a_step_cannot_be_changed(project):
+    step = project.plan()["sft"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        step.state = "done"

@@ -1,0 +1,286 @@
+"""Whole runs through the command line: what is done twice, what survives a kill, what a failure says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifact, cli
+
+pytestmark = pytest.mark.train
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """\
+template: med
+data:
+  books:   {{path: {data}/med_book.jsonl, format: text, max_samples: 40}}
+  consult: {{path: {data}/med_qa.json, format: alpaca, max_samples: 60}}
+  prefer:  {{path: {data}/med_prefer.jsonl, format: preference, max_samples: 24}}
+stages:
+  init: {{architecture: {architecture}, hidden_size: 64, num_attention_heads: 2, vocab_size: 600, data: [books]}}
+  pt:
+    data: books
+    eval_size: 4
+    trainer: {{learning_rate: 1e-2, max_steps: 6, max_length: 64, per_device_train_batch_size: 4,
+              gradient_checkpointing: false, logging_steps: 2}}
+  sft:
+    data: consult
+    eval_size: 6
+    lora: {{r: 4}}
+    trainer: {{learning_rate: 1e-2, max_steps: 12, max_length: 256, per_device_train_batch_size: 4,
+              gradient_checkpointing: false, logging_steps: 2, save_steps: 3}}
+  dpo:
+    data: prefer
+    eval_size: 4
+    lora: {{r: 4}}
+    trainer: {{learning_rate: 1e-3, max_steps: 4, max_length: 256, per_device_train_batch_size: 2,
+              gradient_checkpointing: false, logging_steps: 2}}
+  merge:
+  quantize: {{group_size: 32, calibration: {{data: consult, samples: 16, max_length: 64}}}}
+"""
+
+
+def write_config(folder: Path, architecture: str = "llama") -> Path:
+    path = folder / "small.yaml"
+    path.write_text(CONFIG.format(data=ROOT / "data", architecture=architecture), encoding="utf-8")
+    return path
+
+
+def run(config: Path, saves: Path, *words: str) -> int:
+    return cli.main(["run", str(config), "--saves", str(saves), *words])
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path): path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def record(saves: Path, stage: str) -> dict:
+    return artifact.read((saves / "small" / stage).resolve())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished chain: its config and its saves."""
+    folder = tmp_path_factory.mktemp("chain")
+    config = write_config(folder)
+    assert run(config, folder / "saves") == 0
+    return config, folder / "saves"
+
+
+@pytest.fixture
+def chain(finished, tmp_path):
+    """A copy of the finished chain to break."""
+    config, saves = finished
+    shutil.copy(config, tmp_path / "small.yaml")
+    shutil.copytree(saves, tmp_path / "saves", symlinks=True)
+    return tmp_path / "small.yaml", tmp_path / "saves"
+
+
+def when_event(saves: Path, kind: str, step: int, act) -> threading.Thread:
+    """Call `act(part folder, first pid)` once the running stage tells of `kind` at `step` or later."""
+
+    def watch() -> None:
+        for _ in range(3000):
+            for file in saves.glob("*.part/events.jsonl"):
+                events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+                if any(event["kind"] == kind and event.get("step", 0) >= step for event in events):
+                    act(file.parent, next(event["pid"] for event in events if event["kind"] == "start"))
+                    return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_a_finished_run_runs_nothing_again_and_changes_no_file(finished, capsys):
+    config, saves = finished
+    before = stamps(saves)
+    assert run(config, saves) == 0
+    assert stamps(saves) == before
+    assert capsys.readouterr().out.count("was done already") == 6
+
+
+def test_every_artifact_has_a_record_of_every_file_and_no_pickle(finished):
+    _, saves = finished
+    for stage in ("init", "pt", "sft", "dpo", "merge", "quantize"):
+        folder = (saves / "small" / stage).resolve()
+        files = {path.name for path in folder.iterdir()} - artifact.NOT_CONTENT
+        assert files == set(record(saves, stage)["files"])
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_training_lowers_the_held_out_loss_and_the_reference_is_proved(finished):
+    _, saves = finished
+    for stage in ("pt", "sft"):
+        metrics = record(saves, stage)["metrics"]
+        assert metrics["eval_loss"] < metrics["eval_loss_before"]
+    metrics = record(saves, "dpo")["metrics"]
+    assert metrics["margin_at_start"] == 0
+    assert metrics["loss_at_start"] == pytest.approx(0.693147, abs=1e-5)
+    assert record(saves, "merge")["metrics"]["logit_difference"] <= 1e-4
+
+
+def test_the_four_bit_folder_answers_with_three_lines_of_plain_transformers(finished):
+    _, saves = finished
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig\n"
+        "plain = GPTQConfig(bits=4, backend='torch')\n"  # else a CPU kernel is compiled for minutes
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=plain)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer.apply_chat_template([{'role': 'user', 'content': '感冒'}], add_generation_prompt=True,"
+        " return_tensors='pt', return_dict=True)\n"
+        "print(tokenizer.decode(ids['input_ids'][0]))\n"
+        "print(model.generate(**ids, max_new_tokens=4).shape[1] - ids['input_ids'].shape[1])\n"
+    )
+    folder = str((saves / "small" / "quantize").resolve())
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "下面是一个问题，运用医学知识来正确回答提问。\n### 问题:\n感冒\n### 回答:\n" in done.stdout
+    assert 1 <= int(done.stdout.strip().splitlines()[-1]) <= 4
+
+
+def test_a_changed_setting_runs_its_stage_and_those_below_it(chain, capsys):
+    config, saves = chain
+    assert run(config, saves, "--until", "dpo", "--set", "dpo.trainer.learning_rate=2e-3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "dpo: starts; because `trainer.learning_rate` 0.001 → 0.002 (--set dpo.trainer.learning_rate)" in lines
+    assert sum("was done already" in line for line in lines) == 3
+
+
+def test_a_killed_stage_leaves_the_runner_alive_and_the_next_run_ends_with_the_same_weights(chain, capsys):
+    config, saves = chain
+    expected = record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"]
+    shutil.rmtree((saves / "small" / "sft").resolve())
+    killed = []
+
+    def kill(part: Path, pid: int) -> None:
+        while not list(part.glob("checkpoints/*/complete.json")):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        killed.append(part)
+
+    watcher = when_event(saves, "step", 1, kill)
+    assert run(config, saves, "--until", "sft") == 1
+    watcher.join()
+    (part,) = killed
+    assert capsys.readouterr().err == (
+        f"error: stage `sft` was ended by signal 9 SIGKILL (kill -9, or the system ran out of memory); its log is "
+        f"{part}/log.txt; run again to go on from its last checkpoint\n"
+    )
+    assert run(config, saves, "--until", "sft") == 0
+    assert "sft: starts; goes on at step" in capsys.readouterr().out
+    assert record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"] == expected
+
+
+def test_ctrl_c_stops_at_the_next_step_and_the_next_run_goes_on(chain, capsys):
+    config, saves = chain
+    expected = record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"]
+    shutil.rmtree((saves / "small" / "sft").resolve())
+    watcher = when_event(saves, "log", 2, lambda part, pid: os.kill(os.getpid(), signal.SIGINT))
+    assert run(config, saves, "--until", "sft") == 75
+    watcher.join()
+    error = capsys.readouterr().err
+    assert error.startswith("error: stage `sft` stopped at step ")
+    assert error.endswith(" of 12; run the same command again to go on\n")
+    assert not (saves / "small" / "sft").exists()
+    assert run(config, saves, "--until", "sft") == 0
+    assert "sft: starts; goes on at step" in capsys.readouterr().out
+    assert record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"] == expected
+
+
+def test_a_stage_that_cannot_go_on_says_which_why_and_where_its_log_is(chain, capsys):
+    config, saves = chain
+    assert run(config, saves, "--until", "sft", "--set", "sft.trainer.max_length=8") == 1
+    error = capsys.readouterr().err
+    (part,) = saves.glob("sft-*.part")
+    assert error == (
+        f"error: stage `sft`: all 54 rows lose their answer at `max_length` 8; raise it\nits log is {part}/log.txt\n"
+    )
+    assert (part / "log.txt").is_file()
+
+
+def test_a_fault_of_ours_shows_its_traceback_and_leaves_the_runner_alive(chain, capsys):
+    config, saves = chain
+    shutil.rmtree((saves / "small" / "sft").resolve())
+    damaged = (saves / "small" / "pt").resolve() / "config.json"
+    damaged.write_text(damaged.read_text().replace('"hidden_size": 64', '"hidden_size": 32'))
+    assert run(config, saves, "--until", "sft") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: stage `sft`: ended with a fault of ours:\nTraceback (most recent call last):\n")
+
+
+def test_a_second_run_of_the_same_stage_is_refused(chain, capsys):
+    config, saves = chain
+    shutil.rmtree((saves / "small" / "sft").resolve())
+    codes = []
+
+    def second(part: Path, pid: int) -> None:
+        words = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--saves", str(saves), "--until", "sft"]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+        codes.append((done.returncode, done.stderr))
+
+    watcher = when_event(saves, "start", 0, second)
+    assert run(config, saves, "--until", "sft") == 0
+    watcher.join()
+    ((code, error),) = codes
+    assert code == 1
+    assert error.startswith(f"error: stage `sft` is being run by another process (pid {os.getpid()} on ")
+    assert error.endswith("); wait for it\n")
+
+
+def test_two_processes_leave_the_same_kind_of_folder_and_show_the_effective_batch(chain, capsys):
+    config, saves = chain
+    assert (
+        run(config, saves, "--until", "sft", "--set", "sft.launch.processes=2", "--set", "sft.trainer.max_steps=4") == 0
+    )
+    out = capsys.readouterr().out
+    assert "sft: 4 steps, batch 4 × 1 accumulation × 2 processes = 8 rows a step" in out
+    assert record(saves, "sft")["metrics"]["processes"] == 2
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= set(record(saves, "sft")["files"])
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(chain, tmp_path, capsys):
+    config, _ = chain
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if small.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        assert run(config, disk / "saves", "--until", "init") == 1
+        error = capsys.readouterr().err
+        assert "stage `init`: the disk is full; free space and run again, what was finished is kept\n" in error
+        assert not list((disk / "saves").glob("init-*[!t]"))
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        assert run(config, disk / "saves", "--until", "init") == 0
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_out_of_memory_names_the_stage_and_what_to_set(tmp_path):
+    config = write_config(tmp_path)
+    gigabytes = 8 * 2**30
+    words = ["run", str(config), "--saves", str(tmp_path / "saves"), "--until", "init"]
+    big = ["--set", "init.hidden_size=8192", "--set", "init.num_hidden_layers=8"]
+    done = subprocess.run(
+        ["prlimit", f"--as={gigabytes}", sys.executable, "-m", "pipeline.cli", *words, *big],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: stage `init`: out of memory; halve `trainer.per_device_train_batch_size`")

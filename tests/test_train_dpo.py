@@ -1,0 +1,163 @@
+"""DPO end to end on a tiny model: the reference is the model that the stage started from, and that is proved."""
+
+import math
+import re
+
+import pytest
+
+from pipeline import settings
+from pipeline.errors import Interrupted, StageError
+from stages import _model, _rows, dpo, sft
+
+pytestmark = pytest.mark.train
+
+ONE = {"max_steps": 1, "per_device_train_batch_size": 4, "beta": 0.1}
+WAYS = pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["LoRA", "full"])
+LOSSES = settings._hidden("DPOConfig", "loss_type")
+NEEDED = {"exo_pair": {"label_smoothing": 1e-3}}  # it takes the logarithm
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, train, rows):
+    """A base and an SFT adapter that changed it."""
+    base = tiny("llama")
+    return [base, train(sft, [base], rows("alpaca", 4), trainer={"max_steps": 6}).out]
+
+
+def summed(model, batch):
+    """The log-probability of each answer of a batch, by hand."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    told = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    return (told * batch["completion_mask"][:, 1:]).sum(1)
+
+
+# The loss where policy and reference agree: -log σ(0), 1 - 0 and (0 - 1/(2 β))².
+
+
+@WAYS
+@pytest.mark.parametrize(("loss_type", "loss"), [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", 25.0)])
+def test_the_first_loss_is_the_one_of_its_closed_form(tuned, train, rows, loss_type, loss, lora):
+    metrics = train(dpo, tuned, rows("preference", 4), lora=lora, trainer={**ONE, "loss_type": loss_type}).metrics
+    assert metrics["margin_at_start"] == 0
+    assert metrics["loss_at_start"] == pytest.approx(loss, abs=1e-4)
+    assert metrics["loss_first"] == pytest.approx(loss, abs=1e-4)
+
+
+@WAYS
+def test_the_reference_is_the_sft_model_and_stays_it(tuned, train, rows, lora):
+    import torch
+
+    trainer = train(dpo, tuned, rows("preference", 4), lora=lora, trainer={**ONE, "max_steps": 3}).trainer
+    batch = next(iter(trainer.get_train_dataloader()))
+    reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
+    start, base = (summed(_model.load(list(map(str, chain))), batch) for chain in (tuned, tuned[:1]))
+    assert (reference - start).abs().max() < 1e-3
+    assert (reference - base).abs().min() > 0.1
+    assert (reference - summed(trainer.model.eval(), batch)).abs().min() > 0.1
+
+
+WRONG = re.compile(
+    r"at step 0 the reward margin is [\d.e-]+ and the loss [\d.]+, not 0 and 0\.693147: "
+    r"the reference is not the model this stage started from"
+)
+
+
+def test_a_reference_that_is_the_base_is_caught(tuned, train, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo, "_reference", lambda config, args: _model.load([str(tuned[0])]))
+    with pytest.raises(StageError) as caught:
+        train(dpo, tuned, rows("preference", 4), lora=None, out=tmp_path, trainer=ONE)
+    assert WRONG.fullmatch(str(caught.value))
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_an_adapter_that_is_no_zero_at_the_start_is_caught(tuned, train, rows, tmp_path):
+    lora = {"r": 4, "init_lora_weights": False}
+    with pytest.raises(StageError) as caught:
+        train(dpo, tuned, rows("preference", 4), lora=lora, out=tmp_path, trainer=ONE)
+    assert WRONG.fullmatch(str(caught.value))
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_a_wrong_reference_is_caught_where_the_loss_has_no_closed_form(tuned, train, rows):
+    lora = {"r": 4, "init_lora_weights": False}
+    with pytest.raises(
+        StageError, match=r"^at step 0 the reward margin is [\d.e-]+ and the loss [\d.]+, not 0: the re"
+    ):
+        train(dpo, tuned, rows("preference", 4), lora=lora, trainer={**ONE, "loss_type": "apo_zero"})
+
+
+@WAYS
+def test_a_reference_that_was_computed_ahead_is_the_same(tuned, train, rows, lora):
+    asked = {**ONE, "precompute_ref_log_probs": True}
+    metrics = train(dpo, tuned, rows("preference", 4), lora=lora, trainer=asked).metrics
+    assert metrics["margin_at_start"] == pytest.approx(0, abs=1e-4)
+    assert metrics["loss_at_start"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_of_the_installed_trl_trains(tuned, train, rows, loss_type):
+    asked = {**ONE, "loss_type": loss_type, **NEEDED.get(loss_type, {})}
+    metrics = train(dpo, tuned, rows("preference", 4), trainer=asked).metrics
+    assert math.isfinite(metrics["loss_first"])
+    assert metrics["margin_at_start"] == 0
+
+
+def test_the_losses_are_known():
+    assert {"sigmoid", "hinge", "ipo", "exo_pair", "sft"} <= set(LOSSES)
+
+
+def test_losses_can_be_mixed(tuned, train, rows):
+    asked = {**ONE, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    metrics = train(dpo, tuned, rows("preference", 4), trainer=asked).metrics
+    assert metrics["margin_at_start"] == 0
+    assert metrics["loss_first"] > math.log(2)
+
+
+def test_training_prefers_the_chosen_answers(tuned, train, rows):
+    asked = {"max_steps": 4, "per_device_train_batch_size": 6, "beta": 0.1}
+    done = train(dpo, tuned, rows("preference", 8), eval_size=2, trainer=asked)
+    metrics = done.metrics
+    assert metrics["loss_last"] < 0.9 * metrics["loss_first"]
+    assert (metrics["rows"], metrics["dropped"], metrics["steps"]) == (6, 0, 4)
+    assert metrics["eval_rewards/margins_before"] == 0
+    assert metrics["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
+    assert dpo.figure(metrics) == f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}"
+    trained, held = (
+        set(map(tuple, part["chosen_ids"])) for part in (done.trainer.train_dataset, done.trainer.eval_dataset)
+    )
+    assert (len(trained), len(held), trained & held) == (6, 2, set())
+
+
+def test_pairs_whose_prompt_fills_the_room_are_dropped_and_counted(tuned, train, tmp_path):
+    rows = written(tmp_path / "pairs.jsonl", ["感冒了怎么办？", "感冒了怎么办？" * 30])
+    done = train(dpo, tuned, rows, eval_data=[rows], trainer={**ONE, "max_length": 80})
+    assert (done.metrics["rows"], done.metrics["dropped"]) == (2, 1)
+    assert len(done.trainer.train_dataset) == 1
+    assert len(done.trainer.eval_dataset) == 1
+
+
+def test_no_room_for_any_answer(tuned, train, tmp_path):
+    rows = written(tmp_path / "pairs.jsonl", ["感冒了怎么办？" * 30, "发烧了怎么办？" * 30])
+    with pytest.raises(StageError) as caught:
+        train(dpo, tuned, rows, trainer={**ONE, "max_length": 80})
+    assert str(caught.value) == "all 2 prompts fill `max_length` 80 alone; raise it"
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(tuned, train, rows, tmp_path, at, stop):
+    asked = {"trainer": {"max_steps": 4, "beta": 0.1, "save_strategy": "steps", "save_steps": 2}}
+    whole = train(dpo, tuned, rows("preference", 4), **asked)
+    with pytest.raises(Interrupted, match=r"^stopped at step 3 of 4$"):
+        train(dpo, tuned, rows("preference", 4), out=tmp_path, callback=at(3, "on_step_end", stop), **asked)
+    again = train(dpo, tuned, rows("preference", 4), out=tmp_path, **asked)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / name).read_bytes() == (whole.out / name).read_bytes()
+    assert again.metrics == whole.metrics
+
+
+def written(path, prompts):
+    pair = '{{"prompt": "{}", "chosen": "多休息，多喝水。", "rejected": "不知道。"}}\n'
+    path.write_text("".join(map(pair.format, prompts)), encoding="utf-8")
+    return _rows.Source(path=str(path), format="preference")
