@@ -169,6 +169,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return 0
+    if arguments.config is not None and not arguments.config.is_file():
+        raise ConfigError([f"{arguments.config}: there is no such file"])
     if not rows:
         print(f"nothing in {arguments.saves} yet; `pipeline run CONFIG` fills it")
         return 0
@@ -188,9 +190,10 @@ def _left(saves: Path, config: Path | None) -> Any:
     import time
 
     from pipeline import artifact
+    from pipeline.config import folder_name
 
-    wanted = config.stem if config is not None else "*"
-    for link in sorted(saves.glob(f"{wanted}/*")):
+    folders = [saves / folder_name(config)] if config is not None else sorted(saves.glob("*"))
+    for link in [link for folder in folders if folder.is_dir() for link in sorted(folder.iterdir())]:
         record = artifact.read(link.resolve()) if link.is_symlink() else None
         if link.is_symlink():
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started"])) if record else ""

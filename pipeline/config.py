@@ -65,7 +65,12 @@ class Pipeline:
 
     @property
     def name(self) -> str:
-        return re.sub(r"[^\w.-]+", "_", self.path.stem)
+        return folder_name(self.path)
+
+
+def folder_name(config: Path) -> str:
+    """The folder in `saves/` that holds a config's links."""
+    return re.sub(r"[^\w.-]+", "_", config.stem)
 
 
 def kinds() -> list[str]:
@@ -169,10 +174,11 @@ class _Checker:
         raw = dict(raw)
         use = raw.pop("use", name)
         if use not in kinds():
-            where = (*key, "use") if "use" in (self.document.data["stages"][name] or {}) else key
-            self.at_value(
-                where, f"there is no stage `{use}`{nearest(str(use), kinds())}"
-            ) if where != key else self.at_key(key, f"there is no stage `{use}`{nearest(str(use), kinds())}")
+            near = nearest(str(use), kinds())
+            if use != name:
+                self.at_value((*key, "use"), f"there is no stage `{use}`{near}")
+            else:
+                self.at_key(key, f"there is no stage `{use}` (a second of a kind is `{name}: {{use: KIND}}`){near}")
             return
         if not NAME.match(name):
             self.at_key(key, f"`{name}` is no name for a stage; use small letters, digits, `_` and `-`")
@@ -188,6 +194,8 @@ class _Checker:
         self.fill_in(kind.Config.model_fields, raw, template)
         self.resolve_data(raw, key, name)
         model = self.starting_model(kind.Config.model_fields, raw, key, name)
+        if "model" not in kind.Config.model_fields and self._names_above(name):
+            self.at_key(key, f"stage `{name}` makes a new model and would drop the one above it; put it first")
         self.check_settings(kind, raw, key, name)
         config = self.model(kind.Config, raw, key, f"stage `{name}`", skip=_lists_of_sources(raw))
         if config is not None:
@@ -226,7 +234,7 @@ class _Checker:
         """Where the stage's model comes from: its own `model`, the stage above, or the top of the file."""
         if "model" not in fields:
             return None
-        above = [stage for stage in self.document.data["stages"] if stage in self._names_above(name)]
+        above = self._names_above(name)
         root = self.document.data.get("model")
         model = raw.get("model", f"${above[-1]}" if above else root)
         place = (*key, "model") if "model" in raw else ("model",)
@@ -246,8 +254,7 @@ class _Checker:
             self.at_value(place, f"stage `{name}`: no stage `{model[1:]}` is above it{hint}")
         elif not model.startswith("$") and _model.is_hub_name(model) and "@" not in model:
             self.at_value(
-                place,
-                f"`{model}` names no revision; pin the commit as `{model}@COMMIT` so that it cannot move",
+                place, f"`{model}` is no folder here; for a model on the Hub pin its commit, as `{model}@COMMIT`"
             )
         raw["model"] = model if isinstance(model, str) else ""
         return model if isinstance(model, str) else None

@@ -29,6 +29,8 @@ NO_RESULT = frozenset(
     }
 )
 
+CHOOSE_BEST = frozenset({"save_steps", "save_strategy"})
+
 State = Literal["done", "resume", "run"]
 
 
@@ -216,7 +218,9 @@ class _Placer:
         """What the stage does, in values that can be compared: settings, and the content of its data by hash."""
         recipe = stage.config.model_dump(mode="json", exclude={"model"})
         if isinstance(recipe.get("trainer"), dict):
-            recipe["trainer"] = {key: value for key, value in recipe["trainer"].items() if key not in NO_RESULT}
+            # With the best checkpoint loaded at the end, when to save decides which one that can be.
+            ignored = NO_RESULT if not recipe["trainer"].get("load_best_model_at_end") else NO_RESULT - CHOOSE_BEST
+            recipe["trainer"] = {key: value for key, value in recipe["trainer"].items() if key not in ignored}
         if stage.launch.processes > 1:
             recipe["processes"] = stage.launch.processes  # the order of rows and of sums depends on it
         recipe.pop("question", None)

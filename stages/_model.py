@@ -133,8 +133,15 @@ def facts(folder: Path, source: str = "") -> Facts:
         )
     settings = _json(folder / "tokenizer_config.json", f"the model folder `{folder}` has no tokenizer_config.json")
     template = folder / "chat_template.jinja"
-    own = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-    return Facts(source or str(folder), config, weights, tokenizer.read_text(encoding="utf-8"), settings, own)
+    own = _read(template) if template.is_file() else settings.get("chat_template")
+    return Facts(source or str(folder), config, weights, _read(tokenizer), settings, own)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise StageError(f"`{path}` is not UTF-8; fetch it again") from None
 
 
 def _json(path: Path, missing: str) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def _json(path: Path, missing: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise StageError(missing) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise StageError(f"`{path}` cannot be read ({error})") from None
 
 
@@ -152,14 +159,14 @@ def _header(shard: Path) -> dict[str, tuple[int, ...]]:
         with open(shard, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (struct.error, ValueError, KeyError, OSError, MemoryError, OverflowError):
+        header.pop("__metadata__", None)
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError, OverflowError):
         raise StageError(f"`{shard}` is no whole safetensors file; fetch it again") from None
-    if shard.stat().st_size != 8 + length + end:
-        raise StageError(
-            f"`{shard}` is cut off: {shard.stat().st_size:,} bytes of {8 + length + end:,}; fetch it again"
-        )
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    if shard.stat().st_size != whole:
+        raise StageError(f"`{shard}` is cut off: {shard.stat().st_size:,} bytes of {whole:,}; fetch it again")
+    return shapes
 
 
 def load(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":

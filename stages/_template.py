@@ -36,7 +36,7 @@ def text(template: str) -> str:
     path = Path(template)
     if path.suffix not in (".jinja", ".json"):
         raise StageError(
-            f"there is no template `{template}`{nearest(template, names())}, or name a .jinja or .json file"
+            f"there is no template `{template}` (a name, a .jinja or a .json file){nearest(template, names())}"
         )
     try:
         content = path.read_text(encoding="utf-8")

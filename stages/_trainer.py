@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
 # Kinds of LoRA that are no plain update of a weight.
-UNFOLDABLE = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config")
-UNFOLDABLE += ("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
+UNFOLDABLE = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
+)
 
 
 class TrainingConfig(BaseModel):
@@ -52,7 +54,7 @@ class TrainingConfig(BaseModel):
     """TRL's own settings."""
     template: str | None = None
     """The chat template's text; without it the model keeps its own."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
 
 
 def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *, chat: bool) -> list[Problem]:
@@ -78,7 +80,7 @@ def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *
             )
         )
     if config.lora is not None:
-        problems += _check_targets(config.lora, facts) + _check_foldable(config.lora)
+        problems += _check_targets(config.lora, facts) + _check_foldable(config.lora, facts)
     if chat or config.template:
         problems += check_template(config.template, facts)
     return problems
@@ -103,12 +105,17 @@ def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[Problem
     ]
 
 
-def _check_foldable(lora: Mapping[str, Any]) -> list[Problem]:
+def _check_foldable(lora: Mapping[str, Any], facts: _model.Facts) -> list[Problem]:
     advice = "later stages could not fold the adapter into its base; remove it"
     problems = [(f"lora.{name}", f"with `{name}` {advice}") for name in UNFOLDABLE if lora.get(name)]
     start = str(lora.get("init_lora_weights"))
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         problems.append(("lora.init_lora_weights", f"`{start}` also changes the base, so {advice}"))
+    tied = facts.weights and "lm_head.weight" not in facts.weights
+    for name in lora.get("modules_to_save") or [] if tied else []:
+        if name in ("lm_head", "embed_tokens", "word_embeddings", "wte"):
+            clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"
+            problems.append(("lora.modules_to_save", f"{clause}; {advice}"))
     return problems
 
 
@@ -195,6 +202,18 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         return getattr(trl, kind)(**{**ours, **defaults, **theirs})
     except (ValueError, TypeError, ImportError) as error:
         raise StageError(f"{kind} refuses these settings: {error}") from None
+
+
+def build(trainer: Any, **parts: Any) -> Any:
+    """A TRL trainer of its parts.
+
+    Raises:
+        StageError: it refuses the settings, which it checks only now.
+    """
+    try:
+        return trainer(**parts)
+    except (ValueError, NotImplementedError) as error:
+        raise StageError(f"TRL refuses these settings: {error}") from None
 
 
 def adapter(config: TrainingConfig) -> Any:

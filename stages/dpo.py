@@ -75,7 +75,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "note",
         text=f"{len(pairs)} pairs, {account['dropped']} dropped as too long, {len(held)} held out",
     )
-    trainer = _trainer_class()(
+    trainer = _trainer.build(
+        _trainer_class(),
         model=model,
         ref_model=_reference(config, args),
         args=args,
@@ -85,7 +86,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         peft_config=_trainer.adapter(config),
     )
     metrics = _trainer.train(trainer, config, out)
-    start = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
+    start: dict[str, float] = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
     return {**account, **metrics, **start}
 
 

@@ -33,7 +33,7 @@ class Config(BaseModel):
     hidden_size: int = Field(default=128, gt=0)
     num_hidden_layers: int = Field(default=2, gt=0)
     num_attention_heads: int = Field(default=4, gt=0)
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = Field(default=None, gt=0)
     """Not used by bloom; as many as attention heads unless said otherwise."""
     intermediate_size: int | None = None
     """Not used by bloom, which takes 4 × hidden_size; 2 × hidden_size unless said otherwise."""
@@ -41,13 +41,18 @@ class Config(BaseModel):
     max_position_embeddings: int = Field(default=1024, gt=0)
     tie_word_embeddings: bool = True
     template: str | None = None
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _divides(self) -> "Config":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} is no multiple of `num_attention_heads` {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"`num_attention_heads` {self.num_attention_heads} is no multiple of "
+                f"`num_key_value_heads` {self.num_key_value_heads}"
             )
         return self
 
@@ -61,6 +66,8 @@ def facts(config: Config) -> _model.Facts:
     weights = {}
     for layer in range(config.num_hidden_layers):
         weights.update({f"{name}.weight": shape for name, shape in _layer(config, layer).items()})
+    if not config.tie_word_embeddings:
+        weights["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     shown = {"model_type": config.architecture, "hidden_size": config.hidden_size}
     tokenizer = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
     known = "".join(f'"{token}"' for token in SPECIAL + MARKS)

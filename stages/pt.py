@@ -71,7 +71,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     train = dataset(texts)
     tokens = sum(map(len, train["input_ids"]))
     emit(out, "note", text=f"{len(texts)} texts, {tokens} tokens, {len(held)} texts held out")
-    trainer = SFTTrainer(
+    trainer = _trainer.build(
+        SFTTrainer,
         model=model,
         args=args,
         train_dataset=train,

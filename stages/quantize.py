@@ -4,6 +4,7 @@ Perplexity is measured on rows that calibration never sees: before with the orig
 folder in a fresh process, which also answers a question. The same seed gives the same weights, bit for bit.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +64,7 @@ class Config(BaseModel):
     question: str = "你好，请介绍一下你自己。"
     """Asked of the result in a fresh process."""
     shard_size: str = Field(default="4GB", pattern=_model.SIZE)
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
 
     @property
     def folders(self) -> list[str]:
@@ -94,6 +96,11 @@ def check(config: Config, facts: _model.Facts | None) -> list[Problem]:
     return problems + _check_groups(config.group_size, facts.weights)
 
 
+def facts_after(config: Config, facts: _model.Facts) -> _model.Facts:
+    """What later stages can know of the result: it is quantized, so it can be asked but not trained."""
+    return replace(facts, config={**facts.config, "quantization_config": {"bits": config.bits}})
+
+
 def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[Problem]:
     """GPTQModel takes a last group that is not full, and vLLM then refuses the folder."""
     layers = {name: shape for name, shape in weights.items() if len(shape) == 2 and LAYER.search(name)}
@@ -118,7 +125,7 @@ def figure(metrics: Mapping[str, Any]) -> str:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Quantize, save, and let a fresh process try the folder."""
-    folder = Path(config.folders[0])
+    folder, out = Path(config.folders[0]).resolve(), out.resolve()
     facts = _model.facts(folder)
     if problems := check(config, facts):
         raise StageError("\n".join(f"`{name}`: {text}" for name, text in problems))
@@ -131,7 +138,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     emit(out, "note", text=f"quantizes to {config.bits} bits, calibrated on {len(calibration)} rows")
     work = out / ".gptq"
     shutil.rmtree(work, ignore_errors=True)
-    losses = _quantize(config, facts, folder, calibration, work)
+    work.mkdir()
+    with contextlib.chdir(work):  # GPTQModel writes a folder `logs` wherever it runs
+        losses = _quantize(config, facts, folder, calibration, work)
     _publish(folder, work / "model", out)
     shutil.rmtree(work)
     emit(out, "note", text="a fresh process measures perplexity after, and answers the question")

@@ -77,7 +77,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise StageError(f"all {len(rows)} rows lose their answer at `max_length` {args.max_length}; raise it")
     emit(out, "note", text=", ".join(f"{value} {key.replace('_', ' ')}" for key, value in account.items()))
     held_columns, _ = tokenize(tokenizer, held, args.max_length)
-    trainer = SFTTrainer(
+    trainer = _trainer.build(
+        SFTTrainer,
         model=model,
         args=args,
         train_dataset=Dataset.from_dict(columns),

@@ -76,14 +76,14 @@ stages:
   merge:
 """
     assert project(text) == refused(
-        "x.yaml:1:11: there is no template `medd`; did you mean `med`?, or name a .jinja or .json file",
+        "x.yaml:1:11: there is no template `medd` (a name, a .jinja or a .json file); did you mean `med`?",
         "x.yaml:2:1: there is no `modell` here; did you mean `model`?",
         "x.yaml:7:44: stage `init` has no setting `hiden_size`; did you mean `hidden_size`?",
         "x.yaml:9:11: stage `pt`: no data `book` is declared; did you mean `books`?",
         "x.yaml:10:12: stage `pt`: LoraConfig has no setting `loraalpha`; did you mean `lora_alpha`?",
         "x.yaml:11:30: stage `pt`: `learning_rate` is `fast`; SFTConfig wants a number (float)",
         "x.yaml:11:45: stage `pt`: `packing` is `no`; SFTConfig wants true or false",
-        "x.yaml:12:3: there is no stage `sftt`; did you mean `sft`?",
+        "x.yaml:12:3: there is no stage `sftt` (a second of a kind is `sftt: {use: KIND}`); did you mean `sft`?",
         "x.yaml:15:12: stage `dpo`: no stage `merge` is above it; it stands below or is the stage itself",
         "x.yaml:18:7: stage `dpo`: SFTConfig has no setting `lerning_rate`; did you mean `learning_rate`?",
     )
@@ -165,8 +165,8 @@ stages:
         (
             "sft: {data: consult, template: zzz}",
             [
-                "8:34: there is no template `zzz`; there is `alpaca_zh`, `chatml`, `llama3`, `med`, `plain`, `qwen`, "
-                "or name a .jinja or .json file"
+                "8:34: there is no template `zzz` (a name, a .jinja or a .json file); "
+                "there is `alpaca_zh`, `chatml`, `llama3`, `med`, `plain`, `qwen`"
             ],
         ),
     ],
@@ -192,8 +192,16 @@ def test_a_mistake_in_a_stage_names_its_place_the_word_and_what_is_wanted(projec
             f"{'x' * 65}: {{use: merge}}",
             f"8:3: `{'x' * 65}` is no name for a stage; use small letters, digits, `_` and `-`",
         ),
-        ("../x:", "8:3: there is no stage `../x`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`"),
-        ("_trainer:", "8:3: there is no stage `_trainer`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`"),
+        (
+            "../x:",
+            "8:3: there is no stage `../x` (a second of a kind is `../x: {use: KIND}`); "
+            "there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`",
+        ),
+        (
+            "_trainer:",
+            "8:3: there is no stage `_trainer` (a second of a kind is `_trainer: {use: KIND}`); "
+            "there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`",
+        ),
         ("x: {use: ../x}", "8:12: there is no stage `../x`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `sft`"),
     ],
 )
@@ -281,7 +289,7 @@ def test_a_mistake_at_the_top_names_its_place(project, text, expected):
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("org/name", "8:31: `org/name` names no revision; pin the commit as `org/name@COMMIT` so that it cannot move"),
+        ("org/name", "8:31: `org/name` is no folder here; for a model on the Hub pin its commit, as `org/name@COMMIT`"),
         ("3", "8:31: `model` is `3`; it is a folder, `org/name@commit` on the Hub, or `$stage`"),
         ("$dpo", "8:31: stage `sft`: no stage `dpo` is above it; there is `init`"),
         ("$ini", "8:31: stage `sft`: no stage `ini` is above it; did you mean `init`?"),
@@ -295,7 +303,7 @@ def test_a_model_is_a_folder_a_pinned_hub_name_or_a_stage_above(project, model, 
 def test_a_hub_name_at_the_top_is_pinned_too(project):
     text = TOP.replace("  init: {architecture: bloom, data: books}\n", "  sft: {data: consult}\n")
     assert project("model: org/name\n" + text) == refused(
-        "x.yaml:1:8: `org/name` names no revision; pin the commit as `org/name@COMMIT` so that it cannot move"
+        "x.yaml:1:8: `org/name` is no folder here; for a model on the Hub pin its commit, as `org/name@COMMIT`"
     )
 
 

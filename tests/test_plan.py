@@ -305,12 +305,13 @@ def test_a_model_folder_that_cannot_be_used_is_refused_once(project, damage, exp
     assert project.validate(text) == refused(f"x.yaml:1:8: stage `sft`: {expected}")
 
 
-def test_a_hub_model_that_is_not_here_is_noted_and_not_fetched(project):
-    text = project.model().replace("model: m", "model: no-such-org/no-such-model@0123456789abcdef")
-    assert project.validate(text + SFT) == (
+def test_a_hub_model_that_is_not_here_is_noted_once_and_not_fetched(project):
+    model = "model: no-such-org/no-such-model@0123456789abcdef"
+    text = project.model().replace("model: m", model) + f"{SFT}  another: {{use: sft, data: consult, {model}}}\n"
+    assert project.validate(text) == (
         0,
         "note: `no-such-org/no-such-model@0123456789abcdef` is not on this machine; `run` fetches it, until then it "
-        "is unchecked\nx.yaml: 1 stages (sft); consult 1 rows; no problem found\n",
+        "is unchecked\nx.yaml: 2 stages (sft → another); consult 1 rows; no problem found\n",
     )
 
 
@@ -422,8 +423,9 @@ def test_a_plan_says_what_each_stage_starts_from(project):
         ("logging_steps: 10", "logging_steps: 1, report_to: tensorboard, save_steps: 7, run_name: x"),
         ("  books: {path: books.jsonl, format: text}\n", "  books: {format: text, path: ./books.jsonl}\n"),
         ("consult", "consultations"),
+        ("quantize: {", "quantize: {question: 感冒了？, "),
     ],
-    ids=["comments", "key order", "number form", "logging", "path form", "data name"],
+    ids=["comments", "key order", "number form", "logging", "path form", "data name", "question"],
 )
 def test_what_changes_no_weight_changes_no_fingerprint(project, old, new):
     text = CHAIN.replace(old, new).replace("path: consultations.jsonl", "path: consult.jsonl")

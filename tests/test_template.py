@@ -111,8 +111,8 @@ def test_a_jinja_file_is_taken_as_it_is(tmp_path):
         (
             "zzz",
             None,
-            "there is no template `zzz`; there is `alpaca_zh`, `chatml`, `llama3`, `med`, `plain`, `qwen`, "
-            "or name a .jinja or .json file",
+            "there is no template `zzz` (a name, a .jinja or a .json file); "
+            "there is `alpaca_zh`, `chatml`, `llama3`, `med`, `plain`, `qwen`",
         ),
         ("own.jinja", None, "the template `own.jinja` cannot be read (No such file or directory)"),
         ("own.jinja", "感冒".encode("gb18030"), "the template `own.jinja` cannot be read (not UTF-8)"),

@@ -109,6 +109,15 @@ def test_the_losses_are_known():
     assert {"sigmoid", "hinge", "ipo", "exo_pair", "sft"} <= set(LOSSES)
 
 
+def test_settings_that_trl_refuses_are_no_fault_of_ours(tuned, train, rows):
+    with pytest.raises(StageError) as caught:
+        train(dpo, tuned, rows("preference", 4), trainer={**ONE, "loss_type": "exo_pair"})
+    assert str(caught.value) == (
+        "TRL refuses these settings: Label smoothing must be greater than 0.0 when using 'exo_pair' loss. "
+        "The EXO paper recommends a value of 1e-3."
+    )
+
+
 def test_losses_can_be_mixed(tuned, train, rows):
     asked = {**ONE, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
     metrics = train(dpo, tuned, rows("preference", 4), trainer=asked).metrics

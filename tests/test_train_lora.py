@@ -89,15 +89,22 @@ def test_an_adapter_that_is_cut_off_is_refused(tiny, adapt, tmp_path):
 
 
 def test_kinds_that_could_not_be_folded_are_refused_before_training(tiny, rows):
-    facts = _model.facts(tiny("llama"))
-
-    def problems(lora):
+    def problems(lora, **kind):
+        facts = _model.facts(tiny("llama", **kind), "the base")
         return sft.check(sft.Config(model=["base"], data=[rows("alpaca", 1)], lora=lora), facts)
 
     advice = "later stages could not fold the adapter into its base; remove it"
     assert problems({"init_lora_weights": "pissa_niter_4", "use_qalora": True, "r": 4}) == [
         ("lora.use_qalora", f"with `use_qalora` {advice}"),
         ("lora.init_lora_weights", f"`pissa_niter_4` also changes the base, so {advice}"),
+    ]
+    copies = {"modules_to_save": ["norm", "lm_head"]}
+    assert problems(copies, tied=False) == []
+    assert problems(copies) == [
+        (
+            "lora.modules_to_save",
+            "input and output embeddings of the base are one weight, and `lm_head` would train a copy; " + advice,
+        )
     ]
     for start in (True, "gaussian", "orthogonal"):
         assert problems({"init_lora_weights": start, "use_qalora": False, "use_dora": True}) == []

@@ -77,13 +77,13 @@ def test_the_loss_is_that_of_every_token(tiny, train, rows, documents):
     assert metrics["loss_first"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("lora", [{"r": 8}, None], ids=["LoRA", "full"])
-def test_the_loss_falls(tiny, train, rows, lora):
+@pytest.mark.parametrize(("lora", "left"), [({"r": 8}, 0.995), (None, 0.95)], ids=["LoRA", "full"])
+def test_the_loss_falls(tiny, train, rows, lora, left):
     asked = {"max_steps": 12, "max_length": 64, "per_device_train_batch_size": 4, "learning_rate": 3e-2}
     metrics = train(pt, [tiny("llama")], rows("text", 20), lora=lora, eval_size=0.2, trainer=asked).metrics
     assert metrics["rows"] == 16
-    assert metrics["loss_last"] < 0.95 * metrics["loss_first"]
-    assert metrics["eval_loss"] < 0.95 * metrics["eval_loss_before"]
+    assert metrics["loss_last"] < left * metrics["loss_first"]
+    assert metrics["eval_loss"] < left * metrics["eval_loss_before"]
 
 
 def test_a_base_model_needs_no_chat_template(tiny, train, rows):
