@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import Interrupted, StageError
-from stages import _checkpoint, _model, _template
+from stages import _checkpoint, _model, _rows, _template
 from stages._events import emit, main_process
-from stages._rows import Source
 
 if TYPE_CHECKING:
     from transformers import (
@@ -42,9 +41,9 @@ class TrainingConfig(BaseModel):
 
     model: str | list[str]
     """A folder, a Hub name with its revision, or an earlier stage as `$name`."""
-    data: list[Source] = Field(min_length=1)
+    data: list[_rows.Source] = Field(min_length=1)
     """Names of declared data."""
-    eval_data: list[Source] = []
+    eval_data: list[_rows.Source] = []
     """Names of declared data that is held out, never trained on."""
     eval_size: float = Field(default=0, ge=0)
     """Rows of `data` held out: a share below 1, or a number of rows."""
@@ -156,6 +155,17 @@ def hold_out(rows: list[Row], eval_size: float, seed: int) -> tuple[list[Row], l
         raise StageError(f"`eval_size` holds out {count} of {len(rows)} rows; nothing is left to train on")
     held = set(random.Random(seed).sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def rows(config: TrainingConfig) -> tuple[list[_rows.Row], list[_rows.Row]]:
+    """The rows to train on and the rows held out: a part of `data`, and all of `eval_data`.
+
+    Raises:
+        StageError: a row is bad, or nothing would be left to train on.
+    """
+    found = [row for source in config.data for row in _rows.examples(source)]
+    train, held = hold_out(found, config.eval_size, config.seed)
+    return train, held + [row for source in config.eval_data for row in _rows.examples(source)]
 
 
 def start(config: TrainingConfig) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

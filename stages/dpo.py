@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
-from stages import _model, _rows, _template, _trainer
+from stages import _model, _template, _trainer
 from stages._events import emit
 
 if TYPE_CHECKING:
@@ -61,10 +61,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
     model, tokenizer = _trainer.start(config)
     args = _trainer.arguments("DPOConfig", config, out)
-    pairs, held = _trainer.hold_out(
-        [row for source in config.data for row in _rows.examples(source)], config.eval_size, config.seed
-    )
-    held += [row for source in config.eval_data for row in _rows.examples(source)]
+    pairs, held = _trainer.rows(config)
     held = [row for row in held if fits(tokenizer, row, args.max_length)]
     kept = [row for row in pairs if fits(tokenizer, row, args.max_length)]
     if not kept:

@@ -59,18 +59,16 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
     model, tokenizer = _trainer.start(config)
     args = _trainer.arguments("SFTConfig", config, out, packing=True, packing_strategy="wrapped")
-    texts = [row["text"] for source in config.data for row in _rows.examples(source)]
-    texts, held = _trainer.hold_out(texts, config.eval_size, config.seed)
-    held += [row["text"] for source in config.eval_data for row in _rows.examples(source)]
+    rows, held = _trainer.rows(config)
     length = None if args.packing else args.max_length
 
-    def dataset(part: list[str]) -> Dataset:
-        ids = documents(tokenizer, part, length)
+    def dataset(part: list[_rows.Row]) -> Dataset:
+        ids = documents(tokenizer, [row["text"] for row in part], length)
         return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
-    train = dataset(texts)
+    train = dataset(rows)
     tokens = sum(map(len, train["input_ids"]))
-    emit(out, "note", text=f"{len(texts)} texts, {tokens} tokens, {len(held)} texts held out")
+    emit(out, "note", text=f"{len(rows)} texts, {tokens} tokens, {len(held)} texts held out")
     trainer = _trainer.build(
         SFTTrainer,
         model=model,
@@ -80,4 +78,4 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=_trainer.adapter(config),
     )
-    return {"rows": len(texts), "tokens": tokens, **_trainer.train(trainer, config, out)}
+    return {"rows": len(rows), "tokens": tokens, **_trainer.train(trainer, config, out)}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
-from stages import _model, _rows, _template, _trainer
+from stages import _model, _template, _trainer
 from stages._events import emit
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
     model, tokenizer = _trainer.start(config)
     args = _trainer.arguments("SFTConfig", config, out)
-    rows, held = _trainer.hold_out(
-        [row for source in config.data for row in _rows.examples(source)], config.eval_size, config.seed
-    )
-    held += [row for source in config.eval_data for row in _rows.examples(source)]
+    rows, held = _trainer.rows(config)
     columns, account = tokenize(tokenizer, rows, args.max_length)
     if not columns["input_ids"]:
         raise StageError(f"all {len(rows)} rows lose their answer at `max_length` {args.max_length}; raise it")
