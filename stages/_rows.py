@@ -507,7 +507,9 @@ def _optional(value: object, name: str) -> str:
 
 
 def _say(role: str, value: object, name: str) -> dict[str, str]:
-    return {"role": role, "content": _text(value, name)}
+    text = _text(value, name)
+    # A blank before an answer merges with the prompt's last token, which no server would then write.
+    return {"role": role, "content": text.strip() if role == "assistant" else text}
 
 
 def _text(value: object, name: str) -> str:

@@ -110,8 +110,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tup
     The end of turn (the special token after the answer) is in the loss, or the model would never learn to stop.
 
     Raises:
-        StageError: the template cannot render these messages, or it does not end the assistant's turn with a
-            special token.
+        StageError: the template cannot render these messages, its prompt is not how the conversation begins, or
+            it does not end the assistant's turn with a special token.
     """
     full = render(tokenizer, messages)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
@@ -119,8 +119,9 @@ def encode(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tup
     labels = [IGNORED] * len(ids)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start, end = _span(tokenizer, messages, index, full)
-            _label(tokenizer, ids, labels, encoded["offset_mapping"], start, end)
+            prompt, end = _span(tokenizer, messages, index, full)
+            _check_boundary(tokenizer, prompt, ids)
+            _label(tokenizer, ids, labels, encoded["offset_mapping"], len(prompt), end)
     return ids, labels
 
 
@@ -136,8 +137,8 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, pro
     return str(rendered)
 
 
-def _span(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], index: int, full: str) -> tuple[int, int]:
-    """Where the answer `messages[index]` stands in the rendered text, its end of turn left out."""
+def _span(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], index: int, full: str) -> tuple[str, int]:
+    """The text before the answer `messages[index]`, and where the answer ends, its end of turn left out."""
     prefix = render(tokenizer, messages[:index], prompt=True)
     answer = messages[index]["content"].strip()
     found = full.find(answer, len(prefix))
@@ -146,7 +147,17 @@ def _span(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], index: 
             "the chat template writes the start of a conversation differently once it goes on, so what is trained "
             "would not be what is served; choose a built-in `template:`"
         )
-    return len(prefix), found + len(answer)
+    return prefix, found + len(answer)
+
+
+def _check_boundary(tokenizer: "PreTrainedTokenizerBase", prompt: str, ids: list[int]) -> None:
+    """The prompt alone, as a server tokenizes it, must be how the trained conversation begins."""
+    alone: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if ids[: len(alone)] != alone:
+        raise StageError(
+            "this tokenizer joins the end of the prompt with the start of the answer, so the model would be served "
+            "another prompt than it was trained on; choose another `template:`"
+        )
 
 
 def _label(

@@ -71,6 +71,8 @@ def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *
                 f"{facts.source} is quantized already and cannot be trained; start from the model before",
             )
         )
+    if config.trainer.get("truncation_mode") == "keep_end":
+        problems.append(("trainer.truncation_mode", "`keep_end` cuts off how the prompt begins; remove it"))
     if config.trainer.get("eval_strategy", "no") != "no" and not (config.eval_data or config.eval_size):
         problems.append(
             (
@@ -300,7 +302,7 @@ class _Progress:
                 progress.log(state, kwargs["logs"])
 
             def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                progress.save(state)
+                progress.save(state, kwargs["model"])
 
         return Callback()
 
@@ -322,12 +324,31 @@ class _Progress:
                     "then run again"
                 )
 
-    def save(self, state: Any) -> None:
+    def save(self, state: Any, model: Any) -> None:
         """Seal the newest checkpoint. The one of the last step is not: going on from it would do a step too many."""
         newest = self.checkpoints / f"checkpoint-{state.global_step}"
+        try:
+            check_finite(model, state.global_step)
+        except StageError:
+            shutil.rmtree(newest, ignore_errors=True)
+            raise
         if main_process() and newest.is_dir() and state.global_step < state.max_steps:
             _checkpoint.seal(newest)
             _checkpoint.rotate(self.checkpoints, self.keep, state.best_model_checkpoint)
+
+
+def check_finite(model: Any, step: int) -> None:
+    """
+    Raises:
+        StageError: a trained weight is NaN or infinite; it must become neither a checkpoint nor a result.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise StageError(
+                f"the weight `{name}` is not finite after step {step}; lower `trainer.learning_rate` and run again"
+            )
 
 
 def _batch(args: Any) -> dict[str, int]:
@@ -351,14 +372,8 @@ def _any_process(asked: bool, processes: int) -> bool:
 
 def _save(trainer: "Trainer", config: TrainingConfig, out: Path) -> None:
     """Write adapter or model, tokenizer with template, and generation config; drop what only training needed."""
-    import torch
-
     model = trainer.accelerator.unwrap_model(trainer.model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise StageError(
-                f"the weight `{name}` is not finite after training; lower `trainer.learning_rate` and run again"
-            )
+    check_finite(model, trainer.state.global_step)
     if not main_process():
         return
     whole = model.get_base_model() if config.lora is not None else model

@@ -39,6 +39,9 @@ def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
                 "not keep documents apart; use `wrapped`, which says so",
             )
         )
+    if config.trainer.get("padding_free") and facts.model_type in _model.PACKING_MIXES:
+        text = f"`{facts.model_type}` ignores position ids, so documents would read each other; remove it"
+        problems.append(("trainer.padding_free", text))
     return problems
 
 

@@ -331,6 +331,6 @@ def test_a_weight_that_is_not_a_number_is_never_written(tiny, train, rows, tmp_p
         train(sft, [tiny("llama")], rows("alpaca", 4), out=tmp_path, callback=at(3, "on_step_end", poison))
     assert str(caught.value) == (
         "the weight `base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` is not finite after "
-        "training; lower `trainer.learning_rate` and run again"
+        "step 3; lower `trainer.learning_rate` and run again"
     )
     assert list(tmp_path.rglob("*.safetensors")) == []
