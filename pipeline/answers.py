@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import artifact, runner
 from pipeline.plan import Plan, Step
-from pipeline.worker import LOG, _to_log
+from pipeline.worker import LOG, to_log
 
 FILE = "answers.json"
 TOKENS = 64  # enough to see whether it answers; a full answer is what `chat` is for
@@ -91,7 +91,7 @@ def _generate(
 ) -> None:
     from stages import _generate as generate
 
-    _to_log(Path(folder, LOG))
+    to_log(Path(folder, LOG))
     messages = [{"role": "user", "content": question}]
     answers = {}
     for name, folders in models.items():

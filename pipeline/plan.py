@@ -133,7 +133,7 @@ class _Placer:
         config = stage.config if model is None else stage.config.model_copy(update={"model": model.folders})
         recipe = self.recipe(stage)
         inputs = {} if model is None else {"model": model.identity}
-        content = {"use": stage.use, "recipe": recipe, "inputs": inputs, "versions": _versions(stage.use)}
+        content = {"use": stage.use, "recipe": recipe, "inputs": inputs, "versions": versions(stage.use)}
         fingerprint = hashlib.sha256(_canonical(content)).hexdigest()
         folder = self.plan.saves / f"{stage.use}-{fingerprint[:12]}"
         link = self.plan.saves / self.plan.pipeline.name / stage.name
@@ -281,7 +281,7 @@ def _sources(config: BaseModel) -> Iterator[_rows.Source]:
                 yield from _sources(item)
 
 
-def _versions(use: str) -> dict[str, str]:
+def versions(use: str) -> dict[str, str]:
     """Everything installed that computes, and our own stage's version."""
     from pipeline.config import module
 

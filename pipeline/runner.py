@@ -119,6 +119,7 @@ def _run_step(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
         view.step(step, "running")
         metrics = _follow(step, view, stop)
         (step.part / SPEC).unlink()
+        (step.part / worker.HELD).unlink()
         (step.part / LOCK).unlink()
         record = {
             "stage": step.name,
@@ -128,7 +129,7 @@ def _run_step(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
             "inputs": dict(step.inputs),
             "model": step.produces,
             "metrics": metrics,
-            "versions": plan._versions(step.stage.use),
+            "versions": plan.versions(step.stage.use),
             "machine": {"host": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
             "started": round(started, 3),
             "seconds": round(time.time() - started, 3),
@@ -147,7 +148,7 @@ def _free_name(folder: Path) -> Path:
 def _clear(step: plan.Step) -> None:
     """Take away what an earlier try left, except checkpoints to go on from and its log."""
     for path in step.part.iterdir():
-        if path.name in ("checkpoints", "before.json", worker.LOG, LOCK):
+        if path.name in ("checkpoints", "before.json", worker.LOG, worker.HELD, LOCK):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -164,10 +165,22 @@ def _locked(step: plan.Step) -> Iterator[None]:
             raise Busy(
                 f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it"
             ) from None
+        _wait_for_orphans(step)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         yield
+
+
+def _wait_for_orphans(step: plan.Step) -> None:
+    """Processes that a killed runner left behind end at once on Linux; elsewhere they may go on for a while."""
+    with open(step.part / worker.HELD, "a", encoding="utf-8") as file:
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+    raise Busy(f"stage `{step.name}` is still being run by a process that a killed run left behind; wait, or end it")
 
 
 def _follow(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
@@ -306,7 +319,13 @@ class _Launched:
         with open(step.part / worker.LOG, "ab") as log:
             # A session of its own: Ctrl-C reaches the runner, which tells the first process to stop.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=worker.end_with_parent,
             )
         self.pid: int | None = None  # the launcher itself is never told; it would end its processes at once
 

@@ -5,7 +5,9 @@ in each of several processes. What the libraries print goes to the folder's `log
 """
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import importlib
 import json
 import os
@@ -13,12 +15,13 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.errors import Interrupted, PipelineError
 from stages._events import emit
 
 LOG = "log.txt"
+HELD = "lock.worker"
 _NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
 
 
@@ -26,11 +29,28 @@ def main(spec_file: str) -> None:
     """Run the stage that a spec file names and leave with 0, 1 or 75; never returns."""
     out = Path(spec_file).parent
     spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
-    _to_log(out / LOG)
+    to_log(out / LOG)
+    end_with_parent()
+    held = _hold(out)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the runner decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     emit(out, "start", pid=os.getpid())
-    sys.exit(_run(spec, out))
+    code = _run(spec, out)
+    held.close()
+    sys.exit(code)
+
+
+def end_with_parent() -> None:
+    """On Linux, have the kernel end this process when the one that started it is gone (kill -9 of a runner)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _hold(out: Path) -> TextIO:
+    """A lock, shared by all processes of the stage, that tells a later runner that work still goes on here."""
+    file = open(out / HELD, "a", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
 
 
 def _run(spec: dict[str, Any], out: Path) -> int:
@@ -74,7 +94,7 @@ def _disk_full(error: BaseException) -> bool:
     return any(word in str(error) for word in words)
 
 
-def _to_log(path: Path) -> None:
+def to_log(path: Path) -> None:
     """Send everything this process prints, C libraries included, to the log."""
     sys.stdout.flush()
     sys.stderr.flush()

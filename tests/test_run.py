@@ -183,6 +183,26 @@ def test_a_killed_stage_leaves_the_runner_alive_and_the_next_run_ends_with_the_s
     assert record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"] == expected
 
 
+def test_a_killed_runner_takes_its_stage_with_it_and_the_next_run_ends_with_the_same_weights(chain):
+    config, saves = chain
+    expected = record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"]
+    shutil.rmtree((saves / "small" / "sft").resolve())
+    words = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--saves", str(saves), "--until", "sft"]
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pids = []
+
+    def kill(part: Path, pid: int) -> None:
+        pids.append(pid)
+        first.kill()
+
+    when_event(saves, "log", 4, kill).join()
+    assert first.wait() == -signal.SIGKILL
+    assert run(config, saves, "--until", "sft") == 0
+    (pid,) = pids
+    assert not Path(f"/proc/{pid}").exists()
+    assert record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"] == expected
+
+
 def test_ctrl_c_stops_at_the_next_step_and_the_next_run_goes_on(chain, capsys):
     config, saves = chain
     expected = record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"]
