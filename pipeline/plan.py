@@ -286,7 +286,7 @@ def versions(use: str) -> dict[str, str]:
     from pipeline.config import module
 
     libraries = (*LIBRARIES, "gptqmodel") if use == "quantize" else LIBRARIES
-    found = {f"stage {use}": str(module(use).VERSION), "python": platform.python_version()}
+    found = {f"stage {use}": str(module(use).VERSION), "python": ".".join(platform.python_version_tuple()[:2])}
     return found | {library: _version(library) for library in libraries}
 
 
