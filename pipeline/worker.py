@@ -34,6 +34,8 @@ def main(spec_file: str) -> None:
     held = _hold(out)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the runner decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if "RANK" not in os.environ:  # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     emit(out, "start", pid=os.getpid())
     code = _run(spec, out)
     held.close()
