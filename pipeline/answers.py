@@ -25,9 +25,10 @@ def ask(plan: Plan) -> dict[str, str]:
         return dict(known["answers"])
     answers = {name: recorded for name, step in models.items() if (recorded := _recorded(step, question)) is not None}
     missing = {name: _folders(plan, step) for name, step in models.items() if name not in answers}
-    answers |= _in_child(missing, question, file.parent)
+    generated = _in_child(missing, question, file.parent)
+    answers |= generated or dict.fromkeys(missing, f"(no answer; the log is {file.parent / LOG})")
     answers = {name: answers[name] for name in models if name in answers}
-    if len(answers) == len(models):
+    if generated or not missing:
         file.write_text(json.dumps({"key": key, "answers": answers}, ensure_ascii=False, indent=1), encoding="utf-8")
     return answers
 
@@ -68,7 +69,7 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
 
 
 def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict[str, str]:
-    """Generate in a forked process; a model that cannot answer says why."""
+    """Generate in a forked process; empty when that fails."""
     if not models:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +81,8 @@ def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict
     theirs.close()
     try:
         answers: dict[str, str] = ours.recv()
-    except EOFError:
-        answers = dict.fromkeys(models, f"(no answer; the log is {folder / LOG})")
+    except EOFError:  # it died; its log says why, and the next run asks again
+        answers = {}
     child.join()
     return answers
 

@@ -1,22 +1,21 @@
 """A stage's finished folder and its record: `record.json` is written last, so no record means no artifact."""
 
 import contextlib
-import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from stages._checkpoint import sha256
+
 RECORD = "record.json"
 SCHEMA = 1
-NOT_CONTENT = {
-    RECORD,
-    "log.txt",
-    "events.jsonl",
-}  # what a stage says about itself, not what later stages read
+NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # what a stage says about itself, not what later stages read
+TO_GO_ON = ("checkpoints", "before.json")  # what an unfinished training stage goes on from
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -32,9 +31,14 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def finish(part: Path, folder: Path, record: dict[str, Any]) -> None:
-    """Hash every file, write the record durably and give the folder its final name."""
-    files = sorted(path for path in part.rglob("*") if path.is_file() and path.name not in NOT_CONTENT)
+    """Write every file durably, then the record with their hashes, then give the folder its final name.
+
+    What the stage could have gone on from is deleted last, when it is not needed any more.
+    """
+    files = sorted(path for path in part.rglob("*") if path.is_file() and _is_content(path.relative_to(part)))
     hashes = Hashes(None)
+    for path in files:
+        _sync(path)
     record["files"] = {
         str(path.relative_to(part)): {"sha256": digest, "size": path.stat().st_size}
         for path, digest in zip(files, hashes.of(files), strict=True)
@@ -46,6 +50,12 @@ def finish(part: Path, folder: Path, record: dict[str, Any]) -> None:
     _sync(part)
     part.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(folder / TO_GO_ON[0], ignore_errors=True)
+    (folder / TO_GO_ON[1]).unlink(missing_ok=True)
+
+
+def _is_content(path: Path) -> bool:
+    return path.name not in NOT_CONTENT and path.parts[0] not in TO_GO_ON
 
 
 def link(folder: Path, name: Path) -> None:
@@ -60,8 +70,8 @@ def link(folder: Path, name: Path) -> None:
     fresh.replace(name)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -97,8 +107,7 @@ class Hashes:
         entry = self.known.get(key)
         if entry is not None and entry[:4] == stamp:
             return str(entry[4])
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
         settled = os.stat(path).st_ctime_ns == before.st_ctime_ns and _age_ns(before) > 2_000_000_000
         if settled:
             with self.lock:

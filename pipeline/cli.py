@@ -4,12 +4,14 @@ Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong,
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import worker
 from pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ DESCRIPTION = "One YAML file takes a base model to a domain model: PT, SFT, DPO,
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = _parser().parse_args(words)
+    for stream in (sys.stdout, sys.stderr):  # a GBK or ASCII console shows `?` instead of ending the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code: int = arguments.command(arguments)
     except PipelineError as error:
@@ -33,6 +38,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return 75
     except BrokenPipeError:  # the reader of our output left, as in `pipeline plan … | head`
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        text = worker.explain(error)
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         return 1
     return code
 
@@ -47,6 +58,7 @@ def _complain(error: PipelineError) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pipeline", description=DESCRIPTION)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command, text in (
         ("run", _run, "run every stage that is not done; run again to go on after a stop"),
@@ -70,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--until", metavar="STAGE", help="stop after this stage")
         sub.add_argument("--json", action="store_true", help="write JSON for scripts")
     return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"stagewise {version('stagewise')}")
+        parser.exit()
 
 
 def _planned(arguments: argparse.Namespace, *, fetch: bool = False) -> "Plan":
@@ -172,7 +192,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.config is not None and not arguments.config.is_file():
         raise ConfigError([f"{arguments.config}: there is no such file"])
     if not rows:
-        print(f"nothing in {arguments.saves} yet; `pipeline run CONFIG` fills it")
+        of = f" of `{arguments.config}`" if arguments.config is not None else ""
+        print(f"nothing{of} in {arguments.saves} yet; `pipeline run CONFIG` fills it")
         return 0
     from rich.table import Table
 

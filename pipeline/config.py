@@ -90,8 +90,6 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Pipeline:
         ConfigError: with every problem found.
     """
     document = read(path)
-    if document.problems and not isinstance(document.data, dict):
-        raise ConfigError(document.problems)
     if not isinstance(document.data, dict) or (document.problems and not document.data):
         raise ConfigError(document.problems)
     for assignment in assignments:
@@ -126,6 +124,9 @@ class _Checker:
             written = {}
         for name, raw in written.items():
             self.read_stage(name, raw, template, launch)
+        first = self.stages[0] if self.stages else None
+        if root.get("model") is not None and first is not None and first.model is None:
+            self.at_key(("model",), f"`model` is not used: stage `{first.name}` makes a model; remove one of the two")
         if self.problems:
             raise ConfigError(in_order(self.problems))
         return Pipeline(self.path, self.document, self.data, self.stages, root.get("question"))
@@ -191,6 +192,11 @@ class _Checker:
         launch = launch if getattr(kind, "PARALLEL", False) else Launch()
         if "template" in raw and "template" in kind.Config.model_fields:
             raw["template"] = self.read_template(raw["template"], (*key, "template"))
+        emptied = self.document.key_place((*key, "lora")).startswith("--set")  # a way to take it out
+        if "lora" in raw and raw["lora"] is None and not emptied:
+            text = "`lora` is empty; write `lora: {}` for its defaults, or remove it to train the whole model"
+            self.at_key((*key, "lora"), f"stage `{name}`: {text}")
+        self.check_one_process(kind, raw, launch, key, name)
         self.fill_in(kind.Config.model_fields, raw, template)
         self.resolve_data(raw, key, name)
         model = self.starting_model(kind.Config.model_fields, raw, key, name)
@@ -200,6 +206,16 @@ class _Checker:
         config = self.model(kind.Config, raw, key, f"stage `{name}`", skip=_lists_of_sources(raw))
         if config is not None:
             self.stages.append(Stage(name, use, config, model, launch))
+
+    def check_one_process(self, kind: ModuleType, raw: Mapping[str, Any], launch: Launch, key: Key, name: str) -> None:
+        """Settings that work in one process only."""
+        trainer = raw.get("trainer")
+        if launch.processes == 1 or not isinstance(trainer, dict):
+            return
+        for word in getattr(kind, "ONE_PROCESS", []):
+            if trainer.get(word):
+                text = f"stage `{name}`: `{word}` works in one process; remove it, or set `launch: {{processes: 1}}`"
+                self.at_key((*key, "trainer", word), text)
 
     def fill_in(self, fields: Mapping[str, Any], raw: dict[str, Any], template: str | None) -> None:
         """What the top of the file says for every stage."""
@@ -248,13 +264,17 @@ class _Checker:
                 place,
                 f"`model` is `{_shown(model)}`; it is a folder, `org/name@commit` on the Hub, or `$stage`",
             )
+        elif model in above and not Path(model).exists():
+            self.at_value(place, f"`{model}` is no folder; for the stage of that name write `model: ${model}`")
         elif model.startswith("$") and model[1:] not in above:
             below = model[1:] in self.document.data["stages"]
             hint = "; it stands below or is the stage itself" if below else nearest(model[1:], above)
             self.at_value(place, f"stage `{name}`: no stage `{model[1:]}` is above it{hint}")
-        elif not model.startswith("$") and _model.is_hub_name(model) and "@" not in model:
+        elif not model.startswith("$") and _model.is_hub_name(model) and not re.search("@[0-9a-f]{40}$", model):
             self.at_value(
-                place, f"`{model}` is no folder here; for a model on the Hub pin its commit, as `{model}@COMMIT`"
+                place,
+                f"`{model}` is no folder here; for a model on the Hub pin its commit (40 hex digits), "
+                f"as `{model.partition('@')[0]}@COMMIT`",
             )
         raw["model"] = model if isinstance(model, str) else ""
         return model if isinstance(model, str) else None

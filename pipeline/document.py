@@ -136,6 +136,14 @@ def _syntax(name: str, text: str, error: yaml.MarkedYAMLError) -> str:
     lines = text.splitlines()
     line = lines[mark.line] if mark.line < len(lines) else ""
     place = f"{name}:{mark.line + 1}:{mark.column + 1}"
+    for number in (mark.line, mark.line - 1):
+        wide = (
+            next((index for index, c in enumerate(lines[number]) if c in "：，"), None)
+            if 0 <= number < len(lines)
+            else None
+        )
+        if wide is not None:
+            return f"{name}:{number + 1}:{wide + 1}: a full-width `{lines[number][wide]}`; YAML needs `: ` and `, `"
     if "\t" in line[: mark.column + 1]:
         return f"{place}: a tab; YAML is indented with spaces"
     problem = f"{error.context} {error.problem}" if str(error.problem).startswith("but ") else error.problem

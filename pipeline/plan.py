@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from pipeline import artifact
 from pipeline.config import Pipeline, Stage, in_order
-from pipeline.errors import ConfigError, StageError, nearest
+from pipeline.errors import ConfigError, StageError, StageFailed, nearest
 from stages import _checkpoint, _model, _rows
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets")
@@ -31,6 +31,7 @@ NO_RESULT = frozenset(
 
 CHOOSE_BEST = frozenset({"save_steps", "save_strategy"})
 
+HASHES = ".hashes.json"
 State = Literal["done", "resume", "run"]
 
 
@@ -46,6 +47,8 @@ class Step:
     fingerprint: str
     recipe: Mapping[str, Any]
     inputs: Mapping[str, str]
+    files: Mapping[str, str]
+    """Path → sha256 of what it reads besides other stages' folders."""
     state: State
     why: str
 
@@ -83,6 +86,7 @@ class _Model:
     folders: list[str]
     identity: str
     facts: _model.Facts
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(pipeline: Pipeline, saves: Path, *, fetch: bool = False, until: str | None = None) -> Plan:
@@ -96,7 +100,7 @@ def build(pipeline: Pipeline, saves: Path, *, fetch: bool = False, until: str | 
         raise ConfigError([f"--until {until}: there is no such stage{nearest(until, names)}"])
     plan = Plan(pipeline, saves)
     _check_place(plan)
-    hashes = artifact.Hashes(saves / ".hashes.json")
+    hashes = artifact.Hashes(saves / HASHES)
     placer = _Placer(plan, hashes, fetch)
     last = names.index(until) if until is not None else len(names) - 1
     for stage in pipeline.stages[: last + 1]:
@@ -138,7 +142,11 @@ class _Placer:
         folder = self.plan.saves / f"{stage.use}-{fingerprint[:12]}"
         link = self.plan.saves / self.plan.pipeline.name / stage.name
         state, why = self.state(stage, folder, link, content)
-        step = Step(stage, config, folder, link, fingerprint, recipe, inputs, state, why)
+        files = {
+            source.path: self.hashes.one(Path(source.path)) for source in _sources(stage.config) if _is_file(source)
+        }
+        files |= model.files if model is not None else {}
+        step = Step(stage, config, folder, link, fingerprint, recipe, inputs, files, state, why)
         self.plan.steps.append(step)
         facts = stage.module.facts(stage.config) if model is None else self.facts_after(stage, model.facts)
         self.models[stage.name] = _Model(step.produces, fingerprint, facts)
@@ -184,8 +192,11 @@ class _Placer:
         files = sorted(
             path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")
         )
-        content = dict(zip([path.name for path in files], self.hashes.of(files), strict=True))
-        return _Model([str(folder)], "folder:" + hashlib.sha256(_canonical(content)).hexdigest(), facts)
+        files = [path for path in files if path.name not in artifact.NOT_CONTENT]
+        content = dict(zip([str(path) for path in files], self.hashes.of(files), strict=True))
+        named = {Path(path).name: digest for path, digest in content.items()}
+        identity = "folder:" + hashlib.sha256(_canonical(named)).hexdigest()
+        return _Model([str(folder)], identity, facts, content)
 
     def problem(self, stage: Stage, setting: str, text: str) -> None:
         document = self.plan.pipeline.document
@@ -268,6 +279,22 @@ class _Placer:
             return f" ({':'.join(document.keys[keys[0]].split(':')[:2])})" if keys else ""
 
         return place
+
+
+def check_unchanged(step: Step) -> None:
+    """Its data and base model must be what the plan hashed: hours may lie between, and the record speaks of that.
+
+    Raises:
+        StageFailed: a file has changed or is gone.
+    """
+    hashes = artifact.Hashes(step.folder.parent / HASHES)
+    for path, digest in step.files.items():
+        if not Path(path).is_file() or hashes.one(Path(path)) != digest:
+            raise StageFailed(f"stage `{step.name}`: `{path}` changed while the run was going on; run again")
+
+
+def _is_file(source: _rows.Source) -> bool:
+    return Path(source.path).is_file()
 
 
 def _sources(config: BaseModel) -> Iterator[_rows.Source]:

@@ -99,14 +99,17 @@ class View:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __rich__(self) -> RenderableType:
-        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0), expand=True)
+        for _ in range(4):
+            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1, style="dim")  # gives way on a narrow terminal
         for name, row in self.rows.items():
             table.add_row(
                 MARKS[row.state],
                 name,
                 _bar(row),
                 Text(_figures(row)),
-                Text(row.note, overflow="ellipsis", no_wrap=True, style="dim"),
+                Text(row.note),
             )
         return Group(table)
 

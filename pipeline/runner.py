@@ -20,12 +20,13 @@ import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from pipeline import artifact, plan, worker
 from pipeline.errors import Busy, Interrupted, StageFailed
 from stages import _events
 
+# Not with a GPU: some of these open it while they are imported, and CUDA does not survive a fork.
 PRELOAD = [
     "torch",
     "pipeline.worker",
@@ -41,7 +42,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # a tokenizer's threads and a fork do not go together
     "GPTQMODEL_CPU_WORKERS": "2",  # its thread pool fails on machines with two cores or less
 }
-LOCK = "lock"
 SPEC = "spec.json"
 
 
@@ -108,19 +108,23 @@ def _signals() -> Iterator[_Stop]:
 
 
 def _run_step(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
-    """Run one step to its finished folder."""
+    """Run one step to its finished folder, and hold its lock until that has its name."""
     started = time.time()
-    if step.folder.exists():  # without a whole record: damaged
-        step.folder.rename(_free_name(step.folder))
     with _locked(step):
+        record = artifact.read(step.folder)
+        if record is not None:  # another run finished it while this one waited or worked on earlier steps
+            return record
+        if step.folder.exists():  # without a whole record: damaged
+            step.folder.rename(_free_name(step.folder))
+        step.part.mkdir(parents=True, exist_ok=True)
         _clear(step)
+        plan.check_unchanged(step)
         spec = {"use": step.stage.use, "config": step.config.model_dump(mode="json")}
         (step.part / SPEC).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         view.step(step, "running")
         metrics = _follow(step, view, stop)
+        plan.check_unchanged(step)
         (step.part / SPEC).unlink()
-        (step.part / worker.HELD).unlink()
-        (step.part / LOCK).unlink()
         record = {
             "stage": step.name,
             "use": step.stage.use,
@@ -148,39 +152,44 @@ def _free_name(folder: Path) -> Path:
 def _clear(step: plan.Step) -> None:
     """Take away what an earlier try left, except checkpoints to go on from and its log."""
     for path in step.part.iterdir():
-        if path.name in ("checkpoints", "before.json", worker.LOG, worker.HELD, LOCK):
+        if path.name in artifact.TO_GO_ON or path.name == worker.LOG:
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextlib.contextmanager
 def _locked(step: plan.Step) -> Iterator[None]:
-    """Hold the step's working folder; the kernel lets go of it however this process ends."""
-    step.part.mkdir(parents=True, exist_ok=True)
-    with open(step.part / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    """Hold the step; the kernel lets go of it however this process ends.
+
+    Raises:
+        Busy: another run, or a process that a killed one left behind, is at work on it.
+    """
+    held = worker.held_file(step.part)
+    held.parent.mkdir(parents=True, exist_ok=True)
+    with open(held.with_suffix(".runner"), "a+", encoding="utf-8") as file, open(held, "a", encoding="utf-8") as left:
+        if not _lock(file, seconds=0):
             file.seek(0)
-            raise Busy(
-                f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it"
-            ) from None
-        _wait_for_orphans(step)
+            raise Busy(f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it")
+        if not _lock(left, seconds=5):  # on Linux they end at once
+            raise Busy(f"stage `{step.name}` is still being run by what a killed run left behind; wait, or end it")
+        fcntl.flock(left, fcntl.LOCK_UN)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         yield
 
 
-def _wait_for_orphans(step: plan.Step) -> None:
-    """Processes that a killed runner left behind end at once on Linux; elsewhere they may go on for a while."""
-    with open(step.part / worker.HELD, "a", encoding="utf-8") as file:
-        for _ in range(50):
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+def _lock(file: IO[str], seconds: float) -> bool:
+    """Take an exclusive lock, trying for so long."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= end:
+                return False
             time.sleep(0.1)
-    raise Busy(f"stage `{step.name}` is still being run by a process that a killed run left behind; wait, or end it")
 
 
 def _follow(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
@@ -196,23 +205,25 @@ def _follow(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
         child.wait(0.1)
         for event in events.new():
             view.event(step, event)
-        if stop.count > asked:
+        if stop.count > asked and _ask_to_stop(child, events, step, view, hard=stop.count > 1):
             asked = stop.count
-            _ask_to_stop(child, events, step, view, hard=asked > 1)
     for event in events.new():
         view.event(step, event)
     return _result(step, child.exit_code(), events.last, asked > 0)
 
 
-def _ask_to_stop(child: Child, events: "_Events", step: plan.Step, view: View, *, hard: bool) -> None:
+def _ask_to_stop(child: Child, events: "_Events", step: plan.Step, view: View, *, hard: bool) -> bool:
+    """Tell the stage to stop at its next step, or end it; False while it cannot be told yet."""
     if hard:
         child.kill()
-        return
-    view.event(step, {"kind": "note", "text": "stops at the next step; press Ctrl-C again to leave at once"})
+        return True
     pid = events.last.get("start", {}).get("pid") or child.pid
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+    if pid is None:
+        return False
+    view.event(step, {"kind": "note", "text": "stopping; Ctrl-C again leaves at once"})
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    return True
 
 
 def _result(step: plan.Step, code: int | None, last: dict[str, dict[str, Any]], asked: bool) -> dict[str, Any]:
@@ -255,9 +266,20 @@ class _Events:
             chunk = file.read()
         end = chunk.rfind(b"\n") + 1
         self.position += end
-        found = [json.loads(line) for line in chunk[:end].splitlines()]
-        self.last.update({event["kind"]: event for event in found})
+        found = [event for line in chunk[:end].splitlines() if (event := _event(line)) is not None]
+        for event in found:
+            if event["kind"] != "error" or "error" not in self.last:  # the first process to fail knows the cause
+                self.last[event["kind"]] = event
         return found
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """An event, or None for a line that a full disk cut off."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event
 
 
 class _Forked:
@@ -283,19 +305,26 @@ class _Forked:
         self.process.kill()
 
 
+def has_gpu() -> bool:
+    """Is there an NVIDIA driver? Asked without torch, which would open the GPU."""
+    return shutil.which("nvidia-smi") is not None
+
+
 def warm(log: Path) -> None:
     """Start the server that children fork from, if it is not there yet; what its imports print goes to the log."""
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
-    multiprocessing.set_forkserver_preload(PRELOAD)
+    multiprocessing.set_forkserver_preload(["pipeline.worker"] if has_gpu() else PRELOAD)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the runner's to handle
     try:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         forkserver.ensure_running()
     finally:
+        signal.signal(signal.SIGINT, previous)
         os.dup2(kept[0], 1)
         os.dup2(kept[1], 2)
         for descriptor in (*kept, handle):
@@ -314,7 +343,8 @@ class _Launched:
         command += ["-m", "pipeline.worker", str(step.part / SPEC)]
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
-        if shutil.which("nvidia-smi") is None:
+        environment[_events.LAUNCHED] = "1"
+        if not has_gpu():
             environment["ACCELERATE_USE_CPU"] = "true"
         with open(step.part / worker.LOG, "ab") as log:
             # A session of its own: Ctrl-C reaches the runner, which tells the first process to stop.

@@ -41,9 +41,14 @@ _TRAINER_MANAGED = _by_name(
         "has no place in a file (tokens come from the environment only); remove it": "hub_token push_to_hub_token",
         "is set by the pipeline (the stage says what runs); remove it": "do_train do_eval do_predict",
         "is set by the launcher; remove it": "local_rank",
-        "belongs under `launch:`": "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
+        "is not supported yet (`launch: {processes: N}` runs data-parallel)": "deepspeed "
+        "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
         "is set by the pipeline (it shows the progress itself); remove it": "disable_tqdm",
         "is set by the pipeline (each stage knows its columns); remove it": "remove_unused_columns",
+        "is set by the pipeline (`sft` trains the answers, `pt` every token); remove it": "completion_only_loss "
+        "assistant_only_loss",
+        "is set by the pipeline (a checkpoint must be whole to go on from); remove it": "save_only_model "
+        "ignore_data_skip",
         "is set by the pipeline (from `template`, at the top of the file); remove it": "chat_template_path "
         "eos_token pad_token",
     }
@@ -102,7 +107,7 @@ _TRAINER_MOVED = _by_name(
 )
 MOVED = {
     "SFTConfig": _TRAINER_MOVED
-    | _by_name({"`packing`": "neat_packing", "`completion_only_loss: false`": "train_on_prompt"}),
+    | _by_name({"`packing`": "neat_packing", "the stage `pt`, which trains every token": "train_on_prompt"}),
     "DPOConfig": _TRAINER_MOVED
     | _by_name(
         {

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.errors import Interrupted, PipelineError
-from stages._events import emit
+from stages._events import LAUNCHED, emit
 
 LOG = "log.txt"
-HELD = "lock.worker"
 _NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
 
 
@@ -34,7 +33,10 @@ def main(spec_file: str) -> None:
     held = _hold(out)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the runner decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if "RANK" not in os.environ:  # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N
+    if LAUNCHED not in os.environ:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # left by a launcher around us, meant for others
+            os.environ.pop(name, None)
+        # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     emit(out, "start", pid=os.getpid())
     code = _run(spec, out)
@@ -42,15 +44,23 @@ def main(spec_file: str) -> None:
     sys.exit(code)
 
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded now: little is safe after a fork
+
+
 def end_with_parent() -> None:
     """On Linux, have the kernel end this process when the one that started it is gone (kill -9 of a runner)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def held_file(out: Path) -> Path:
+    """The file that a stage's processes lock while they work in `out`."""
+    return out.parent / ".locks" / f"{out.name}.worker"
 
 
 def _hold(out: Path) -> TextIO:
     """A lock, shared by all processes of the stage, that tells a later runner that work still goes on here."""
-    file = open(out / HELD, "a", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    file = open(held_file(out), "a", encoding="utf-8")  # noqa: SIM115 - held until the process ends
     fcntl.flock(file, fcntl.LOCK_SH)
     return file
 

@@ -16,7 +16,7 @@ MARK = "complete.json"
 def seal(checkpoint: Path) -> None:
     """Write the hashes of a checkpoint's files, last and durably; drop the one pickle nobody needs."""
     (checkpoint / "training_args.bin").unlink(missing_ok=True)  # holds the Hub token in clear
-    hashes = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    hashes = {path.name: sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
     part = checkpoint / f"{MARK}.part"
     with open(part, "w", encoding="utf-8") as file:
         json.dump(hashes, file)
@@ -61,11 +61,12 @@ def _damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             return f"{name} has changed"
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

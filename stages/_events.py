@@ -12,14 +12,20 @@ from pathlib import Path
 FILE = "events.jsonl"
 
 
+LAUNCHED = "PIPELINE_LAUNCHED"  # set for the processes of a launched group, whose `RANK` means something
+
+
 def main_process() -> bool:
     """True in the one process of a launched group that reports and writes files."""
-    return os.environ.get("RANK", "0") == "0"
+    return LAUNCHED not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def emit(out: Path, kind: str, **values: object) -> None:
-    """Append one event. `kind` is start, total, step, log, note, done or error."""
-    if main_process():
+    """Append one event. `kind` is start, total, step, log, note, done, interrupted or error.
+
+    Only the main process is heard, except for errors: the first process to fail knows the cause.
+    """
+    if main_process() or kind == "error":
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, ensure_ascii=False)
         with open(out / FILE, "a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -1,8 +1,9 @@
 """LoRA adapters folded into weights: W ← W + scale · B A, adapter after adapter, in float32, rounded once.
 
-Training stages start from a folded chain and `merge` writes it shard by shard; both call `Chain.fold`, so the
-model that a stage trained on is bit for bit the model that is merged. LoRA is Hu et al. (arXiv 2106.09685),
-rsLoRA's scale Kalajdzievski (2312.03732), DoRA Liu et al. (2402.09353); the file layout is PEFT's.
+Training stages start from a folded chain and `merge` writes it shard by shard; both call `Chain.fold` on weights
+in the base's own dtype, so the model that a stage starts from is bit for bit the one that `merge` would write.
+LoRA is Hu et al. (arXiv 2106.09685), rsLoRA's scale Kalajdzievski (2312.03732), DoRA Liu et al. (2402.09353); the
+file layout is PEFT's.
 """
 
 import json

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
+
 SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 # These ignore position ids: documents packed into one row would attend to each other.
@@ -92,16 +94,19 @@ def locate(model: str, *, download: bool) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
-    files = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]}
+    refusal: Exception | None = None
+    if download:  # first, since a snapshot on this machine may lack files that nobody asked for yet
+        try:
+            return Path(snapshot_download(name, **wanted))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            refusal = error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+        return Path(snapshot_download(name, **wanted, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
-        if not download:
+        if refusal is None:
             return None
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = next(iter(str(refusal).strip().splitlines()), type(refusal).__name__)
         raise StageError(
             f"the Hub does not hand out `{model}` ({first}); check name, revision, access and network"
         ) from None
@@ -116,15 +121,15 @@ def facts(folder: Path, source: str = "") -> Facts:
     config = _json(
         folder / "config.json", f"the model folder `{folder}` has no config.json; it is no transformers model"
     )
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
+    files = shards(folder)
+    if not files:
         other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
         found = f" (`{other}` is a pickle, which can run code)" if other else ""
         raise StageError(
             f"the model folder `{folder}` holds no .safetensors weights{found}; convert it with `save_pretrained`"
         )
     weights: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
+    for shard in files:
         weights.update(_header(shard))
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
@@ -135,6 +140,25 @@ def facts(folder: Path, source: str = "") -> Facts:
     template = folder / "chat_template.jinja"
     own = _read(template) if template.is_file() else settings.get("chat_template")
     return Facts(source or str(folder), config, weights, _read(tokenizer), settings, own)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files: those of the index, else `model.safetensors`, else every one there is.
+
+    Raises:
+        StageError: the index names a file that is missing.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        names = _json(index, "")["weight_map"].values()
+        files = sorted({folder / str(name) for name in names})
+        for file in files:
+            if not file.is_file():
+                raise StageError(
+                    f"the model folder `{folder}` lacks `{file.name}`, which its index names; fetch it again"
+                )
+        return files
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _read(path: Path) -> str:
@@ -170,16 +194,30 @@ def _header(shard: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":
-    """The model in evaluation mode, all adapters folded in; `settings` go to `from_pretrained` (dtype, …)."""
+    """The model in evaluation mode, all adapters folded in; `settings` go to `from_pretrained` (dtype, …).
+
+    Adapters are folded in the base's own dtype, as `merge` does, and the weights are cast afterwards.
+    """
+    import torch
     from transformers import AutoModelForCausalLM
 
     from stages import _lora
 
-    settings.setdefault("dtype", "float32")
+    dtype = settings.pop("dtype", "float32")
     model = AutoModelForCausalLM.from_pretrained(
-        folders[0], use_safetensors=True, trust_remote_code=False, local_files_only=True, **settings
+        folders[0],
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        dtype="auto" if folders[1:] else dtype,
+        **settings,
     )
     _lora.fold_into(model, folders[1:])
+    if folders[1:] and dtype != "auto":
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for parameter in model.parameters():  # not `model.to`: it would round buffers such as rotary frequencies
+            parameter.data = parameter.data.to(wanted)
+        model.config.dtype = wanted
     model.eval()
     return model
 

@@ -6,6 +6,7 @@ trains on are those of `tokenizer.apply_chat_template(messages)`.
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +50,17 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8"
 
 
+def _without_marks(content: str) -> str:
+    """The template without `{% generation %}`, a tag of transformers that jinja2 does not know."""
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", content)
+
+
 def _parsed(name: str, content: str) -> str:
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", content)  # transformers' own tag, unknown to jinja2
     try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_marks(content))
     except TemplateSyntaxError as error:
         raise StageError(f"the template `{name}` is not valid Jinja: line {error.lineno}: {error.message}") from None
     return content
@@ -83,6 +88,41 @@ def _from_prompt_json(name: str, content: str) -> str:
         "{%- if not loop.last -%}\n{{- '\\n' -}}\n{%- endif -%}\n"
         "{%- endif -%}\n{%- endfor -%}\n"
     )
+
+
+def trial(template: str, tokenizer: Mapping[str, Any], has_token: Callable[[str], bool]) -> str | None:
+    """What is wrong with a template, found without transformers: a conversation is rendered as it would do it."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
+    special = {name: _word(tokenizer.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+    try:
+        compiled = environment.from_string(_without_marks(template))
+        full = compiled.render(messages=turns, add_generation_prompt=False, **special)
+        prompt = compiled.render(messages=turns[:1], add_generation_prompt=True, **special)
+    except (TemplateError, TypeError, ValueError) as error:
+        return f"the template cannot render a question and its answer: {error}"
+    if answer not in full or not full.startswith(prompt):
+        return "the template's prompt is not how the conversation with its answer begins, so it cannot be trained with"
+    after = full.partition(answer)[2].strip()
+    mark = re.match(r"<[^<>\s]+>|\[[^\[\]\s]+\]", after)
+    if not after.startswith(special["eos_token"]) and not (mark and has_token(mark[0])):
+        shown = f"`{mark[0]}`, which the tokenizer does not know as one token" if mark else f"`{after[:20]}`"
+        return f"the template ends the assistant's turn with {shown}; end it with `{{{{ eos_token }}}}`"
+    return None
+
+
+def _word(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token or "")
 
 
 def tokens(template: str) -> list[str]:

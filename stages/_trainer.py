@@ -1,5 +1,7 @@
 """What the three training stages share: their settings, the run itself, checkpoints, metrics and the artifact."""
 
+import contextlib
+import importlib.util
 import json
 import math
 import random
@@ -10,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.errors import Interrupted, StageError
 from stages import _checkpoint, _model, _rows, _template
@@ -26,12 +28,26 @@ if TYPE_CHECKING:
     )
 
 Row = TypeVar("Row")
-Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
 # Kinds of LoRA that are no plain update of a weight.
 UNFOLDABLE = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
 )
+
+
+# Settings that TRL and PEFT take at any value, and that fail late or train nothing when they are not positive.
+POSITIVE = {
+    "trainer": (
+        *("learning_rate", "num_train_epochs", "max_length", "beta", "gradient_accumulation_steps"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    ),
+    "lora": ("r", "lora_alpha"),
+}
+# Packages that a setting's value needs and that do not come with this project.
+NEEDS = {
+    "report_to": {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "comet_ml")},
+    "optim": {"adamw_8bit": "bitsandbytes", "adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes"},
+}
 
 
 class TrainingConfig(BaseModel):
@@ -55,10 +71,17 @@ class TrainingConfig(BaseModel):
     """The chat template's text; without it the model keeps its own."""
     seed: int = Field(default=42, ge=0, lt=2**32)
 
+    @field_validator("eval_size")
+    @classmethod
+    def _share_or_rows(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"`eval_size` {value} is neither a share below 1 nor a whole number of rows")
+        return value
 
-def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *, chat: bool) -> list[Problem]:
+
+def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *, chat: bool) -> list[_model.Problem]:
     """What can be known to fail before anything is loaded."""
-    problems: list[Problem] = []
+    problems: list[_model.Problem] = []
     for key, sources in (("data", config.data), ("eval_data", config.eval_data)):
         for source in sources:
             if source.format not in formats:
@@ -80,6 +103,11 @@ def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *
                 "evaluation needs held-out rows; add `eval_size: 0.05` or `eval_data: NAME`",
             )
         )
+    if config.trainer.get("load_best_model_at_end") and config.trainer.get("eval_strategy", "no") == "no":
+        problems.append(
+            ("trainer.load_best_model_at_end", "the best is found by evaluating; add `eval_strategy: steps`")
+        )
+    problems += _check_values(config)
     if config.lora is not None:
         problems += _check_targets(config.lora, facts) + _check_foldable(config.lora, facts)
     if chat or config.template:
@@ -87,7 +115,23 @@ def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *
     return problems
 
 
-def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[Problem]:
+def _check_values(config: TrainingConfig) -> list[_model.Problem]:
+    problems: list[_model.Problem] = []
+    for part, names in POSITIVE.items():
+        values = getattr(config, part) or {}
+        for name in names:
+            if isinstance(values.get(name), int | float) and values[name] <= 0:
+                problems.append((f"{part}.{name}", f"`{name}` is {values[name]}; it must be above 0"))
+    for name, packages in NEEDS.items():
+        value = config.trainer.get(name)
+        for word in value if isinstance(value, list) else [value]:
+            package = packages.get(str(word))
+            if package is not None and importlib.util.find_spec(package) is None:
+                problems.append((f"trainer.{name}", f"`{word}` needs a package; `pip install {package}`, or remove it"))
+    return problems
+
+
+def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[_model.Problem]:
     import re
 
     targets, modules = lora.get("target_modules", "all-linear"), facts.linear_modules()
@@ -106,7 +150,7 @@ def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[Problem
     ]
 
 
-def _check_foldable(lora: Mapping[str, Any], facts: _model.Facts) -> list[Problem]:
+def _check_foldable(lora: Mapping[str, Any], facts: _model.Facts) -> list[_model.Problem]:
     advice = "later stages could not fold the adapter into its base; remove it"
     problems = [(f"lora.{name}", f"with `{name}` {advice}") for name in UNFOLDABLE if lora.get(name)]
     start = str(lora.get("init_lora_weights"))
@@ -120,7 +164,7 @@ def _check_foldable(lora: Mapping[str, Any], facts: _model.Facts) -> list[Proble
     return problems
 
 
-def check_template(template: str | None, facts: _model.Facts) -> list[Problem]:
+def check_template(template: str | None, facts: _model.Facts) -> list[_model.Problem]:
     """Problems of the chat template that a stage will use with this model's tokenizer."""
     text = template or facts.template
     if text is None and not facts.known:
@@ -133,9 +177,12 @@ def check_template(template: str | None, facts: _model.Facts) -> list[Problem]:
                 f"{facts.source} brings no chat template; set `template:` at the top to one of {names}, or a file",
             )
         ]
+    if facts.known and not facts.tokenizer.get("eos_token"):
+        return [("model", f"the tokenizer of {facts.source} has no eos_token; set it in its tokenizer_config.json")]
     lost = [token for token in _template.tokens(text) if not facts.has_token(token)]
     if not lost:
-        return []
+        trouble = _template.trial(text, facts.tokenizer, facts.has_token) if facts.known else None
+        return [] if trouble is None else [("template", trouble)]
     shown = ", ".join(f"`{token}`" for token in lost)
     return [
         (
@@ -175,16 +222,20 @@ def start(config: TrainingConfig) -> tuple["PreTrainedModel", "PreTrainedTokeniz
 
     Weights are float32 for full fine-tuning and on the CPU, else bfloat16; `model_init_kwargs` says otherwise.
     """
-    import torch
-
     tokenizer = _model.load_tokenizer(config.model)
     _template.install(tokenizer, config.template)
     settings = dict(config.trainer.get("model_init_kwargs") or {})
-    frozen_on_gpu = config.lora is not None and torch.cuda.is_available()
-    settings.setdefault("dtype", "bfloat16" if frozen_on_gpu else "float32")
+    settings.setdefault("dtype", "bfloat16" if config.lora is not None and has_bf16() else "float32")
     model = _model.load(config.model, **settings)
     _model.set_stop_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def has_bf16() -> bool:
+    """Is there a GPU that computes in bfloat16 itself (Ampere and newer)?"""
+    import torch
+
+    return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> "TrainingArguments":
@@ -204,7 +255,8 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # transformers would log a NaN loss as 0
         "use_cpu": not gpu,
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "bf16": has_bf16() and not config.trainer.get("fp16"),
+        "save_steps": 0.1,  # a share of all steps: a killed run loses a tenth at most
         "dataloader_pin_memory": gpu,
     }
     theirs = {
@@ -223,9 +275,14 @@ def build(trainer: Any, **parts: Any) -> Any:
         StageError: it refuses the settings, which it checks only now.
     """
     try:
-        return trainer(**parts)
+        built = trainer(**parts)
     except (ValueError, NotImplementedError) as error:
         raise StageError(f"TRL refuses these settings: {error}") from None
+    if parts.get("peft_config") is not None:
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:  # PEFT leaves `modules_to_save` in the base's bfloat16, where steps get lost
+                parameter.data = parameter.data.float()
+    return built
 
 
 def adapter(config: TrainingConfig) -> Any:
@@ -268,8 +325,9 @@ def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[st
     if trainer.eval_dataset is None:
         return {}
     file = out / "before.json"
-    if resumed and file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+    if resumed:
+        with contextlib.suppress(OSError, ValueError):  # torn by a power cut: the model is still the starting one
+            return dict(json.loads(file.read_text(encoding="utf-8")))
     emit(out, "note", text="measures the held-out rows before training")
     figures = trainer.evaluate()
     if main_process():
@@ -327,6 +385,7 @@ class _Progress:
     def save(self, state: Any, model: Any) -> None:
         """Seal the newest checkpoint. The one of the last step is not: going on from it would do a step too many."""
         newest = self.checkpoints / f"checkpoint-{state.global_step}"
+        _wait_for_all()  # every process writes its random state
         try:
             check_finite(model, state.global_step)
         except StageError:
@@ -335,6 +394,15 @@ class _Progress:
         if main_process() and newest.is_dir() and state.global_step < state.max_steps:
             _checkpoint.seal(newest)
             _checkpoint.rotate(self.checkpoints, self.keep, state.best_model_checkpoint)
+        _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    """A barrier when several processes train."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def check_finite(model: Any, step: int) -> None:
@@ -378,14 +446,15 @@ def _save(trainer: "Trainer", config: TrainingConfig, out: Path) -> None:
         return
     whole = model.get_base_model() if config.lora is not None else model
     if config.lora is not None:
-        model.peft_config["default"].base_model_name_or_path = str(config.model[0])
-    model.save_pretrained(out)
+        alone = len(config.model) == 1
+        # An adapter on adapters must not be loaded onto the bare base: that would be another model, silently.
+        base = str(Path(config.model[0]).resolve()) if alone else "a chain of adapters, see `model` in record.json"
+        model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(out, **({"save_embedding_layers": False} if config.lora is not None else {}))
     if config.lora is not None:
         whole.generation_config.save_pretrained(out)
     trainer.processing_class.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    (out / "before.json").unlink(missing_ok=True)
 
 
 def _metrics(trainer: "Trainer", before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Config(_trainer.TrainingConfig):
     """Settings of `pt`; `trainer:` takes TRL's SFTConfig. `packing: true` and `wrapped` unless said otherwise."""
 
 
-def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
+def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
     """Problems that are known before the first stage starts."""
     problems = _trainer.check(config, facts, ["text"], chat=False)
     strategy = config.trainer.get("packing_strategy", "wrapped")

@@ -34,7 +34,6 @@ META = ("quantizer", "damp_percent", "damp_auto_increment", "act_group_aware", "
 UNREADABLE = ("lm_head", "rotation", "adapter", "activation")
 LAYER = re.compile(r"\.\d+\.(?!.*(embed|\.c_attn|\.c_proj|\.c_fc)).*weight$")  # GPT-2's c_* are transposed
 
-Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
 Ids = list[int]
 Losses = dict[str, float | None]  # a module's loss; None where it was only rounded
 
@@ -71,10 +70,10 @@ class Config(BaseModel):
         return [self.model] if isinstance(self.model, str) else self.model
 
 
-def check(config: Config, facts: _model.Facts | None) -> list[Problem]:
+def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
     """What can be known to fail before anything is loaded."""
     extra = config.model_extra or {}
-    problems: list[Problem] = []
+    problems: list[_model.Problem] = []
     if len(config.folders) > 1:
         problems.append(("model", "an adapter cannot be quantized; put a `merge` stage before"))
     for name in UNREADABLE:
@@ -101,7 +100,7 @@ def facts_after(config: Config, facts: _model.Facts) -> _model.Facts:
     return replace(facts, config={**facts.config, "quantization_config": {"bits": config.bits}})
 
 
-def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[Problem]:
+def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[_model.Problem]:
     """GPTQModel takes a last group that is not full, and vLLM then refuses the folder."""
     layers = {name: shape for name, shape in weights.items() if len(shape) == 2 and LAYER.search(name)}
     widths = {name.removesuffix(".weight"): shape[1] for name, shape in layers.items()}

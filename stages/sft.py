@@ -22,7 +22,7 @@ class Config(_trainer.TrainingConfig):
     """Settings of `sft`; `trainer:` takes TRL's SFTConfig."""
 
 
-def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
+def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
     """Problems that are known before the first stage starts."""
     problems = _trainer.check(config, facts, FORMATS, chat=True)
     packs = config.trainer.get("packing") or config.trainer.get("padding_free")
@@ -34,6 +34,9 @@ def check(config: Config, facts: _model.Facts) -> list[_trainer.Problem]:
                 "read each other; remove `packing`",
             )
         )
+    if config.trainer.get("packing") and config.trainer.get("packing_strategy") == "wrapped":
+        text = "`wrapped` lets rows read each other; leave it out, then rows packed together stay apart"
+        problems.append(("trainer.packing_strategy", text))
     return problems
 
 

@@ -62,8 +62,10 @@ def test_the_record_is_written_after_every_file_is_hashed_and_before_the_folder_
 
     monkeypatch.setattr(Hashes, "one", one)
     monkeypatch.setattr(artifact, "_sync", synced)
+    files = sorted(path for path in part.rglob("*") if path.is_file() and path.name not in artifact.NOT_CONTENT)
     finish(part, part.with_name("sft-1"), {})
     assert seen == [
+        *[("sync", path.name, False) for path in files],
         ("hash", False),
         ("hash", False),
         ("sync", "sft-1.part", True),

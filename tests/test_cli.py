@@ -51,7 +51,7 @@ def pretend(step):
     """Leave what a run of this step leaves."""
     step.part.mkdir(parents=True)
     (step.part / "model.safetensors").write_bytes(b"weights")
-    record = {"recipe": dict(step.recipe), "versions": plan._versions(step.stage.use), "started": 0.0}
+    record = {"recipe": dict(step.recipe), "versions": plan.versions(step.stage.use), "started": 0.0}
     artifact.finish(step.part, step.folder, record)
     artifact.link(step.folder, step.link)
 

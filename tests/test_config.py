@@ -289,7 +289,16 @@ def test_a_mistake_at_the_top_names_its_place(project, text, expected):
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("org/name", "8:31: `org/name` is no folder here; for a model on the Hub pin its commit, as `org/name@COMMIT`"),
+        (
+            "org/name",
+            "8:31: `org/name` is no folder here; for a model on the Hub pin its commit (40 hex digits), "
+            "as `org/name@COMMIT`",
+        ),
+        (
+            "org/name@main",
+            "8:31: `org/name@main` is no folder here; for a model on the Hub pin its commit (40 hex digits), "
+            "as `org/name@COMMIT`",
+        ),
         ("3", "8:31: `model` is `3`; it is a folder, `org/name@commit` on the Hub, or `$stage`"),
         ("$dpo", "8:31: stage `sft`: no stage `dpo` is above it; there is `init`"),
         ("$ini", "8:31: stage `sft`: no stage `ini` is above it; did you mean `init`?"),
@@ -303,7 +312,8 @@ def test_a_model_is_a_folder_a_pinned_hub_name_or_a_stage_above(project, model, 
 def test_a_hub_name_at_the_top_is_pinned_too(project):
     text = TOP.replace("  init: {architecture: bloom, data: books}\n", "  sft: {data: consult}\n")
     assert project("model: org/name\n" + text) == refused(
-        "x.yaml:1:8: `org/name` is no folder here; for a model on the Hub pin its commit, as `org/name@COMMIT`"
+        "x.yaml:1:8: `org/name` is no folder here; for a model on the Hub pin its commit (40 hex digits), "
+        "as `org/name@COMMIT`"
     )
 
 

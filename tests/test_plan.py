@@ -104,7 +104,7 @@ def pretend(step, **changes):
     """Leave what a run of this step leaves: a finished folder with its record, and the link."""
     step.part.mkdir(parents=True)
     (step.part / "model.safetensors").write_bytes(b"weights")
-    record = {"recipe": dict(step.recipe), "versions": plan._versions(step.stage.use), "started": 0.0, **changes}
+    record = {"recipe": dict(step.recipe), "versions": plan.versions(step.stage.use), "started": 0.0, **changes}
     artifact.finish(step.part, step.folder, record)
     artifact.link(step.folder, step.link)
 
@@ -306,12 +306,12 @@ def test_a_model_folder_that_cannot_be_used_is_refused_once(project, damage, exp
 
 
 def test_a_hub_model_that_is_not_here_is_noted_once_and_not_fetched(project):
-    model = "model: no-such-org/no-such-model@0123456789abcdef"
+    model = "model: no-such-org/no-such-model@0123456789abcdef0123456789abcdef01234567"
     text = project.model().replace("model: m", model) + f"{SFT}  another: {{use: sft, data: consult, {model}}}\n"
     assert project.validate(text) == (
         0,
-        "note: `no-such-org/no-such-model@0123456789abcdef` is not on this machine; `run` fetches it, until then it "
-        "is unchecked\nx.yaml: 2 stages (sft → another); consult 1 rows; no problem found\n",
+        "note: `no-such-org/no-such-model@0123456789abcdef0123456789abcdef01234567` is not on this machine; `run` "
+        "fetches it, until then it is unchecked\nx.yaml: 2 stages (sft → another); consult 1 rows; no problem found\n",
     )
 
 
@@ -420,7 +420,7 @@ def test_a_plan_says_what_each_stage_starts_from(project):
         ("template: med", "# a comment\ntemplate: med  # another\nquestion: 感冒了？"),
         ("data: consult\n    lora: {r: 8}", "lora: {r: 8}\n    data: consult"),
         ("learning_rate: 5e-5, logging_steps: 10", "logging_steps: 10, learning_rate: 0.00005"),
-        ("logging_steps: 10", "logging_steps: 1, report_to: tensorboard, save_steps: 7, run_name: x"),
+        ("logging_steps: 10", "logging_steps: 1, save_steps: 7, run_name: x"),
         ("  books: {path: books.jsonl, format: text}\n", "  books: {format: text, path: ./books.jsonl}\n"),
         ("consult", "consultations"),
         ("quantize: {", "quantize: {question: 感冒了？, "),
@@ -581,8 +581,8 @@ def test_changed_data_is_named_by_the_setting_that_reads_it(ran):
 
 
 def test_another_version_is_named(ran, monkeypatch):
-    versions = plan._versions
-    monkeypatch.setattr(plan, "_versions", lambda use: {**versions(use), **({"trl": "9.9"} if use == "dpo" else {})})
+    versions = plan.versions
+    monkeypatch.setattr(plan, "versions", lambda use: {**versions(use), **({"trl": "9.9"} if use == "dpo" else {})})
     old = versions("dpo")["trl"]
     assert why(ran)["dpo"] == ("run", f"because `trl` {old} → 9.9")
 

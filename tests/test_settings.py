@@ -192,7 +192,12 @@ def test_a_wrong_choice(reference, name, value, expected):
             "secret",
             "`hub_token` has no place in a file (tokens come from the environment only); remove it",
         ),
-        (SFT, "deepspeed", "zero3.json", "`deepspeed` belongs under `launch:`"),
+        (
+            SFT,
+            "deepspeed",
+            "zero3.json",
+            "`deepspeed` is not supported yet (`launch: {processes: N}` runs data-parallel)",
+        ),
         (SFT, "logging_dir", "logs", f"`logging_dir` {FOLDER}"),
         (
             LORA,
