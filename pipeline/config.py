@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -317,7 +318,8 @@ class _Checker:
         location = tuple(part for part in found["loc"] if isinstance(part, str | int))
         where, word = (*key, *location), str(location[-1]) if location else ""
         if found["type"] == "extra_forbidden":
-            self.at_key(where, f"{label} has no setting `{word}`{nearest(word, _fields(kind, location))}")
+            hint = _library_setting(kind, word) if len(location) == 1 else None
+            self.at_key(where, f"{label} has no setting `{word}`{hint or nearest(word, _fields(kind, location))}")
         elif found["type"] == "missing":
             self.at_key(where, f"{label} needs `{'.'.join(map(str, location))}`")
         elif found["type"] == "value_error":
@@ -328,6 +330,17 @@ class _Checker:
             if found["type"] == "literal_error":
                 hint = nearest(str(found["input"]), re.findall(r"'([^']+)'", found["ctx"]["expected"]))
             self.at_value(where, f"{label}: `{word}` is `{_shown(found['input'])}`{hint or f'; it wants {wanted}'}")
+
+
+def _library_setting(kind: Any, word: str) -> str | None:
+    """Where a word belongs that is a library's setting, or another tool's name for one."""
+    for prefix, reference in getattr(sys.modules[kind.__module__], "SETTINGS", {}).items():
+        if prefix and word in settings.settings(reference):
+            return f"; it belongs under `{prefix}:`"
+        moved = settings.MOVED.get(reference.rpartition(":")[2], {}).get(word)
+        if moved is not None:
+            return f"; it is now {moved}" + (f" under `{prefix}:`" if re.fullmatch("`[a-z_]+`", moved) else "")
+    return None
 
 
 def _lists_of_sources(raw: Mapping[str, Any]) -> list[str]:

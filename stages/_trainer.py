@@ -139,6 +139,8 @@ def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[_model.
         return []
     kinds = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
     there = "it has " + ", ".join(f"`{kind}`" for kind in kinds)
+    if targets == "all":
+        return [("lora.target_modules", "`all` is no pattern of PEFT; write `all-linear`, or leave it out")]
     if isinstance(targets, str):
         if any(re.fullmatch(targets, name) for name in modules):
             return []

@@ -365,3 +365,14 @@ def test_every_stage_kind_has_a_config_a_run_a_figure_and_a_version():
     for use in kinds():
         missing = {"Config", "run", "figure", "VERSION", "__doc__"} - set(vars(module(use)))
         assert not missing, use
+
+
+def test_a_setting_of_a_library_or_of_another_tool_is_sent_to_its_place(project):
+    written = "cutoff_len: 512, learning_rate: 1e-4, r: 8, lora_rank: 8, val_size: 0.1"
+    assert project(f"{TOP}  sft: {{data: consult, {written}}}\n") == refused(
+        "x.yaml:8:24: stage `sft` has no setting `cutoff_len`; it is now `max_length` under `trainer:`",
+        "x.yaml:8:41: stage `sft` has no setting `learning_rate`; it belongs under `trainer:`",
+        "x.yaml:8:62: stage `sft` has no setting `r`; it belongs under `lora:`",
+        "x.yaml:8:68: stage `sft` has no setting `lora_rank`; it is now `lora: {r: …}`",
+        "x.yaml:8:82: stage `sft` has no setting `val_size`; it is now the stage's `eval_size`",
+    )
