@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import artifact, config, plan
 from pipeline.cli import main
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageFailed
 from stages import _checkpoint
 
 ROWS = {
@@ -313,6 +313,15 @@ def test_a_hub_model_that_is_not_here_is_noted_once_and_not_fetched(project):
         "note: `no-such-org/no-such-model@0123456789abcdef0123456789abcdef01234567` is not on this machine; `run` "
         "fetches it, until then it is unchecked\nx.yaml: 2 stages (sft → another); consult 1 rows; no problem found\n",
     )
+
+
+def test_data_that_changes_while_the_run_goes_on_stops_the_stage_that_reads_it(project):
+    step = project.plan()["sft"]
+    plan.check_unchanged(step)
+    project.write("consult.jsonl", '{"instruction": "a", "output": "c"}\n')
+    with pytest.raises(StageFailed) as caught:
+        plan.check_unchanged(step)
+    assert str(caught.value) == "stage `sft`: `consult.jsonl` changed while the run was going on; run again"
 
 
 # Data files

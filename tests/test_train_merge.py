@@ -195,3 +195,29 @@ def test_a_merge_that_went_wrong_is_noticed(tiny, adapt, tmp_path, monkeypatch):
     base = tiny("llama")
     with pytest.raises(StageError, match=r"^the merged model is not the chain: its logits differ by up to [0-9.e-]+; "):
         merged([base, adapt([base])], tmp_path)
+
+
+def halved(folder, out):
+    """A model folder in bfloat16, as those on the Hub are."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(folder, out)
+    AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(out)
+    return out
+
+
+def test_in_bfloat16_a_lost_adapter_is_seen_and_the_stage_after_starts_from_the_merged_bits(tiny, adapt, tmp_path):
+    import torch
+
+    chain = [halved(tiny("llama"), tmp_path / "base")]
+    chain += [adapt(chain, 1), adapt(chain, 2)]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "lost").mkdir()
+    assert merged(chain, tmp_path / "whole")["logit_difference"] <= 1e-4
+    started = _model.load(list(map(str, chain)), dtype="float32").state_dict()
+    written = _model.load([str(tmp_path / "whole")], dtype="auto").state_dict()
+    assert all(weight.dtype == torch.bfloat16 for weight in written.values())
+    assert all(torch.equal(started[name], weight.float()) for name, weight in written.items())
+    merged(chain[:2], tmp_path / "lost", verify=False)
+    with pytest.raises(StageError, match=r"^the merged model is not the chain: `model\.layers\.0\..*` is not its fold"):
+        merge.logit_difference(list(map(str, chain)), tmp_path / "lost")
