@@ -137,9 +137,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     emit(out, "note", text=f"quantizes to {config.bits} bits, calibrated on {len(calibration)} rows")
     work = out / ".gptq"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    with contextlib.chdir(work):  # GPTQModel writes a folder `logs` wherever it runs
-        losses = _quantize(config, facts, folder, calibration, work)
+    losses = _quantize(config, facts, folder, calibration, work)
     _publish(folder, work / "model", out)
     shutil.rmtree(work)
     emit(out, "note", text="a fresh process measures perplexity after, and answers the question")
@@ -231,10 +229,12 @@ def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids]
     # Left to itself, it turns float16 into bfloat16 on a CPU.
     half = (facts.config.get("dtype") or facts.config.get("torch_dtype")) == "float16"
     dtype, device = torch.float16 if half else torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPTQModel.load(str(folder), wanted, device=device, dtype=dtype)
-    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
-    log = model.quantize(examples, batch_size=1, calibration_data_min_length=1)
-    model.save(str(work / "model"), max_shard_size=_model.bytes_of(config.shard_size))
+    work.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(work):  # GPTQModel writes a folder `logs` wherever it runs
+        model = GPTQModel.load(str(folder), wanted, device=device, dtype=dtype)
+        examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
+        log = model.quantize(examples, batch_size=1, calibration_data_min_length=1)
+        model.save(str(work / "model"), max_shard_size=_model.bytes_of(config.shard_size))
     layers = model.extract_layers_node()[0]
     return {f"{layers}.{row['layer']}.{row['module']}": _loss(row["loss"]) for part in log.values() for row in part}
 
