@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pipeline import artifact
 from pipeline.config import Pipeline, Stage, in_order
 from pipeline.errors import ConfigError, StageError, StageFailed, nearest
-from stages import _checkpoint, _model, _rows
+from stages import _checkpoint, _model, _rows, _trainer
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets")
 # Settings that change what is logged or kept, never the weights.
@@ -210,14 +210,27 @@ class _Placer:
         """What can be known to fail before the first stage starts: the data, and what the stage itself knows."""
         for source in _sources(stage.config):
             self.check_data(source)
+        self.check_held_out(stage)
         check = getattr(stage.module, "check", None)
         if check is not None and (model is not None or stage.model is None):
             config = stage.config if model is None else stage.config.model_copy(update={"model": model.folders})
             for setting, text in check(config, model.facts if model else None):
                 self.problem(stage, setting, text)
 
+    def check_held_out(self, stage: Stage) -> None:
+        """Rows must be left to train on, where their number is known."""
+        if isinstance(stage.config, _trainer.TrainingConfig):
+            rows = sum(self.plan.rows.get(self.names(source)[0], 0) for source in stage.config.data)
+            text = _trainer.too_many_held_out(stage.config.eval_size, rows) if rows else None
+            if text is not None:
+                self.problem(stage, "eval_size", text)
+
+    def names(self, source: _rows.Source) -> list[str]:
+        """What a data source is called in the file."""
+        return [name for name, declared in self.plan.pipeline.data.items() if declared == source]
+
     def check_data(self, source: _rows.Source) -> None:
-        names = [name for name, declared in self.plan.pipeline.data.items() if declared == source]
+        names = self.names(source)
         if names[0] in self.plan.rows:
             return
         count, problems = _rows.problems(source)

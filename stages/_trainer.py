@@ -195,6 +195,12 @@ def check_template(template: str | None, facts: _model.Facts) -> list[_model.Pro
     ]
 
 
+def too_many_held_out(eval_size: float, rows: int) -> str | None:
+    """What is wrong with holding out so much of so many rows."""
+    count = math.ceil(eval_size * rows) if eval_size < 1 else int(eval_size)
+    return None if count < rows else f"`eval_size` holds out {count} of {rows} rows; nothing is left to train on"
+
+
 def hold_out(rows: list[Row], eval_size: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows, both in their old order.
 
@@ -202,8 +208,8 @@ def hold_out(rows: list[Row], eval_size: float, seed: int) -> tuple[list[Row], l
         StageError: nothing would be left to train on.
     """
     count = math.ceil(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
-    if count >= len(rows):
-        raise StageError(f"`eval_size` holds out {count} of {len(rows)} rows; nothing is left to train on")
+    if (text := too_many_held_out(eval_size, len(rows))) is not None:
+        raise StageError(text)
     held = set(random.Random(seed).sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 

@@ -315,6 +315,13 @@ def test_a_hub_model_that_is_not_here_is_noted_once_and_not_fetched(project):
     )
 
 
+def test_holding_out_every_row_is_refused_before_anything_runs(project):
+    text = project.model() + "  sft: {data: consult, eval_size: 5, template: plain}\n"
+    assert project.validate(text) == refused(
+        "x.yaml:8:35: stage `sft`: `eval_size` holds out 5 of 1 rows; nothing is left to train on"
+    )
+
+
 def test_data_that_changes_while_the_run_goes_on_stops_the_stage_that_reads_it(project):
     step = project.plan()["sft"]
     plan.check_unchanged(step)
@@ -466,7 +473,7 @@ def test_the_names_of_config_and_stages_change_no_folder(project):
         ("pt.lora.r=4", STAGES[1:]),
         ("sft.trainer.learning_rate=2e-5", STAGES[2:]),
         ("sft.trainer.max_length=512", STAGES[2:]),
-        ("sft.eval_size=0.5", STAGES[2:]),
+        ("sft.eval_data=consult", STAGES[2:]),
         ("sft.data=[consult, consult]", STAGES[2:]),
         ("sft.launch.processes=2", STAGES[2:]),
         ("data.prefer.max_samples=1", STAGES[3:]),
