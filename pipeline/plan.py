@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -155,15 +155,7 @@ class _Placer:
         after = getattr(stage.module, "facts_after", None)
         template = getattr(stage.config, "template", None) or facts.template
         changed: _model.Facts = after(stage.config, facts) if after else facts
-        return _model.Facts(
-            f"the model of `{stage.name}`",
-            changed.config,
-            changed.weights,
-            changed.tokens,
-            changed.tokenizer,
-            template,
-            changed.known,
-        )
+        return replace(changed, source=f"the model of `{stage.name}`", template=template)
 
     def starting(self, stage: Stage) -> _Model | None:
         if stage.model is None:
@@ -189,10 +181,8 @@ class _Placer:
             return None
         if _model.is_hub_name(model):
             return _Model([str(folder)], f"hub:{model}", facts)
-        files = sorted(
-            path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model")
-        )
-        files = [path for path in files if path.name not in artifact.NOT_CONTENT]
+        kinds = (".safetensors", ".json", ".jinja", ".model")
+        files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name not in artifact.NOT_CONTENT)
         content = dict(zip([str(path) for path in files], self.hashes.of(files), strict=True))
         named = {Path(path).name: digest for path, digest in content.items()}
         identity = "folder:" + hashlib.sha256(_canonical(named)).hexdigest()

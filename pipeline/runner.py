@@ -79,7 +79,6 @@ def run(planned: plan.Plan, view: View) -> list[dict[str, Any]]:
                 view.step(step, "done")
             else:
                 record = _run_step(step, view, stop)
-                view.step(step, "ran")
             artifact.link(step.folder, step.link)
             records.append(record)
     return records
@@ -112,7 +111,8 @@ def _run_step(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
     started = time.time()
     with _locked(step):
         record = artifact.read(step.folder)
-        if record is not None:  # another run finished it while this one waited or worked on earlier steps
+        if record is not None:  # another run finished it while this one worked on earlier steps
+            view.step(step, "done")
             return record
         if step.folder.exists():  # without a whole record: damaged
             step.folder.rename(_free_name(step.folder))
@@ -139,6 +139,7 @@ def _run_step(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
             "seconds": round(time.time() - started, 3),
         }
         artifact.finish(step.part, step.folder, record)
+    view.step(step, "ran")
     return record
 
 
