@@ -26,6 +26,7 @@ from pipeline import artifact, content, plan, secret, worker
 from pipeline.artifact import SPEC
 from pipeline.errors import Busy, Interrupted, StageFailed
 from stages import _events
+from stages._processes import end_with_parent
 
 # Not with a GPU: some of these open it while they are imported, and CUDA does not survive a fork.
 PRELOAD = [
@@ -401,7 +402,7 @@ class _Launched:
                 stderr=log,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=worker.end_with_parent,
+                preexec_fn=end_with_parent,
             )
         self.pid: int | None = None  # the launcher itself is never told; it would end its processes at once
 

@@ -1,5 +1,7 @@
 """A plan in, what its data comes to out: the account of a data set in each stage, and rows as the model sees them."""
 
+from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, nearest
 from pipeline.plan import Plan, Step
-from stages import _account, _clean, _rows, _trainer
+from stages import _account, _clean, _drawn, _prepared, _processes, _rows, _trainer
 
 MAX_LENGTH = 1024  # TRL's default
 BATCH = 8  # transformers' default
@@ -55,19 +57,27 @@ def _with_tokenizer(plan: Plan, step: Step) -> Path | None:
 
 
 def _seen(data: str, source: _rows.Source, step: Step, folder: Path | None, rows: int) -> Seen:
-    placed, account = _rows.load(source)
+    account = _clean.Account()
+    chunks = _drawn.chunks(_drawn.Placed(0, *placed) for placed in _rows.kept(source, account))
     if folder is None:
+        deque(chunks, maxlen=0)
         return Seen(data, step.name, account, None, [])
     tokenizer = _tokenizer(step, folder)
-    encoded = [_account.encode(tokenizer, row) for _, row in placed]
     settings: dict[str, Any] = step.stage.config.trainer  # type: ignore[attr-defined]
-    limit = settings.get("max_length", MAX_LENGTH)
-    batch = settings.get("per_device_train_batch_size", BATCH)
-    tokens = _account.count(
-        [sequence for sequences in encoded for sequence in sequences], limit, batch, cut=step.stage.use == "pt"
-    )
-    samples = [_account.pieces(tokenizer, *sequence) for sequences in encoded[:rows] for sequence in sequences]
-    return Seen(data, step.name, account, tokens, samples)
+    make = _prepared.sequences(tokenizer, settings.get("max_length", MAX_LENGTH), step.stage.use == "pt", 1)
+
+    def count(chunk: _drawn.Chunk) -> tuple[_account.Tokens, list[int], list[_rows.Row]]:
+        made, (tokens,) = make(chunk)
+        return tokens, _prepared.lengths(made) if made else [], [placed.row for _, placed, _ in chunk.trained()][:rows]
+
+    whole, lengths, first = _account.Tokens(), array("L"), list[_rows.Row]()
+    for tokens, more, begun in _processes.mapped(count, chunks, _processes.cores(), _prepared.FEW):
+        whole.add(tokens)
+        lengths.extend(more)
+        first += begun[: rows - len(first)]
+    whole.padding = _account.padding(lengths, settings.get("per_device_train_batch_size", BATCH))
+    shown = [_account.pieces(tokenizer, *one) for row in _account.encode(tokenizer, first) for one in row]
+    return Seen(data, step.name, account, whole, shown)
 
 
 def _tokenizer(step: Step, folder: Path) -> Any:

@@ -5,7 +5,6 @@ in each of several processes. What the libraries print goes to the folder's `log
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import importlib
@@ -20,6 +19,7 @@ from typing import Any, TextIO
 from pipeline import secret
 from pipeline.errors import Interrupted, PipelineError
 from stages._events import LAUNCHED, emit
+from stages._processes import end_with_parent
 
 LOG = "log.txt"
 OUT_OF_MEMORY = "out of memory; "
@@ -46,15 +46,6 @@ def main(spec_file: str) -> None:
     code = _run(spec, out)
     held.close()
     sys.exit(code)
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded now: little is safe after a fork
-
-
-def end_with_parent() -> None:
-    """On Linux, have the kernel end this process when the one that started it is gone (kill -9 of a runner)."""
-    if _LIBC is not None:
-        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def held_file(out: Path) -> Path:

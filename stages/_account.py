@@ -1,7 +1,7 @@
 """Rows as the model sees them, and what they come to: tokens, the share of them in the loss, padding."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages import _rows, _template
@@ -9,30 +9,52 @@ from stages import _rows, _template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Encoded = tuple[list[int], list[int]]  # token ids and labels, as long as each other
+Encoded = _template.Encoded
+
+_SHOWN = 3  # places named of dropped rows
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", row: _rows.Row) -> list[Encoded]:
-    """Token ids and labels of a normalised row: one of a text or conversation, two of a pair (chosen, rejected)."""
-    if "text" in row:
-        ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
-        return [(ids, ids)]
-    if "messages" in row:
-        return [_template.encode(tokenizer, row["messages"], row.get("tools"))]
-    answers = [row["chosen"], row["rejected"]] if "chosen" in row else [row["completion"]]
-    both = []
-    for answer in answers:
-        ids, labels = _template.encode(tokenizer, row["prompt"] + answer, row.get("tools"))
-        prompt = _template.render(tokenizer, row["prompt"], prompt=True, tools=row.get("tools"))
-        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        both.append((ids, [_template.IGNORED] * start + labels[start:]))  # answers of earlier turns are given
-    return both
+def encode(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[_rows.Row]) -> list[list[Encoded]]:
+    """Token ids and labels of normalised rows of one shape: one of a text or conversation, two of a pair (chosen,
+    rejected)."""
+    if not rows:
+        return []
+    if "text" in rows[0]:
+        texts = tokenizer([row["text"] for row in rows])["input_ids"]
+        ended = [[*ids, tokenizer.eos_token_id] for ids in texts]
+        return [[(ids, ids)] for ids in ended]
+    if "messages" in rows[0]:
+        talks = [(row["messages"], row.get("tools")) for row in rows]
+        return [[encoded] for encoded in _template.encode_all(tokenizer, talks)]
+    answers = ("chosen", "rejected") if "chosen" in rows[0] else ("completion",)
+    prompts = [_template.render(tokenizer, row["prompt"], prompt=True, tools=row.get("tools")) for row in rows]
+    starts = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    talks = [(row["prompt"] + row[answer], row.get("tools")) for row in rows for answer in answers]
+    encoded = _template.encode_all(tokenizer, talks)
+    each = len(answers)
+    return [
+        [_answered(*one, start) for one in encoded[number * each : (number + 1) * each]]
+        for number, start in enumerate(starts)
+    ]
+
+
+def _answered(ids: list[int], labels: list[int], start: int) -> Encoded:
+    """A prompt of `start` tokens and its answer, all of which is in the loss up to its end of turn.
+
+    Answers of earlier turns are given, and what a template writes after the end of turn is not the model's to say.
+    """
+    end = len(labels)
+    while labels[end - 1] == _template.IGNORED:
+        end -= 1
+    return ids[:end], [_template.IGNORED] * start + ids[start:end]
 
 
 @dataclass
 class Tokens:
-    """What encoded rows come to at a stage's `max_length` and batch size."""
+    """What encoded rows come to at a stage's `max_length`."""
 
+    rows: int = 0
+    """Those that have a token in the loss, each as often as it is drawn."""
     sequences: int = 0
     tokens: int = 0
     trained: int = 0
@@ -41,33 +63,44 @@ class Tokens:
     """Tokens of the longest sequence, before anything is cut off."""
     truncated: int = 0
     untrained: int = 0
-    """Sequences without a token in the loss; they are dropped."""
+    """Rows without a token in the loss; they are dropped."""
+    first: list[str] = field(default_factory=list)
+    """Where the first of those are."""
     padding: float = 0.0
-    """Share of pad tokens when sequences are batched in the order of the file."""
+    """Share of pad tokens when sequences are batched in their order."""
+
+    def count(self, row: Sequence[Encoded], max_length: int | None, *, cut: bool, place: str, copies: int) -> bool:
+        """Count a row; False when it would train no token. `cut`: what is too long is cut into pieces, none lost; else
+        it keeps its start."""
+        kept = [(ids, labels) if cut else (ids[:max_length], labels[:max_length]) for ids, labels in row]
+        trained = [len(labels) - labels.count(_template.IGNORED) for _, labels in kept]
+        self.longest = max(self.longest, *(len(ids) for ids, _ in row))
+        if not all(trained):
+            self.untrained += copies
+            self.first += [place][: _SHOWN - len(self.first)]
+            return False
+        self.rows += copies
+        self.sequences += copies * sum(-(-len(ids) // (max_length or len(ids))) for ids, _ in kept)
+        self.tokens += copies * sum(len(ids) for ids, _ in kept)
+        self.trained += copies * sum(trained)
+        self.truncated += copies * any(len(ids) > len(short) for (ids, _), (short, _) in zip(row, kept, strict=True))
+        return True
+
+    def add(self, other: "Tokens") -> None:
+        """Add the figures of the rows that follow."""
+        for name in ("rows", "sequences", "tokens", "trained", "truncated", "untrained"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        self.first = [*self.first, *other.first][:_SHOWN]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def count(encoded: Sequence[Encoded], max_length: int | None, batch: int, *, cut: bool) -> Tokens:
-    """Count tokens. `cut`: what is too long is cut into pieces, none lost; else it keeps its start."""
-    found = Tokens()
-    lengths: list[int] = []
-    for ids, labels in encoded:
-        found.longest = max(found.longest, len(ids))
-        limit = max_length or len(ids)
-        found.truncated += len(ids) > limit and not cut
-        kept, trained = (ids, labels) if cut else (ids[:limit], labels[:limit])
-        in_loss = sum(label != _template.IGNORED for label in trained)
-        if not in_loss:
-            found.untrained += 1
-            continue
-        found.trained += in_loss
-        lengths += [len(kept[start : start + limit]) for start in range(0, len(kept), limit)]
-    found.sequences, found.tokens = len(lengths), sum(lengths)
+def padding(lengths: Sequence[int], batch: int) -> float:
+    """The share of pad tokens when sequences of these lengths are batched in their order."""
     padded = sum(max(lengths[i : i + batch]) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
-    found.padding = 1 - found.tokens / padded if padded else 0.0
-    return found
+    return 1 - sum(lengths) / padded if padded else 0.0
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", ids: list[int], labels: list[int]) -> list[tuple[str, bool]]:

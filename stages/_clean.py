@@ -11,7 +11,7 @@ import html
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -248,30 +248,49 @@ def apply(
     the data sets that `contamination` names. Raises StageError when one is not there.
     """
     account = Account()
-    kept: list[Placed] = []
-    changed: list[bool] = []
+    return list(kept(steps, rows, account, others)), account
+
+
+def kept(
+    steps: Sequence[Step], rows: Iterable[Placed], account: Account, others: Mapping[str, Iterable[Row]] | None = None
+) -> Iterator[Placed]:
+    """What `apply` gives, row by row; a step that compares rows waits for all. Counts into `account`."""
+    through = _each(steps, rows, account)
+    for step in steps:
+        if isinstance(step, NearDuplicates | Contamination) or step.step == "exact_duplicates":
+            through = _together(step, through, account, others or {})
+    for placed, is_changed in through:
+        account.kept += 1
+        account.changed += is_changed
+        yield placed
+
+
+def _each(steps: Sequence[Step], rows: Iterable[Placed], account: Account) -> Iterator[tuple[Placed, bool]]:
+    """The rows after the steps on single rows, and whether each was changed."""
     counts = any(isinstance(step, PersonalData) and step.action == "count" for step in steps)
     for place, row in rows:
         account.read += 1
-        cleaned, reason, found = _settled(row, steps)
+        cleaned, reason, found = _settled(row, steps) if steps else (row, "", Counter())
         if reason:
             account.drop(reason, place)
             continue
         if counts:
-            for text in _texts(cleaned, system=True):
+            for text in texts(cleaned, system=True):
                 _masked(text, found)
         for kind, count in found.items():
             account.personal_data[kind] = account.personal_data.get(kind, 0) + count
-        kept.append((place, cleaned))
-        changed.append(cleaned != row)
-    for step in steps:
-        drops = _compared(kept, step, others or {})
-        for reason, place in drops.values():
-            account.drop(reason, place)
-        kept = [placed for number, placed in enumerate(kept) if number not in drops]
-        changed = [is_changed for number, is_changed in enumerate(changed) if number not in drops]
-    account.kept, account.changed = len(kept), sum(changed)
-    return kept, account
+        yield (place, cleaned), cleaned != row
+
+
+def _together(
+    step: Step, rows: Iterable[tuple[Placed, bool]], account: Account, others: Mapping[str, Iterable[Row]]
+) -> Iterator[tuple[Placed, bool]]:
+    """The rows that a step keeps which compares them with each other."""
+    there = list(rows)
+    drops = _compared([placed for placed, _ in there], step, others)
+    for reason, place in drops.values():
+        account.drop(reason, place)
+    yield from (entry for number, entry in enumerate(there) if number not in drops)
 
 
 def overlap(held_out: Sequence[Row], training: Sequence[Row], similarity: float = 0.8) -> list[Collision]:
@@ -311,28 +330,28 @@ def _stepped(row: Row, step: Step, masked: Counter[str]) -> tuple[Row, str]:
         case PersonalData(action="mask"):
             row, reason = _edited(row, lambda text: _masked(text, masked), step.step)
         case Length():
-            length = sum(map(len, _texts(row)))
+            length = sum(map(len, texts(row)))
             if step.min is not None and length < step.min:
                 reason = f"shorter than {step.min} characters"
             elif step.max is not None and length > step.max:
                 reason = f"longer than {step.max} characters"
         case Language():
-            reason = "" if _is_in(step, "\n".join(_texts(row))) else f"not {step.name}"
+            reason = "" if _is_in(step, "\n".join(texts(row))) else f"not {step.name}"
         case RepeatedLines():
-            worst = max(map(_repeated, _texts(row)), default=0)
+            worst = max(map(_repeated, texts(row)), default=0)
             reason = f"more than {step.share:g} of a text in repeated lines" if worst > step.share else ""
     return row, reason
 
 
-def _texts(row: Row, system: bool = False) -> list[str]:
+def texts(row: Row, system: bool = False) -> list[str]:
     """What the row says, text by text; system prompts too if asked for."""
-    texts: list[str] = []
+    found: list[str] = []
     for value in row.values():
         if isinstance(value, str):
-            texts.append(value)
+            found.append(value)
         else:
-            texts += [turn["content"] for turn in value if system or turn["role"] != "system"]
-    return texts
+            found += [turn["content"] for turn in value if system or turn["role"] != "system"]
+    return found
 
 
 def _edited(row: Row, edit: Callable[[str], str], name: str) -> tuple[Row, str]:
@@ -347,7 +366,7 @@ def _edited(row: Row, edit: Callable[[str], str], name: str) -> tuple[Row, str]:
             continue
         turns = [{**turn, "content": _trimmed(turn["content"], edit)} for turn in value]
         new[key] = [turn for turn in turns if turn["content"] or turn["role"] != "system"]
-    if not all(text.strip() for text in _texts(new, system=True)) or not all(new.values()):
+    if not all(text.strip() for text in texts(new, system=True)) or not all(new.values()):
         return new, f"empty after `{name}`"
     if "chosen" in new and new["chosen"] == new["rejected"]:
         return new, f"`chosen` and `rejected` the same after `{name}`"
@@ -567,22 +586,22 @@ def _key(row: Row) -> bytes:
 
 
 def _comparable(row: Row) -> str:
-    return "\n".join("".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in _texts(row))
+    return "\n".join("".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts(row))
 
 
 def _contaminated(rows: list[Placed], step: Contamination, others: Mapping[str, Iterable[Row]]) -> _Drops:
     drops: _Drops = {}
-    texts = [_letters(row) for _, row in rows]
+    here = [_letters(row) for _, row in rows]
     for name in step.against:
         if name not in others:
             there = errors.nearest(name, others) or "; there is no other"
             raise errors.StageError(f"`contamination` is against `{name}`, and no other data set is called that{there}")
         held_out = [text for row in others[name] if (text := _letters(row))]
-        for number, common in _near_duplicates.common(texts, held_out, step.ngram).items():
+        for number, common in _near_duplicates.common(here, held_out, step.ngram).items():
             drops.setdefault(number, (f"in `{name}`", f"{rows[number][0]}: {common}"))
     return dict(sorted(drops.items()))
 
 
 def _letters(row: Row) -> str:
     """Letters and digits alone, as one text: an exam's question and right answer may be split in another way here."""
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", "".join(_texts(row))).casefold())
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", "".join(texts(row))).casefold())

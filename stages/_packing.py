@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
 from stages import _model
-from stages._events import emit
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import Tensor, dtype
     from transformers import PreTrainedModel
 
@@ -80,22 +80,31 @@ def prepare(model: "PreTrainedModel", args: Any) -> None:
         install(model)
 
 
-def account(trainer: Any, pieces: int, tokens: int, out: Path) -> dict[str, float]:
-    """What packing did to `pieces` rows of `tokens` tokens in all; nothing when the trainer does not pack.
+def pack(rows: "Dataset", args: Any, file: Path) -> dict[str, float]:
+    """Pack rows as these SFTConfig arguments ask for, into an Arrow file, and account for it.
 
     `padding` is the share of the packed rows' room, rows × `max_length`, that holds no token.
 
     Raises:
         RuntimeError: a token was lost.
     """
-    if not trainer.args.packing:
-        return {}
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    if sum(lengths) != tokens:
-        raise RuntimeError(f"packing made {sum(lengths)} tokens of {tokens}")
-    padding = 1 - tokens / (len(lengths) * trainer.args.max_length)
-    emit(out, "note", text=f"{pieces} rows packed into {len(lengths)}, {padding:.1%} of their room is empty")
-    return {"packed": pieces, "packed_into": len(lengths), "padding": padding}
+    from trl import pack_dataset
+
+    if args.shuffle_dataset:
+        rows = rows.shuffle(seed=args.seed, keep_in_memory=True)
+    settings = {"cache_file_name": str(file), "load_from_cache_file": False}
+    packed = pack_dataset(rows, args.max_length, args.packing_strategy, settings)
+    before, after = _tokens(rows), _tokens(packed)
+    if before != after:
+        raise RuntimeError(f"packing made {after} tokens of {before}")
+    padding = 1 - after / (len(packed) * args.max_length)
+    return {"packed": len(rows), "packed_into": len(packed), "padding": padding}
+
+
+def _tokens(rows: "Dataset") -> int:
+    from pyarrow import compute
+
+    return sum(compute.sum(compute.list_value_length(chunk)).as_py() for chunk in rows.data["input_ids"].chunks)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from stages._formats._turns import ROLES, Words
 from stages._formats._values import MEDIA_COLUMNS, RowError, listed
 
 Row = _values.Row
+Placed = _clean.Placed
 NotFetched = _hub.NotFetched
 is_on_hub = _hub.is_name
 Format = Literal["text", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "labelled"]
@@ -179,22 +180,36 @@ def examples(source: Source) -> list[Row]:
     return [row for _, row in load(source)[0]]
 
 
-def load(source: Source) -> tuple[list[tuple[str, Row]], _clean.Account]:
+def load(source: Source) -> tuple[list[Placed], _clean.Account]:
     """The rows with their places, less the bad ones and those that `clean` drops, and the account of all.
 
     Raises:
-        StageError: more rows are bad than `max_dropped` allows; names the first.
+        StageError: as `kept`.
     """
-    good: list[tuple[str, Row]] = []
-    read = _read_account(source, 3, lambda place, row: good.append((place, row)))
-    if read.problems:
-        raise errors.StageError("; ".join(read.problems))
+    done = _clean.Account()
+    return list(kept(source, done)), done
+
+
+def kept(source: Source, done: _clean.Account) -> Iterator[Placed]:
+    """What `load` gives, row by row; `done` is the whole account once the last is out.
+
+    No more than a row is held in memory, unless `clean` compares rows.
+
+    Raises:
+        StageError: more rows are bad than `max_dropped` allows; names the first. It comes after the last row.
+    """
+    read = Account()
+
+    def good() -> Iterator[Placed]:
+        yield from _normalised(source, 3, read)
+        if read.problems:
+            raise errors.StageError("; ".join(read.problems))
+
     others = {name: examples(other) for name, other in source.others.items()}
-    kept, done = _clean.apply(source.clean, good, others)
+    yield from _clean.kept(source.clean, good(), done, others)
     done.read = read.read
     if read.bad:
         done.dropped = {"bad": _clean.Dropped(read.bad, read.first), **done.dropped}
-    return kept, done
 
 
 def problems(source: Source, limit: int = 3, keep: Callable[[Row], None] = lambda _: None) -> tuple[int, list[str]]:
@@ -205,11 +220,14 @@ def problems(source: Source, limit: int = 3, keep: Callable[[Row], None] = lambd
 
 def account(source: Source, limit: int = 3, keep: Callable[[Row], None] = lambda _: None) -> Account:
     """Read the files once and hand each normalised row to `keep`."""
-    return _read_account(source, limit, lambda _, row: keep(row))
-
-
-def _read_account(source: Source, limit: int, keep: Callable[[str, Row], None]) -> Account:
     done = Account()
+    for _, row in _normalised(source, limit, done):
+        keep(row)
+    return done
+
+
+def _normalised(source: Source, limit: int, done: Account) -> Iterator[Placed]:
+    """The good rows; `done` is the account once the last is out."""
     found: list[str] = []
     seen: dict[str, None] = {}  # the file's columns, in their order
     left: Counter[str] = Counter()  # rows that hold a placeholder
@@ -225,11 +243,12 @@ def _read_account(source: Source, limit: int, keep: Callable[[str, Row], None]) 
                 made = _normal(row, source, filled)
                 if source.fill is None:
                     left.update(_placeholders(made))
-                keep(place, made)
             except (RowError, RecursionError) as bad:
                 done.bad += 1
                 if len(found) < limit:
                     found.append(f"{place}: {bad if isinstance(bad, RowError) else 'the row is nested too deeply'}")
+                continue
+            yield place, made
     except errors.StageError as error:
         stopped = [str(error)]
     if not done.read and not stopped:
@@ -241,7 +260,6 @@ def _read_account(source: Source, limit: int, keep: Callable[[str, Row], None]) 
     done.first = found
     allowed = done.bad <= source.max_dropped * done.read
     done.problems = _absent(source, list(seen))[:limit] or ([] if allowed else found) + stopped + unfilled
-    return done
 
 
 def _read(source: Source, name: str) -> Iterator[_files.Placed]:

@@ -6,7 +6,8 @@ trains on are those of `tokenizer.apply_chat_template(messages)`.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ IGNORED = -100  # the label of a token outside the loss (torch.nn.CrossEntropyLo
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]]
+Encoded = tuple[list[int], list[int]]  # token ids and labels, as long as each other
 
 # A conversation with a tool; what a template must have written of it stands beside it.
 _TOOL = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
@@ -201,10 +203,15 @@ def install(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
     tokenizer.chat_template = template
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], tools: Tools | None = None
-) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation and their labels, both of length T; only the assistant's turns have labels.
+def encode(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], tools: Tools | None = None) -> Encoded:
+    """`encode_all` for one conversation."""
+    return encode_all(tokenizer, [(messages, tools)])[0]
+
+
+def encode_all(
+    tokenizer: "PreTrainedTokenizerBase", talks: Sequence[tuple[list[Message], Tools | None]]
+) -> list[Encoded]:
+    """Token ids of each conversation and their labels, both of length T; only the assistant's turns have labels.
 
     Its tool calls are among them, what the tools gave back is not. The end of turn (the special token after the
     answer) is in the loss, or the model would never learn to stop.
@@ -213,21 +220,32 @@ def encode(
         StageError: the template cannot render these messages or tools, its prompt is not how the conversation
             begins, or it does not end the assistant's turn with a special token.
     """
-    full = render(tokenizer, messages, tools=tools)
+    if not talks:
+        return []
+    _refuse_unwritten(tokenizer, *talks)
+    special = _marks(tokenizer)
+    full = [_rendered(tokenizer, messages, tools) for messages, tools in talks]
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = encoded["input_ids"]
-    labels = [IGNORED] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = _rendered(tokenizer, messages[:index], tools, prompt=True)
-            if message.get("tool_calls"):
-                upto = _rendered(tokenizer, messages[: index + 1], tools)
-                end = _end_of_calls(tokenizer, ids, encoded["offset_mapping"], prompt, upto, full)
-            else:
-                end = _end(prompt, message["content"].strip(), full)
-            _check_boundary(tokenizer, prompt, ids)
-            _label(tokenizer, ids, labels, encoded["offset_mapping"], len(prompt), end)
-    return ids, labels
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    labels = [[IGNORED] * len(row) for row in ids]
+    turns = [
+        (talk, index)
+        for talk, (messages, _) in enumerate(talks)
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    prompts = [_rendered(tokenizer, talks[talk][0][:index], talks[talk][1], prompt=True) for talk, index in turns]
+    ends: dict[str, list[int]] = {}
+    for (talk, index), prompt in zip(turns, prompts, strict=True):
+        (messages, tools), text = talks[talk], full[talk]
+        if messages[index].get("tool_calls"):
+            upto = _rendered(tokenizer, messages[: index + 1], tools)
+            end = _end_of_calls(special, ids[talk], offsets[talk], prompt, upto, text)
+        else:
+            end = _end(prompt, messages[index]["content"].strip(), text)
+        _check_boundary(tokenizer, special, ids[talk], offsets[talk], prompt, ends)
+        _label(tokenizer, special, ids[talk], labels[talk], offsets[talk], len(prompt), end)
+    return list(zip(ids, labels, strict=True))
 
 
 def render(
@@ -242,11 +260,22 @@ def render(
     Raises:
         StageError: the template cannot render these roles, or it would leave out tools or their calls.
     """
-    if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
-        trouble = _unwritten(_rendered(tokenizer, *_TRIED))
-        if trouble is not None:
-            raise StageError(trouble)
+    _refuse_unwritten(tokenizer, (messages, tools))
     return _rendered(tokenizer, messages, tools, prompt=prompt)
+
+
+def _refuse_unwritten(tokenizer: "PreTrainedTokenizerBase", *talks: tuple[list[Message], Tools | None]) -> None:
+    """
+    Raises:
+        StageError: some of these conversations have tools, and the template would leave them out.
+    """
+    called = (
+        tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+        for messages, tools in talks
+    )
+    trouble = _unwritten(_rendered(tokenizer, *_TRIED)) if any(called) else None
+    if trouble is not None:
+        raise StageError(trouble)
 
 
 def _rendered(
@@ -279,12 +308,7 @@ def _end(prompt: str, answer: str, full: str) -> int:
 
 
 def _end_of_calls(
-    tokenizer: "PreTrainedTokenizerBase",
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    prompt: str,
-    upto: str,
-    full: str,
+    special: set[int], ids: list[int], offsets: list[tuple[int, int]], prompt: str, upto: str, full: str
 ) -> int:
     """Where the tool calls after this prompt end: before the last special token of the turn, whose text is `upto`.
 
@@ -294,7 +318,7 @@ def _end_of_calls(
     turn = turn if full.startswith(prompt + turn) else _EMPTY_THOUGHT.sub("", turn)
     if not upto.startswith(prompt) or not full.startswith(prompt + turn):
         raise StageError(_GOES_ON)
-    special, stop = _marks(tokenizer), len(prompt + turn)
+    stop = len(prompt + turn)
     starts = [
         first
         for token, (first, last) in zip(ids, offsets, strict=True)
@@ -308,10 +332,27 @@ def _end_of_calls(
 _EMPTY_THOUGHT = re.compile(r"\A<think>\s*</think>\s*")
 
 
-def _check_boundary(tokenizer: "PreTrainedTokenizerBase", prompt: str, ids: list[int]) -> None:
-    """The prompt alone, as a server tokenizes it, must be how the trained conversation begins."""
-    alone: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if ids[: len(alone)] != alone:
+def _check_boundary(
+    tokenizer: "PreTrainedTokenizerBase",
+    special: set[int],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    prompt: str,
+    known: dict[str, list[int]],
+) -> None:
+    """The prompt alone, as a server tokenizes it, must be how the trained conversation begins.
+
+    Tokenizers split at their special tokens first and treat what lies between on its own, so only what follows the
+    prompt's last one is tokenized again: the same few words in every row, kept in `known`.
+    """
+    last = bisect_right(offsets, len(prompt), key=lambda offset: offset[1]) - 1
+    while last > 0 and ids[last] not in special:
+        last -= 1
+    last = max(last, 0)
+    end = prompt[offsets[last][0] if ids and ids[last] in special else 0 :]
+    if end not in known:
+        known[end] = tokenizer(end, add_special_tokens=False)["input_ids"]
+    if ids[last : last + len(known[end])] != known[end]:
         raise StageError(
             "this tokenizer joins the end of the prompt with the start of the answer, so the model would be served "
             "another prompt than it was trained on; choose another `template:`"
@@ -320,21 +361,19 @@ def _check_boundary(tokenizer: "PreTrainedTokenizerBase", prompt: str, ids: list
 
 def _label(
     tokenizer: "PreTrainedTokenizerBase",
+    special: set[int],
     ids: list[int],
     labels: list[int],
     offsets: list[tuple[int, int]],
     start: int,
     end: int,
 ) -> None:
-    special = _marks(tokenizer)
-    last = 0
-    for position, (first, stop) in enumerate(offsets):
-        if stop > start and first < end:
-            labels[position] = ids[position]
-            last = position
-    for position in range(last + 1, len(ids)):
-        labels[position] = ids[position]
+    """Label the tokens of the characters from `start` to `end`, and on to the special token that ends the turn."""
+    first = bisect_right(offsets, start, key=lambda offset: offset[1])
+    stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[0])
+    for position in range(stop, len(ids)):
         if ids[position] in special:
+            labels[first : position + 1] = ids[first : position + 1]
             return
         if tokenizer.decode([ids[position]]).strip():
             break

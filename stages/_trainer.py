@@ -4,20 +4,19 @@ import contextlib
 import importlib.util
 import json
 import math
-import random
 import re
 import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.errors import Interrupted, StageError
-from stages import _checkpoint, _clean, _mix, _model, _resume, _rows, _template
+from stages import _checkpoint, _model, _resume, _rows, _template
 from stages._events import emit, main_process
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
         TrainingArguments,
     )
 
-Row = TypeVar("Row")
 # Kinds of LoRA that are no plain update of a weight.
 UNFOLDABLE = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
@@ -213,117 +211,34 @@ def check_template(template: str | None, facts: _model.Facts) -> list[_model.Pro
     ]
 
 
+def held_out(eval_size: float, rows: int) -> int:
+    """How many of so many rows are held out."""
+    return math.ceil(eval_size * rows) if eval_size < 1 else int(eval_size)
+
+
 def too_many_held_out(eval_size: float, rows: int) -> str | None:
     """What is wrong with holding out so much of so many rows."""
-    count = math.ceil(eval_size * rows) if eval_size < 1 else int(eval_size)
+    count = held_out(eval_size, rows)
     return None if count < rows else f"`eval_size` holds out {count} of {rows} rows; nothing is left to train on"
 
 
-def hold_out(rows: list[Row], eval_size: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows, both in their old order.
-
-    Raises:
-        StageError: nothing would be left to train on.
-    """
-    count = math.ceil(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
-    if (text := too_many_held_out(eval_size, len(rows))) is not None:
-        raise StageError(text)
-    held = set(random.Random(seed).sample(range(len(rows)), count))
-    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+def tokenizer(config: TrainingConfig) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the stage's model with the run's template."""
+    loaded = _model.load_tokenizer(config.model)
+    _template.install(loaded, config.template)
+    return loaded
 
 
-@dataclass
-class Data:
-    """What a training stage reads: rows to train on, rows held out, and the account of every data set."""
-
-    train: list[_rows.Row]
-    held: list[_rows.Row]
-    account: list[dict[str, Any]]
-
-
-def data(config: TrainingConfig, out: Path) -> Data:
-    """Rows to train on, drawn by the weights, and rows held out: a part of `data`, and all of `eval_data`.
-
-    Rows that are near duplicates of a held-out one are not trained on, or it would measure what was learnt by heart.
-
-    Raises:
-        StageError: more rows are bad than a data set allows, or nothing would be left to train on.
-    """
-    loaded = [_rows.load(source) for source in config.data]
-    account = [_account(source, done) for source, (_, done) in zip(config.data, loaded, strict=True)]
-    tagged = [(number, row) for number, (placed, _) in enumerate(loaded) for _, row in placed]
-    train, held = hold_out(tagged, config.eval_size, config.seed)
-    measured = [row for _, row in held] + [row for source in config.eval_data for row in _rows.examples(source)]
-    alike = {pair.training for pair in _clean.overlap(measured, [row for _, row in train])} if measured else set()
-    if len(alike) == len(train):
-        raise StageError("every row to train on is a near duplicate of a held-out one; hold out other rows")
-    for index in alike:
-        account[train[index][0]]["like_held_out"] += 1
-    train = [row for index, row in enumerate(train) if index not in alike]
-    parts: list[list[_rows.Row]] = [[row for of, row in train if of == number] for number in range(len(config.data))]
-    for entry, part in zip(account, parts, strict=True):
-        entry["trained_rows"] = len(part)
-    if config.weights:
-        parts = _drawn(config, parts, account)
-    for entry in account:
-        emit(out, "note", text=_told(entry))
-    return Data([row for part in parts for row in part], measured, account)
-
-
-def _account(source: _rows.Source, done: _clean.Account) -> dict[str, Any]:
-    found = {"path": source.path, "read": done.read, "kept": done.kept, "changed": done.changed}
-    dropped = {reason: {"rows": entry.rows, "first": entry.first} for reason, entry in done.dropped.items()}
-    return {**found, "dropped": dropped, "personal_data": done.personal_data, "like_held_out": 0}
-
-
-def _drawn(
-    config: TrainingConfig, parts: list[list[_rows.Row]], account: list[dict[str, Any]]
-) -> list[list[_rows.Row]]:
-    """The rows of each data set in the share that its weight gives it."""
-    counts = _mix.counts([len(part) for part in parts], config.weights, config.rows)
-    empty = [entry["path"] for entry, part in zip(account, parts, strict=True) if not part]
-    if empty or not sum(counts):
-        raise StageError(f"`{(empty or [account[0]['path']])[0]}` has no row left to draw; leave it out of the mixture")
-    for entry, count in zip(account, counts, strict=True):
-        entry["trained_rows"] = count
-    seeds = [f"{config.seed}:{number}" for number in range(len(parts))]
-    return [_mix.draw(part, count, seed) for part, count, seed in zip(parts, counts, seeds, strict=True)]
-
-
-def _told(entry: Mapping[str, Any]) -> str:
-    """One line about a data set, for people."""
-    words = [f"{entry['path']}: {entry['read']:,} rows read, {entry['trained_rows']:,} to train on"]
-    words += [f"{lost['rows']:,} dropped ({reason})" for reason, lost in entry["dropped"].items()]
-    words += [f"{entry['like_held_out']:,} too much like a held-out one"] if entry["like_held_out"] else []
-    words += [f"{count:,} {kind} found" for kind, count in entry["personal_data"].items()]
-    return ", ".join(words)
-
-
-def check_dropped(config: TrainingConfig, dropped: int, rows: int, why: str) -> None:
-    """
-    Raises:
-        StageError: more rows would train nothing than the data sets allow.
-    """
-    allowed = max(source.max_dropped for source in config.data)
-    if dropped > allowed * rows:
-        raise StageError(
-            f"{dropped:,} of {rows:,} rows {why}, more than `max_dropped` {allowed:g} of them; raise `max_length`, or "
-            "`max_dropped` of the data"
-        )
-
-
-def start(config: TrainingConfig) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The model that the stage starts from and its tokenizer with the run's template.
+def start(config: TrainingConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The model that the stage starts from.
 
     Weights are float32 for full fine-tuning and on the CPU, else bfloat16; `model_init_kwargs` says otherwise.
     """
-    tokenizer = _model.load_tokenizer(config.model)
-    _template.install(tokenizer, config.template)
     settings = dict(config.trainer.get("model_init_kwargs") or {})
     settings.setdefault("dtype", "bfloat16" if config.lora is not None and has_bf16() else "float32")
     model = _model.load(config.model, **settings)
     _model.set_stop_tokens(model, tokenizer)
-    return model, tokenizer
+    return model
 
 
 def needs(config: TrainingConfig, facts: _model.Facts, copies: int = 1) -> _model.Needs:

@@ -9,16 +9,12 @@ closed form; that is measured on the first batch, and anything else stops the st
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import StageError
-from stages import _model, _rows, _template, _trainer
-from stages._events import emit
+from stages import _model, _prepared, _trainer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-VERSION = 2
+VERSION = 3
 PARALLEL = True
 ONE_PROCESS = ["precompute_ref_log_probs"]  # its cache lies in a temporary folder of each process
 SETTINGS = {"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.lora.config:LoraConfig"}
@@ -49,14 +45,6 @@ def loss_at_zero(loss_type: str, beta: float) -> float | None:
     return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * beta) ** 2}.get(loss_type)
 
 
-def fits(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], max_length: int | None) -> bool:
-    """True when a token of the answers is left at `max_length`: the trainer drops the rest without a word."""
-    if max_length is None:
-        return True
-    prompt = _template.render(tokenizer, row["prompt"], prompt=True, tools=row.get("tools"))
-    return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < max_length
-
-
 def figure(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     if "eval_rewards/accuracies" in metrics:
@@ -66,48 +54,22 @@ def figure(metrics: Mapping[str, Any]) -> str:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train on the pairs and leave the artifact in `out`."""
-    model, tokenizer = _trainer.start(config)
+    tokenizer = _trainer.tokenizer(config)
     args = _trainer.arguments("DPOConfig", config, out)
-    data = _trainer.data(config, out)
-    pairs = data.train
-    held = [row for row in data.held if fits(tokenizer, row, args.max_length)]
-    kept = [row for row in pairs if fits(tokenizer, row, args.max_length)]
-    if not kept:
-        raise StageError(f"all {len(pairs)} prompts fill `max_length` {args.max_length} alone; raise it")
-    _trainer.check_dropped(config, len(pairs) - len(kept), len(pairs), "have prompts that fill `max_length` alone")
-    account = {"data": data.account, "rows": len(pairs), "dropped": len(pairs) - len(kept)}
-    emit(
-        out,
-        "note",
-        text=f"{len(pairs)} pairs, {account['dropped']} dropped as too long, {len(held)} held out",
-    )
+    rows = _prepared.prepare(config, tokenizer, args, out)
     trainer = _trainer.build(
         _trainer_class(),
-        model=model,
+        model=_trainer.start(config, tokenizer),
         ref_model=_reference(config, args),
         args=args,
-        train_dataset=_dataset(tokenizer, kept),
-        eval_dataset=_dataset(tokenizer, held) if held else None,
+        train_dataset=rows.train,
+        eval_dataset=rows.held,
         processing_class=tokenizer,
         peft_config=_trainer.adapter(config),
     )
     metrics = _trainer.train(trainer, config, out)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
-    return {**account, **metrics, **start}
-
-
-def _dataset(tokenizer: "PreTrainedTokenizerBase", pairs: list[dict[str, Any]]) -> Any:
-    """The pairs for TRL. A plain table gives each object the keys of all, so those with tools are kept as JSON."""
-    from datasets import Dataset, Features, Json, List
-
-    called = [pair for pair in pairs if _rows.has_tools(pair)]
-    if not called:
-        return Dataset.from_list(pairs)
-    for pair in called:  # TRL would render what the template cannot write without a word
-        for answer in (pair["chosen"], pair["rejected"]):
-            _template.render(tokenizer, pair["prompt"] + answer, tools=pair.get("tools"))
-    forms = Features({name: List(Json()) for name in ("prompt", "chosen", "rejected")} | {"tools": Json()})
-    return Dataset.from_list([{"tools": None, **pair} for pair in pairs], features=forms)
+    return {**rows.account, **metrics, **start}
 
 
 def _reference(config: Config, args: Any) -> Any:
@@ -122,11 +84,14 @@ def _trainer_class() -> Any:
     from trl import DPOTrainer
 
     class Trainer(DPOTrainer):
-        """TRL's DPOTrainer that proves its reference on the first batch."""
+        """TRL's DPOTrainer on prepared pairs, which proves its reference on the first batch."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.at_start: dict[str, float] = {}
             super().__init__(*args, **kwargs)
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             first = model.training and self.state.global_step == 0 and not self.at_start

@@ -74,7 +74,8 @@ def train(tmp_path_factory, tiny):
     """
 
     def run(stage, model, data, *, out=None, callback=None, trainer=None, **settings):
-        folder = out or tmp_path_factory.mktemp(stage.__name__.rpartition(".")[2])
+        folder = out or tmp_path_factory.mktemp("saves") / stage.__name__.rpartition(".")[2]
+        folder.mkdir(exist_ok=True)
         settings = {"lora": {"r": 4}, **settings, "trainer": {**QUICK, **(trainer or {})}}
         config = stage.Config(model=list(map(str, model)), data=[data], **settings)
         real, seen, handler = _trainer.train, [], signal.getsignal(signal.SIGTERM)

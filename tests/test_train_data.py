@@ -3,12 +3,13 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline import cli
 from pipeline.errors import StageError
-from stages import _account, _clean, _rows, _template, _trainer, sft
+from stages import _account, _clean, _drawn, _rows, _template, sft
 
 pytestmark = pytest.mark.train
 
@@ -27,8 +28,9 @@ def different(count: int, salt: int) -> list[str]:
     return ["".join(draw.choices(WORDS, k=30)) for _ in range(count)]
 
 
-def read(data, out, **settings) -> _trainer.Data:
-    return _trainer.data(sft.Config(model=["m"], data=data, **settings), out)
+def read(data, out, **settings) -> SimpleNamespace:
+    with _drawn.draw(sft.Config(model=["m"], data=data, **settings), out) as drawn:
+        return SimpleNamespace(train=list(drawn.train()), held=drawn.held, account=drawn.account)
 
 
 @pytest.fixture
@@ -107,8 +109,9 @@ def test_cleaning_and_bad_rows_are_in_the_account_and_told(tmp_path):
         f"{path}:62: the row has no `output`; alpaca rows need `instruction` and `output` (map other names with "
         "`columns:`)"
     ]
-    told = [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert told[0].startswith(f"{path}: 62 rows read, 59 to train on, 1 dropped (bad), 1 dropped (exact duplicate), ")
+    assert _drawn.told(entry).startswith(
+        f"{path}: 62 rows read, 59 to train on, 1 dropped (bad), 1 dropped (exact duplicate), "
+    )
 
 
 # `pipeline data`
@@ -143,19 +146,12 @@ def test_data_as_json_has_the_same_figures_as_the_stage(config, capsys, tmp_path
     assert cli.main(["data", str(config), "--json", "--saves", str(tmp_path)]) == 0
     consult, books = json.loads(capsys.readouterr().out)
     assert (consult["data"], consult["stage"], books["data"], books["stage"]) == ("consult", "sft", "books", "pt")
-    tokenizer = _tokenizer(tiny("llama"))
-    columns, account = sft.tokenize(
-        tokenizer, _rows.examples(_rows.Source(path=str(config.parent / "a.jsonl"), format="alpaca")), 150
-    )
+    assert cli.main(["run", str(config), "--until", "sft", "--json", "--saves", str(tmp_path)]) == 0
+    account = json.loads((tmp_path / "x" / "sft" / "record.json").read_text(encoding="utf-8"))["metrics"]
     found = consult["tokens"]
-    assert (found["tokens"], found["trained"], found["truncated"]) == (
-        account["tokens"],
-        account["trained_tokens"],
-        account["truncated"],
-    )
-    lengths = [len(ids) for ids in columns["input_ids"]]
-    padded = 2 * max(lengths[:2]) + 2 * max(lengths[2:])
-    assert found["padding"] == pytest.approx(1 - sum(lengths) / padded)
+    assert found["truncated"] == 1
+    for ours, theirs in (("tokens", "tokens"), ("trained", "trained_tokens"), ("padding", "padding")):
+        assert found[ours] == account[theirs]
     assert books["tokens"]["sequences"] > 4  # the long text is cut into pieces, and none is lost
     assert books["tokens"]["tokens"] == books["tokens"]["trained"]
 
@@ -176,7 +172,7 @@ def test_a_pair_is_shown_as_two_sequences_with_only_the_answers_in_the_loss(tiny
         "rejected": [{"role": "assistant", "content": "不知道。"}],
     }
     tokenizer = _tokenizer(tiny("llama"))
-    shown = [_account.pieces(tokenizer, *sequence) for sequence in _account.encode(tokenizer, row)]
+    shown = [_account.pieces(tokenizer, *sequence) for sequence in _account.encode(tokenizer, [row])[0]]
     assert [[words for words, in_loss in sample if in_loss] for sample in shown] == [["多休息。</s>"], ["不知道。</s>"]]
 
 

@@ -154,7 +154,7 @@ def test_no_room_for_any_answer(tuned, train, tmp_path):
     rows = written(tmp_path / "pairs.jsonl", ["感冒了怎么办？" * 30, "发烧了怎么办？" * 30])
     with pytest.raises(StageError) as caught:
         train(dpo, tuned, rows, trainer={**ONE, "max_length": 80})
-    assert str(caught.value) == "all 2 prompts fill `max_length` 80 alone; raise it"
+    assert str(caught.value) == "all 2 rows lose their answer at `max_length` 80; raise it"
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(tuned, train, rows, tmp_path, at, stop):

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 
-from stages import _rows, pt
+from stages import _drawn, _prepared, _rows, pt
 
 pytestmark = pytest.mark.train
 
@@ -27,8 +27,10 @@ def documents(tiny, rows):
 
 @pytest.mark.parametrize("room", [7, 64, 10_000, None])
 def test_documents_are_cut_into_pieces_and_none_is_lost(tiny, rows, documents, room):
-    texts = [row["text"] for row in _rows.examples(rows("text", COUNT))]
-    pieces = pt.documents(tokenizer_of(tiny("llama")), texts, room)
+    placed = [_drawn.Placed(0, place, row) for place, row in _rows.load(rows("text", COUNT))[0]]
+    made, (tokens,) = _prepared.sequences(tokenizer_of(tiny("llama")), room, True, 1)(next(_drawn.chunks(placed)))
+    pieces = made["input_ids"].to_pylist()
+    assert tokens.tokens == tokens.trained == sum(map(len, documents))
     assert list(chain(*pieces)) == list(chain(*documents))
     assert all(0 < len(piece) <= (room or 10_000) for piece in pieces)
     if room in (10_000, None):
@@ -41,7 +43,7 @@ def test_every_token_is_trained_on_in_its_order(tiny, train, rows, documents, pa
     done = train(pt, [tiny("llama")], rows("text", COUNT), trainer=asked)
     trained = done.trainer.train_dataset
     assert list(chain(*trained["input_ids"])) == list(chain(*documents))
-    assert list(trained["labels"]) == list(trained["input_ids"])
+    assert "labels" not in trained.column_names  # then the ids are the labels, as the next tests show
     assert (done.metrics["rows"], done.metrics["tokens"]) == (COUNT, sum(map(len, documents)))
     lengths = [len(ids) for ids in trained["input_ids"]]
     assert max(lengths) == 50

@@ -158,16 +158,16 @@ def test_rows_without_room_for_their_answer_are_dropped_and_counted(tiny, train,
     with pytest.raises(StageError) as error:
         train(sft, [tiny("llama")], source, trainer={"max_length": room})
     assert str(error.value) == (
-        "1 of 3 rows lose their answer at `max_length`, more than `max_dropped` 0.01 of them; raise `max_length`, or "
-        "`max_dropped` of the data"
+        f"1 of 3 rows lose their answer at `max_length` {room}, the first at {source.path}:2; that is more than "
+        "`max_dropped` 0.01 of them; raise `max_length`, or `max_dropped` of the data"
     )
     source = source.model_copy(update={"max_dropped": 0.34})
     done = train(sft, [tiny("llama")], source, trainer={"max_length": room})
-    account = {"rows": 3, "dropped": 1, "truncated": 2, "tokens": 2 * room, "trained_tokens": trained}
+    account = {"rows": 3, "dropped": 1, "truncated": 1, "tokens": 2 * room, "trained_tokens": trained}
     assert {key: done.metrics[key] for key in account} == account
     assert list(done.trainer.train_dataset["input_ids"]) == [encoded[0][0], encoded[2][0][:room]]
     assert notes(done.out)[0] == f"{source.path}: 3 rows read, 3 to train on"
-    assert notes(done.out)[1:] == [f"3 rows, 1 dropped, 2 truncated, {2 * room} tokens, {trained} trained tokens"]
+    assert notes(done.out)[1:] == [f"3 rows, 1 dropped, 1 truncated, {2 * room} tokens, {trained} in the loss"]
 
 
 def tokenizer_of(folder):

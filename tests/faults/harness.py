@@ -31,6 +31,7 @@ from pipeline import artifact
 from pipeline.artifact import RECORD
 from pipeline.content import HASHES, Hashes
 from stages._checkpoint import MARK
+from stages._processes import end_with_parent
 from tests.faults import calls
 from tests.faults.calls import CONTENT, LOG, Call, Ended
 
@@ -357,10 +358,9 @@ def import_everything() -> None:
 
 def _be_fresh(channel: Connection, other: Connection) -> None:
     """The process that nothing of the stage can help: it reads a folder and changes no file."""
-    from pipeline import worker
     from stages import _generate
 
-    worker.end_with_parent()
+    end_with_parent()
     other.close()
     try:
         request = channel.recv()

@@ -1,0 +1,300 @@
+"""A training stage's rows as its trainer reads them: drawn, tokenized and packed once, and kept by their content.
+
+They lie in `.prepared/<key>` beside the stages' folders. The key is a hash of the content of every data file, of all
+that reads, cleans, draws and cuts rows, of the tokenizer with its template and of the versions of what computes: other
+rows have another key, and two stages that agree in all of it share one. The trainer maps the files into memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StageError
+from stages import _account, _checkpoint, _drawn, _packing, _processes, _rows, _template, _trainer
+from stages._events import emit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FOLDER = ".prepared"
+VERSION = 1  # raise it when the same rows would become other sequences
+_ACCOUNT = "account.json"  # written last: a folder without it is not whole
+FEW = 8  # chunks that are not worth another process
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows for a trainer, and what they came to."""
+
+    train: "Dataset"
+    """Columns `input_ids` and, where they differ, `labels`; `seq_lengths` when packed. For pairs `prompt_ids`,
+    `chosen_ids` and `rejected_ids`."""
+    held: "Dataset | None"
+    account: dict[str, Any]
+
+
+def prepare(
+    config: _trainer.TrainingConfig, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool = False
+) -> Prepared:
+    """The rows of a stage under its trainer's arguments; those of an earlier stage or run where they are the same.
+
+    `cut`: what is longer than `max_length` is cut into pieces, none lost; else it keeps its start, and a row with
+    nothing to train in it is dropped and counted.
+
+    Raises:
+        StageError: more rows are dropped than the data sets allow, nothing is left to train on, or a file changed
+            while it was read.
+    """
+    recipe = _recipe(config, tokenizer, args, cut=cut)
+    key = _key(recipe, config)
+    folder = out.parent / FOLDER / key
+    with _alone(folder):
+        account = _whole(folder)
+        if account is None:
+            account = _make(config, tokenizer, recipe, args, folder)
+            if _key(recipe, config) != key:
+                shutil.rmtree(folder)
+                raise StageError("a data file changed while it was read; run again")
+        else:
+            emit(out, "note", text=f"takes the rows that were prepared before, from {FOLDER}/{key}")
+    for entry in account["data"]:
+        emit(out, "note", text=_drawn.told(entry))
+    emit(out, "note", text=_told(account))
+    held = _dataset(folder / "held.arrow") if account["held_out"] else None
+    return Prepared(_dataset(folder / "train.arrow"), held, account)
+
+
+def _recipe(config: _trainer.TrainingConfig, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:
+    """What makes the rows what they are, besides the files."""
+    packs = getattr(args, "packing", False)
+    eval_packing = getattr(args, "eval_packing", None)
+    wraps = packs and args.packing_strategy == "wrapped"  # cuts the stream of all texts by itself
+    packs_held = packs if eval_packing is None else eval_packing
+    chosen = config.model_dump(mode="json", include={"data", "weights", "rows", "eval_data", "eval_size", "seed"})
+    words = {
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+    }
+    packing = [args.packing_strategy, args.max_length, args.shuffle_dataset and args.seed] if packs else None
+    return {
+        **chosen,
+        **words,
+        "cut": cut,
+        "max_length": None if wraps else args.max_length,
+        "held_max_length": None if wraps and packs_held else args.max_length,
+        "packing": packing,
+        "packs_held": bool(packing and packs_held),
+        "versions": {name: metadata.version(name) for name in ("tokenizers", "transformers", "trl", "datasets")},
+        "code": [VERSION, _rows.VERSION],
+    }
+
+
+def _key(recipe: dict[str, Any], config: _trainer.TrainingConfig) -> str:
+    sources = [*config.data, *config.eval_data]
+    sources += [other for source in sources for other in source.others.values()]
+    files = {str(file): _checkpoint.sha256(file) for source in sources for file in _rows.files(source)}
+    text = json.dumps([recipe, sorted(files.items())], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process prepare, and the others, of this run or another, wait for it."""
+    locks = folder.parent.parent / ".locks"
+    for made in (locks, folder.parent):
+        made.mkdir(parents=True, exist_ok=True)
+    with open(locks / f"prepared-{folder.name}", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """The account of prepared rows, if every file is what it was when they were made."""
+    try:
+        kept: dict[str, Any] = json.loads((folder / _ACCOUNT).read_text(encoding="utf-8"))
+        files: dict[str, str] = kept["files"]
+        whole = all(_checkpoint.sha256(folder / name) == hashed for name, hashed in files.items())
+    except (OSError, ValueError, KeyError):
+        return None
+    os.utime(folder)
+    return dict(kept["account"]) if whole else None
+
+
+def _make(
+    config: _trainer.TrainingConfig, tokenizer: Any, recipe: dict[str, Any], args: Any, folder: Path
+) -> dict[str, Any]:
+    """Prepare the rows in `folder` and hand back their account."""
+    part = folder.with_name(f"{folder.name}.part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    part.mkdir()
+    processes = getattr(args, "dataset_num_proc", None) or _processes.cores()
+    with _drawn.draw(config, part, processes) as drawn:
+        limit, cut = recipe["max_length"], recipe["cut"]
+        made = _processes.mapped(sequences(tokenizer, limit, cut, len(config.data)), drawn.chunks(), processes, FEW)
+        totals = _written(made, part / "train.arrow", len(config.data))
+        _check_dropped(config, totals, args.max_length)
+        account = _account_of(drawn, totals)
+        if drawn.held:
+            made = map(sequences(tokenizer, recipe["held_max_length"], cut, 1), drawn.held_chunks())
+            account["held_out"] = _written(made, part / "held.arrow", 1)[0].rows
+    if recipe["packing"]:
+        account |= _pack(part / "train.arrow", args)
+        if recipe["packs_held"] and account["held_out"]:
+            _pack(part / "held.arrow", args)
+    else:
+        there = [length for batch in _dataset(part / "train.arrow").data.to_batches() for length in lengths(batch)]
+        account["padding"] = _account.padding(there, args.per_device_train_batch_size)
+    files = {file.name: _checkpoint.sha256(file) for file in sorted(part.iterdir())}
+    (part / _ACCOUNT).write_text(json.dumps({"account": account, "files": files}, ensure_ascii=False), encoding="utf-8")
+    part.rename(folder)
+    return account
+
+
+def _pack(file: Path, args: Any) -> dict[str, float]:
+    """Pack the rows of an Arrow file, which is replaced, and hand back what packing did."""
+    packed = file.with_suffix(".packed")
+    figures = _packing.pack(_dataset(file), args, packed)
+    packed.replace(file)
+    return figures
+
+
+def sequences(
+    tokenizer: Any, limit: int | None, cut: bool, data: int
+) -> Callable[[_drawn.Chunk], tuple["pa.RecordBatch | None", list[_account.Tokens]]]:
+    """What makes a chunk's sequences, and the figures of each data set."""
+
+    def work(chunk: _drawn.Chunk) -> tuple["pa.RecordBatch | None", list[_account.Tokens]]:
+        totals = [_account.Tokens() for _ in range(data)]
+        columns: dict[str, list[list[int]]] = {}
+        trained = list(chunk.trained())
+        encoded = _account.encode(tokenizer, [placed.row for _, placed, _ in trained])
+        for (_, placed, copies), row in zip(trained, encoded, strict=True):
+            if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
+                for name, values in [*_columns(row, limit, cut)] * copies:
+                    columns.setdefault(name, []).append(values)
+        return _batch(columns), totals
+
+    return work
+
+
+def _columns(row: list[_account.Encoded], limit: int | None, cut: bool) -> Iterator[tuple[str, list[int]]]:
+    """A row's values, each with its column."""
+    ids, labels = row[0]
+    if len(row) == 2:  # chosen and rejected, after the same prompt
+        start = next(place for place, label in enumerate(labels) if label != _template.IGNORED)
+        yield from (("prompt_ids", ids[:start]), ("chosen_ids", ids[start:]), ("rejected_ids", row[1][0][start:]))
+    elif cut:  # all of it is in the loss, and labels that are not given are the ids
+        length = limit or len(ids)
+        yield from (("input_ids", ids[start : start + length]) for start in range(0, len(ids), length))
+    else:
+        yield from (("input_ids", ids[:limit]), ("labels", labels[:limit]))
+
+
+def _batch(columns: dict[str, list[list[int]]]) -> "pa.RecordBatch | None":
+    import pyarrow as pa
+
+    kind = pa.list_(pa.int32())
+    arrays = {name: pa.array(values, kind) for name, values in columns.items()}
+    return pa.RecordBatch.from_pydict(arrays) if arrays else None
+
+
+def _written(
+    made: Iterable[tuple["pa.RecordBatch | None", list[_account.Tokens]]], file: Path, data: int
+) -> list[_account.Tokens]:
+    """Write sequences as they come, and sum up the figures of each data set."""
+    import pyarrow as pa
+
+    totals = [_account.Tokens() for _ in range(data)]
+    writer = None
+    for batch, found in made:
+        for total, more in zip(totals, found, strict=True):
+            total.add(more)
+        if batch is not None:
+            writer = writer or pa.ipc.new_stream(str(file), batch.schema)
+            writer.write_batch(batch)
+    if writer is not None:
+        writer.close()
+    return totals
+
+
+def _dataset(file: Path) -> "Dataset":
+    from datasets import Dataset
+
+    return Dataset.from_file(str(file))
+
+
+def _check_dropped(config: _trainer.TrainingConfig, totals: list[_account.Tokens], max_length: int | None) -> None:
+    """
+    Raises:
+        StageError: more rows would train nothing than the data sets allow.
+    """
+    kept, lost = sum(total.rows for total in totals), sum(total.untrained for total in totals)
+    if not kept:
+        raise StageError(f"all {lost} rows lose their answer at `max_length` {max_length}; raise it")
+    allowed = max(source.max_dropped for source in config.data)
+    if lost > allowed * (kept + lost):
+        first = next(place for total in totals for place in total.first)
+        raise StageError(
+            f"{lost:,} of {kept + lost:,} rows lose their answer at `max_length` {max_length}, the first at {first}; "
+            f"that is more than `max_dropped` {allowed:g} of them; raise `max_length`, or `max_dropped` of the data"
+        )
+
+
+def _account_of(drawn: _drawn.Drawn, totals: list[_account.Tokens]) -> dict[str, Any]:
+    """The account of the stage, with that of each data set under `data`."""
+    whole = _account.Tokens()
+    for total in totals:
+        whole.add(total)
+    for entry, total in zip(drawn.account, totals, strict=True):
+        if total.untrained:
+            entry["dropped"]["no answer left at `max_length`"] = {"rows": total.untrained, "first": total.first}
+        entry |= {"tokens": total.tokens, "trained_tokens": total.trained, "truncated": total.truncated}
+        entry |= {
+            "longest": total.longest,
+            "share_of_rows": total.rows / whole.rows,
+            "share_of_tokens": total.tokens / whole.tokens,
+        }
+    return {
+        "data": drawn.account,
+        "rows": whole.rows + whole.untrained,
+        "dropped": whole.untrained,
+        "truncated": whole.truncated,
+        "tokens": whole.tokens,
+        "trained_tokens": whole.trained,
+        "longest": whole.longest,
+        "held_out": 0,
+    }
+
+
+def lengths(rows: "pa.RecordBatch") -> list[int]:
+    """The tokens of each sequence, the two of a pair one after the other."""
+    from pyarrow import compute
+
+    columns = {name: compute.list_value_length(rows[name]).to_pylist() for name in rows.schema.names}
+    if "input_ids" in columns:
+        return list(columns["input_ids"])
+    prompts = columns.pop("prompt_ids")
+    return [prompt + answer for prompt, *answers in zip(prompts, *columns.values(), strict=True) for answer in answers]
+
+
+def _told(account: dict[str, Any]) -> str:
+    """One line for people."""
+    words = [f"{account['rows']:,} rows", f"{account['dropped']:,} dropped", f"{account['truncated']:,} truncated"]
+    words += [f"{account['tokens']:,} tokens", f"{account['trained_tokens']:,} in the loss"]
+    words += [f"{account['held_out']:,} held out"] if account["held_out"] else []
+    if "packed_into" in account:
+        words.append(f"{account['packed']:,} sequences packed into {account['packed_into']:,}")
+        words.append(f"{account['padding']:.1%} of their room is empty")
+    return ", ".join(words)
