@@ -20,7 +20,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[_rows.Row]) -> l
     if not rows:
         return []
     if "text" in rows[0]:
-        texts = tokenizer([row["text"] for row in rows])["input_ids"]
+        texts = _template.token_ids(tokenizer, [row["text"] for row in rows], special=True)
         ended = [[*ids, tokenizer.eos_token_id] for ids in texts]
         return [[(ids, ids)] for ids in ended]
     if "messages" in rows[0]:
@@ -28,7 +28,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[_rows.Row]) -> l
         return [[encoded] for encoded in _template.encode_all(tokenizer, talks)]
     answers = ("chosen", "rejected") if "chosen" in rows[0] else ("completion",)
     prompts = [_template.render(tokenizer, row["prompt"], prompt=True, tools=row.get("tools")) for row in rows]
-    starts = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    starts = [len(ids) for ids in _template.token_ids(tokenizer, prompts)]
     talks = [(row["prompt"] + row[answer], row.get("tools")) for row in rows for answer in answers]
     encoded = _template.encode_all(tokenizer, talks)
     each = len(answers)
@@ -99,8 +99,13 @@ class Tokens:
 
 def padding(lengths: Sequence[int], batch: int) -> float:
     """The share of pad tokens when sequences of these lengths are batched in their order."""
-    padded = sum(max(lengths[i : i + batch]) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
-    return 1 - sum(lengths) / padded if padded else 0.0
+    import numpy as np
+
+    starts = np.arange(0, len(lengths), batch)
+    if not len(starts):
+        return 0.0
+    longest, sizes = np.maximum.reduceat(lengths, starts), np.diff([*starts, len(lengths)])
+    return 1 - sum(lengths) / int((longest * sizes).sum())
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", ids: list[int], labels: list[int]) -> list[tuple[str, bool]]:

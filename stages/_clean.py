@@ -8,6 +8,7 @@ What a row says is the text of all its messages but system prompts: those are of
 """
 
 import html
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -25,6 +26,7 @@ Row = dict[str, Any]
 Placed = tuple[str, Row]
 
 _SHOWN = 3  # places named for each reason
+_NOT_SAID = ("tools", "label")  # what a row has besides texts and conversations
 
 
 # Settings
@@ -346,7 +348,9 @@ def _stepped(row: Row, step: Step, masked: Counter[str]) -> tuple[Row, str]:
 def texts(row: Row, system: bool = False) -> list[str]:
     """What the row says, text by text; system prompts too if asked for."""
     found: list[str] = []
-    for value in row.values():
+    for name, value in row.items():
+        if name in _NOT_SAID:
+            continue
         if isinstance(value, str):
             found.append(value)
         else:
@@ -361,6 +365,9 @@ def _edited(row: Row, edit: Callable[[str], str], name: str) -> tuple[Row, str]:
     """
     new: Row = {}
     for key, value in row.items():
+        if key in _NOT_SAID:
+            new[key] = value
+            continue
         if isinstance(value, str):
             new[key] = _trimmed(value, edit)
             continue
@@ -578,6 +585,9 @@ def _key(row: Row) -> bytes:
     """The whole row, who says what, but for width and the kind and number of blanks."""
     key = blake2b(digest_size=16)
     for name, value in row.items():
+        if name in _NOT_SAID:
+            key.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
+            continue
         turns = [{"role": "", "content": value}] if isinstance(value, str) else value
         for turn in turns:
             plain = " ".join(unicodedata.normalize("NFKC", turn["content"]).split())

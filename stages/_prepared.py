@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +71,12 @@ def prepare(
     for entry in account["data"]:
         emit(out, "note", text=_drawn.told(entry))
     emit(out, "note", text=_told(account))
+    train = _dataset(folder / "train.arrow")
     held = _dataset(folder / "held.arrow") if account["held_out"] else None
-    return Prepared(_dataset(folder / "train.arrow"), held, account)
+    if "packed" not in account:
+        there = [length for batch in train.data.to_batches() for length in lengths(batch)]
+        account["padding"] = _account.padding(there, args.per_device_train_batch_size)
+    return Prepared(train, held, account)
 
 
 def _recipe(config: _trainer.TrainingConfig, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:
@@ -153,9 +158,6 @@ def _make(
         account |= _pack(part / "train.arrow", args)
         if recipe["packs_held"] and account["held_out"]:
             _pack(part / "held.arrow", args)
-    else:
-        there = [length for batch in _dataset(part / "train.arrow").data.to_batches() for length in lengths(batch)]
-        account["padding"] = _account.padding(there, args.per_device_train_batch_size)
     files = {file.name: _checkpoint.sha256(file) for file in sorted(part.iterdir())}
     (part / _ACCOUNT).write_text(json.dumps({"account": account, "files": files}, ensure_ascii=False), encoding="utf-8")
     part.rename(folder)
@@ -177,13 +179,13 @@ def sequences(
 
     def work(chunk: _drawn.Chunk) -> tuple["pa.RecordBatch | None", list[_account.Tokens]]:
         totals = [_account.Tokens() for _ in range(data)]
-        columns: dict[str, list[list[int]]] = {}
+        columns: dict[str, _Column] = {}
         trained = list(chunk.trained())
         encoded = _account.encode(tokenizer, [placed.row for _, placed, _ in trained])
         for (_, placed, copies), row in zip(trained, encoded, strict=True):
             if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
                 for name, values in [*_columns(row, limit, cut)] * copies:
-                    columns.setdefault(name, []).append(values)
+                    columns.setdefault(name, _Column()).add(values)
         return _batch(columns), totals
 
     return work
@@ -202,11 +204,26 @@ def _columns(row: list[_account.Encoded], limit: int | None, cut: bool) -> Itera
         yield from (("input_ids", ids[:limit]), ("labels", labels[:limit]))
 
 
-def _batch(columns: dict[str, list[list[int]]]) -> "pa.RecordBatch | None":
+class _Column:
+    """Lists of numbers, as Arrow keeps them: one after the other, and where each ends."""
+
+    def __init__(self) -> None:
+        self.values, self.ends = array("i"), array("i", [0])
+
+    def add(self, values: list[int]) -> None:
+        self.values.fromlist(values)
+        self.ends.append(len(self.values))
+
+
+def _batch(columns: dict[str, _Column]) -> "pa.RecordBatch | None":
     import pyarrow as pa
 
-    kind = pa.list_(pa.int32())
-    arrays = {name: pa.array(values, kind) for name, values in columns.items()}
+    def made(numbers: "array[int]") -> pa.Array:
+        return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
+
+    arrays = {
+        name: pa.ListArray.from_arrays(made(column.ends), made(column.values)) for name, column in columns.items()
+    }
     return pa.RecordBatch.from_pydict(arrays) if arrays else None
 
 

@@ -257,8 +257,8 @@ def test_pairs_with_calls_reach_the_trainer_whole(tiny, train, tmp_path):
     first, second = (done.trainer.train_dataset[number] for number in (0, 1))
     tokenizer = done.trainer.processing_class
     assert first["prompt_ids"] == ids_of(tokenizer, CALLED[:1], tools=TOOLS, add_generation_prompt=True)
-    assert tokenizer.decode(first["chosen_ids"]) == TOLD[0] + "\n"
-    assert tokenizer.decode(first["rejected_ids"]) == TOLD[0].replace("布洛芬", "阿司匹林") + "\n"
+    assert tokenizer.decode(first["chosen_ids"]) == TOLD[0]
+    assert tokenizer.decode(first["rejected_ids"]) == TOLD[0].replace("布洛芬", "阿司匹林")
     assert second["prompt_ids"] == ids_of(tokenizer, TURNS[:1], add_generation_prompt=True)
     with pytest.raises(StageError, match=r"^the template does not write the tools"):
         train(dpo, model, source, template=_template.text("med"), trainer={"max_steps": 1})
@@ -352,8 +352,12 @@ def test_dpo_trains_on_the_ids_that_every_folder_gives(chain, rows):
         tokenizer = tokenizer_of(folder)
         for row, got in zip(_rows.examples(rows("preference", 4)), trained, strict=True):
             assert got["prompt_ids"] == ids_of(tokenizer, row["prompt"], add_generation_prompt=True)
-            assert got["prompt_ids"] + got["chosen_ids"] == ids_of(tokenizer, row["prompt"] + row["chosen"])
-            assert got["prompt_ids"] + got["rejected_ids"] == ids_of(tokenizer, row["prompt"] + row["rejected"])
+            for answer in ("chosen", "rejected"):  # up to the end of turn: what follows is not the model's to say
+                whole = ids_of(tokenizer, row["prompt"] + row[answer])
+                ends = len(got["prompt_ids"] + got[f"{answer}_ids"])
+                assert got["prompt_ids"] + got[f"{answer}_ids"] == whole[:ends]
+                assert got[f"{answer}_ids"][-1] == _template.end_of_turn(tokenizer)
+                assert not tokenizer.decode(whole[ends:]).strip()
 
 
 def test_every_folder_carries_the_same_template_and_tokenizer(chain):
