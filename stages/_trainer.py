@@ -146,6 +146,8 @@ def _check_values(config: TrainingConfig) -> list[_model.Problem]:
 
 def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[_model.Problem]:
     targets, modules = lora.get("target_modules", "all-linear"), facts.linear_modules()
+    if broken := _no_patterns(lora):
+        return broken
     if not modules or targets in ("all-linear", None):
         return []
     kinds = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
@@ -163,10 +165,25 @@ def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[_model.
     ]
 
 
+def _no_patterns(lora: Mapping[str, Any]) -> list[_model.Problem]:
+    """Text that PEFT would read as a regular expression, and that is none."""
+    problems: list[_model.Problem] = []
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(text := lora.get(name), str):
+            try:
+                re.compile(text)
+            except re.error as error:
+                way = "text is read as one, so mend it or give a list of names"
+                problems.append((f"lora.{name}", f"`{text}` is no regular expression ({error}); {way}"))
+    return problems
+
+
 def _is_named(module: str, targets: str | Sequence[str]) -> bool:
     """PEFT's own rule: a string is a pattern for the whole name, a list holds names or their ends."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        with contextlib.suppress(re.error):  # `_check_targets` tells of it
+            return re.fullmatch(targets, module) is not None
+        return False
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
