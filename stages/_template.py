@@ -169,7 +169,7 @@ def trial_of_tools(template: str, tokenizer: Mapping[str, Any]) -> str | None:
     return _unwritten(written)
 
 
-_OTHER = "choose `template: chatml` or `qwen`, or leave rows with tools out"
+_OTHER = "choose `template: chatml`, `llama3` or `qwen`, or leave rows with tools out"
 
 
 def _unwritten(written: str) -> str | None:
