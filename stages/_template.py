@@ -7,6 +7,7 @@ trains on are those of `tokenizer.apply_chat_template(messages)`.
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,7 @@ def trial(template: str, tokenizer: Mapping[str, Any], has_token: Callable[[str]
     return None
 
 
+@cache
 def _compiled(template: str) -> "Template":
     """The template under the settings that transformers renders with."""
     from jinja2 import TemplateError
