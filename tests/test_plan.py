@@ -43,12 +43,14 @@ def refused(*problems):
             ],
         ),
         (
-            "pt: {data: books, lora: {target_modules: '.*(q|v_proj', exclude_modules: '*head'}}",
+            "pt: {data: books, lora: {target_modules: '.*(q|v', exclude_modules: '*head', rank_pattern: {'(': 4}}}",
             [
-                "8:44: stage `pt`: `.*(q|v_proj` is no regular expression (missing ), unterminated subpattern at "
+                "8:44: stage `pt`: `.*(q|v` is no regular expression (missing ), unterminated subpattern at "
                 "position 2); text is read as one, so mend it or give a list of names",
-                "8:76: stage `pt`: `*head` is no regular expression (nothing to repeat at position 0); text is read as "
+                "8:71: stage `pt`: `*head` is no regular expression (nothing to repeat at position 0); text is read as "
                 "one, so mend it or give a list of names",
+                "8:94: stage `pt`: `(` is no regular expression (missing ), unterminated subpattern at position 0); "
+                "mend it",
             ],
         ),
         *[
