@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.content import Hashes
 from pipeline.errors import NewerRecord
+from stages._checkpoint import sync
 
 RECORD = "record.json"
 SCHEMA = 1
@@ -71,7 +72,7 @@ def finish(part: Path, folder: Path, record: dict[str, Any], hashes: Hashes) -> 
     """
     files = sorted(path for path in part.rglob("*") if path.is_file() and _is_content(path.relative_to(part)))
     for path in [*files, *(path for path in part.rglob("*") if path.is_dir())]:
-        _sync(path)
+        sync(path)
     with open(part / RECORD, "w", encoding="utf-8") as file:
         clock = _clock(file.fileno(), max((path.stat().st_ctime_ns for path in files), default=0))
         record["files"] = {
@@ -81,9 +82,9 @@ def finish(part: Path, folder: Path, record: dict[str, Any], hashes: Hashes) -> 
         json.dump({"schema": SCHEMA, **record}, file, ensure_ascii=False, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync(part)
+    sync(part)
     part.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     clear_leftovers(folder)
 
 
@@ -130,11 +131,3 @@ def link(folder: Path, name: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)
     fresh.replace(name)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

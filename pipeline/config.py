@@ -148,7 +148,7 @@ class _Checker:
     def check_type(self, key: tuple[str], kind: type, wanted: str) -> None:
         value = self.document.data.get(key[0])
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            self.at_value(key, f"`{key[0]}` is `{_shown(value)}`; it wants {wanted}")
+            self.at_value(key, f"`{key[0]}` is `{settings.shown(value)}`; it wants {wanted}")
 
     def read_data(self, written: Any) -> None:
         if written is None:
@@ -198,7 +198,7 @@ class _Checker:
         key: Key = ("stages", name)
         raw = {} if raw is None else raw
         if not isinstance(raw, dict):
-            self.at_value(key, f"stage `{name}` is `{_shown(raw)}`; its settings are a mapping")
+            self.at_value(key, f"stage `{name}` is `{settings.shown(raw)}`; its settings are a mapping")
             return
         raw = dict(raw)
         use = raw.pop("use", name)
@@ -272,7 +272,9 @@ class _Checker:
     def weights(self, written: Mapping[str, Any], key: Key, stage: str) -> list[float]:
         for name, weight in written.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-                text = f"stage `{stage}`: the weight of `{name}` is `{_shown(weight)}`; it wants a number above 0"
+                text = (
+                    f"stage `{stage}`: the weight of `{name}` is `{settings.shown(weight)}`; it wants a number above 0"
+                )
                 self.at_value((*key, name), text)
         return [float(weight) if isinstance(weight, int | float) else 1.0 for weight in written.values()]
 
@@ -327,7 +329,7 @@ class _Checker:
         elif not isinstance(model, str):
             self.at_value(
                 place,
-                f"`model` is `{_shown(model)}`; it is a folder, `org/name@commit` on the Hub, or `$stage`",
+                f"`model` is `{settings.shown(model)}`; it is a folder, `org/name@commit` on the Hub, or `$stage`",
             )
         elif model in above and not Path(model).exists():
             self.at_value(place, f"`{model}` is no folder; for the stage of that name write `model: ${model}`")
@@ -379,7 +381,7 @@ class _Checker:
     def model(self, kind: Any, raw: Any, key: Key, label: str, skip: Sequence[str] = ()) -> Any:
         """`raw` as a pydantic model, or None and its problems noted."""
         if not isinstance(raw, dict):
-            self.at_value(key, f"{label} is `{_shown(raw)}`; it wants a mapping")
+            self.at_value(key, f"{label} is `{settings.shown(raw)}`; it wants a mapping")
             return None
         try:
             return kind.model_validate(raw, strict=True)
@@ -404,7 +406,9 @@ class _Checker:
             hint = ""
             if found["type"] == "literal_error":
                 hint = nearest(str(found["input"]), re.findall(r"'([^']+)'", found["ctx"]["expected"]))
-            self.at_value(where, f"{label}: `{word}` is `{_shown(found['input'])}`{hint or f'; it wants {wanted}'}")
+            self.at_value(
+                where, f"{label}: `{word}` is `{settings.shown(found['input'])}`{hint or f'; it wants {wanted}'}"
+            )
 
 
 def _library_setting(kind: Any, word: str) -> str | None:
@@ -442,11 +446,6 @@ def _wanted(found: Any) -> str:
         return f"text that matches `{found['ctx']['pattern']}`"
     message = str(found["msg"]).removeprefix("Input should be ")
     return f"a number {message}" if found["type"].startswith(("greater", "less")) else message[0].lower() + message[1:]
-
-
-def _shown(value: Any) -> str:
-    text = str(value) if not isinstance(value, bool) else str(value).lower()
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def in_order(problems: Sequence[str]) -> list[str]:

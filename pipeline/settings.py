@@ -294,7 +294,7 @@ def problem(reference: str, name: str, value: object) -> str | None:
 
 def _managed(owner: str, name: str, value: object) -> str | None:
     if owner == "GPTQConfig" and name in ("method", "format") and value != "gptq":
-        return f"`{name}` is `{_shown(value)}`; quantize writes the `gptq` format only"
+        return f"`{name}` is `{shown(value)}`; quantize writes the `gptq` format only"
     reason = MANAGED.get(owner, {}).get(name)
     return f"`{name}` {reason}" if reason else None
 
@@ -310,7 +310,7 @@ def _misfit(owner: str, setting: Setting, value: object) -> str | None:
     if not _fits(node, value, setting.home) and not _fits(node, listed, setting.home):
         if isinstance(value, str) and words:
             return _no_choice(owner, setting.name, value, words)
-        return f"`{setting.name}` is `{_shown(value)}`; {owner} wants {_wants(node, setting.home)}"
+        return f"`{setting.name}` is `{shown(value)}`; {owner} wants {_wants(node, setting.home)}"
     choices = setting.choices or _hidden(owner, setting.name)
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if choices and item is not None and str(item) not in map(str, choices):
@@ -319,8 +319,8 @@ def _misfit(owner: str, setting: Setting, value: object) -> str | None:
 
 
 def _no_choice(owner: str, name: str, value: object, choices: tuple[object, ...]) -> str:
-    shown = _shown(value)
-    return f"`{name}` has no choice `{shown}` of {owner}{nearest(shown, map(_shown, choices))}"
+    word = shown(value)
+    return f"`{name}` has no choice `{word}` of {owner}{nearest(word, map(shown, choices))}"
 
 
 @cache
@@ -419,13 +419,13 @@ def _wants(node: ast.expr, home: Path) -> str:
 
 def _want(part: ast.expr, home: Path) -> str:
     if _name(part) not in _PLAIN:
-        return " or ".join(f"`{_shown(word)}`" for word in _own_words(part, home))
+        return " or ".join(f"`{shown(word)}`" for word in _own_words(part, home))
     word = _PLAIN[_name(part)][1]
     inner = _inner(part)
     return f"{word}, each item {_wants(inner[0], home)}" if word == "a list" and len(inner) == 1 else word
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as the user may have written it, on one line."""
     plain = isinstance(value, str) and value.strip() and "\n" not in value
     text = str(value) if plain else json.dumps(value, ensure_ascii=False, default=str)

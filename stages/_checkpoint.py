@@ -18,7 +18,7 @@ def seal(checkpoint: Path) -> None:
     (checkpoint / "training_args.bin").unlink(missing_ok=True)  # holds the Hub token in clear
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
     for path in files:
-        _sync(path)  # older checkpoints are deleted once this one counts, so it must outlast a power cut
+        sync(path)  # older checkpoints are deleted once this one counts, so it must outlast a power cut
     hashes = {path.name: sha256(path) for path in files}
     part = checkpoint / f"{MARK}.part"
     with open(part, "w", encoding="utf-8") as file:
@@ -26,16 +26,8 @@ def seal(checkpoint: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.rename(checkpoint / MARK)
-    _sync(checkpoint)
-    _sync(checkpoint.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(checkpoint)
+    sync(checkpoint.parent)
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:
@@ -110,3 +102,12 @@ def sha256(path: Path) -> str:
     """The hash of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

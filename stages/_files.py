@@ -43,6 +43,8 @@ def found(path: str) -> list[Path]:
     Raises:
         StageError: there is none, or one of no known kind.
     """
+    if not path.strip():
+        raise StageError("`path` is empty; name a file, a folder or a pattern")
     place = Path(path).expanduser()
     try:
         if place.is_dir():

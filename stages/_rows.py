@@ -141,8 +141,8 @@ def files(source: Source, *, download: bool = False) -> list[Path]:
     try:
         return _files.found(source.path)
     except errors.StageError as error:
-        known = Path(source.path).suffix in _files.KINDS or "did you mean" in str(error)
-        if known or not _hub.UNPINNED.match(source.path):
+        is_file = Path(source.path).suffix in _files.KINDS or not str(error).endswith("does not exist")
+        if is_file or not _hub.UNPINNED.match(source.path):
             raise
         pin = f"for a data set on the Hub pin its commit (40 hex digits), as `{source.path.split('@')[0]}@COMMIT`"
         raise errors.StageError(f"{error}; {pin}") from None

@@ -8,6 +8,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -138,6 +139,7 @@ def trial(template: str, tokenizer: Mapping[str, Any], has_token: Callable[[str]
     return None
 
 
+@cache
 def _compiled(template: str) -> "Template":
     """The template under the settings that transformers renders with."""
     from jinja2 import TemplateError
@@ -172,7 +174,7 @@ def trial_of_tools(template: str, tokenizer: Mapping[str, Any]) -> str | None:
     return _unwritten(written)
 
 
-_OTHER = "choose `template: chatml` or `qwen`, or leave rows with tools out"
+_OTHER = "choose `template: chatml`, `llama3` or `qwen`, or leave rows with tools out"
 
 
 def _unwritten(written: str) -> str | None:

@@ -144,6 +144,8 @@ def _check_values(config: TrainingConfig) -> list[_model.Problem]:
 
 def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[_model.Problem]:
     targets, modules = lora.get("target_modules", "all-linear"), facts.linear_modules()
+    if broken := _no_patterns(lora):
+        return broken
     if not modules or targets in ("all-linear", None):
         return []
     kinds = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
@@ -161,10 +163,26 @@ def _check_targets(lora: Mapping[str, Any], facts: _model.Facts) -> list[_model.
     ]
 
 
+def _no_patterns(lora: Mapping[str, Any]) -> list[_model.Problem]:
+    """Text that PEFT would read as a regular expression, and that is none."""
+    texts = [(name, lora[name]) for name in ("target_modules", "exclude_modules") if isinstance(lora.get(name), str)]
+    texts += [(name, text) for name in ("rank_pattern", "alpha_pattern") for text in lora.get(name) or {}]
+    problems: list[_model.Problem] = []
+    for name, text in texts:
+        try:
+            re.compile(str(text))
+        except re.error as error:
+            way = "text is read as one, so mend it or give a list of names" if "modules" in name else "mend it"
+            problems.append((f"lora.{name}", f"`{text}` is no regular expression ({error}); {way}"))
+    return problems
+
+
 def _is_named(module: str, targets: str | Sequence[str]) -> bool:
     """PEFT's own rule: a string is a pattern for the whole name, a list holds names or their ends."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        with contextlib.suppress(re.error):  # `_check_targets` tells of it
+            return re.fullmatch(targets, module) is not None
+        return False
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
@@ -279,7 +297,7 @@ def _width(config: TrainingConfig, facts: _model.Facts) -> int:
 
 def _adapter_parameters(lora: Mapping[str, Any], facts: _model.Facts) -> int:
     """The weights A (r × in) and B (out × r) of each layer that LoRA targets, and whole copies of `modules_to_save`."""
-    saved = [rf"(.*\.)?{name}(\..*)?" for name in lora.get("modules_to_save") or []]
+    saved = [rf"(.*\.)?{re.escape(name)}(\..*)?" for name in lora.get("modules_to_save") or []]
     copied = {
         name: math.prod(shape)
         for name, shape in facts.weights.items()
@@ -289,7 +307,7 @@ def _adapter_parameters(lora: Mapping[str, Any], facts: _model.Facts) -> int:
     count = sum(copied.values())
     for module in facts.linear_modules():
         if f"{module}.weight" not in copied and _is_targeted(module, lora):
-            own = (rank for pattern, rank in ranks.items() if re.match(rf"(.*\.)?({pattern})$", module))
+            own = (rank for pattern, rank in ranks.items() if _is_named(module, rf"(.*\.)?({pattern})"))
             count += next(own, lora.get("r", 8)) * sum(facts.weights[f"{module}.weight"])
     return count
 

@@ -31,7 +31,13 @@ class Config(_trainer.TrainingConfig):
 
 def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
     """Problems that are known before the first stage starts."""
-    return _trainer.check(config, facts, ["preference"], chat=True)
+    problems = _trainer.check(config, facts, ["preference"], chat=True)
+    order = config.trainer.get("train_sampling_strategy")
+    if order in ("group_by_length", "batch_rebalance"):
+        why = "goes by the length of a row, which TRL does not know of pairs"
+        advice = "leave it out, or write `sequential` to keep the order of the file"
+        problems.append(("trainer.train_sampling_strategy", f"`{order}` {why}; {advice}"))
+    return problems
 
 
 def needs(config: Config, facts: _model.Facts) -> _model.Needs:

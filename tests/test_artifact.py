@@ -52,7 +52,7 @@ def test_a_finished_folder_has_a_record_of_every_file_that_is_content(part, fold
 
 def test_the_record_is_written_after_every_file_is_hashed_and_before_the_folder_gets_its_name(part, monkeypatch):
     seen = []
-    hash_one, sync = Hashes.one, artifact._sync
+    hash_one, sync = Hashes.one, artifact.sync
 
     def written():
         record = part / "record.json"
@@ -67,7 +67,7 @@ def test_the_record_is_written_after_every_file_is_hashed_and_before_the_folder_
         sync(path)
 
     monkeypatch.setattr(Hashes, "one", one)
-    monkeypatch.setattr(artifact, "_sync", synced)
+    monkeypatch.setattr(artifact, "sync", synced)
     finish(part, part.with_name("sft-1"), {}, Hashes(None))
     assert seen == [
         ("sync", "a.safetensors", False),

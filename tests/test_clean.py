@@ -497,6 +497,28 @@ def test_long_odd_texts_take_no_long_time(content):
     _clean.apply(steps(*every), placed(content))
 
 
+def test_tools_calls_and_labels_are_left_alone():
+    tools = [{"type": "function", "function": {"name": "dose", "parameters": {}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "dose"}}]}
+    called = {**chat("u:<b>布洛芬</b>吃多少？"), "tools": tools}
+    called["messages"] += [call, {"role": "tool", "content": "400 mg"}, *chat("a:每次 400 毫克。")["messages"]]
+    labelled = {
+        "prompt": chat("u:发烧怎么办？")["messages"],
+        "completion": chat("a:多喝水。")["messages"],
+        "label": True,
+    }
+    rows = placed(called, labelled, {**labelled, "label": False}, labelled)
+    kept, account = _clean.apply(steps("html", "whitespace", "exact_duplicates", "near_duplicates"), rows)
+    assert [row for _, row in kept[:1]] == [
+        {**called, "messages": [{"role": "user", "content": "布洛芬吃多少？"}, *called["messages"][1:]]}
+    ]
+    assert {reason: entry.rows for reason, entry in account.dropped.items()} == {
+        "exact duplicate": 1,
+        "near duplicate": 1,
+    }
+    assert (account.kept, account.changed) == (2, 1)
+
+
 def test_no_rows():
     assert _clean.apply(steps(*PLAIN), []) == ([], _clean.Account())
     assert _clean.apply([], placed("一")) == (placed("一"), _clean.Account(1, 1))

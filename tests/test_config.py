@@ -3,40 +3,15 @@
 from pathlib import Path
 
 import pytest
+from planned import INIT as TOP
 
-from pipeline.cli import main
 from pipeline.config import kinds, load, module
-
-ROWS = {
-    "books.jsonl": '{"text": "a"}\n{"text": "b"}\n',
-    "consult.jsonl": '{"instruction": "a", "output": "b"}\n',
-    "prefer.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
-}
-TOP = """\
-template: med
-data:
-  books: {path: books.jsonl, format: text}
-  consult: {path: consult.jsonl, format: alpaca}
-  prefer: {path: prefer.jsonl, format: preference}
-stages:
-  init: {architecture: bloom, data: books}
-"""  # seven lines: what a test adds starts in line 8
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, capsys):
+def project(project):
     """Writes `x.yaml` beside small data files; the exit code of `validate` and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    for name, content in ROWS.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
-
-    def validate(text, *words):
-        (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
-        code = main(["validate", "x.yaml", *words])
-        shown = capsys.readouterr()
-        return code, shown.out + shown.err
-
-    return validate
+    return project.validate
 
 
 def refused(*problems):

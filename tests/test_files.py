@@ -101,6 +101,10 @@ def test_a_pattern_that_matches_other_files():
     assert refusal("d/*") == "`d/b.pdf` must be a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file"
 
 
+def test_a_path_that_is_empty():
+    assert refusal("") == refusal(" ") == "`path` is empty; name a file, a folder or a pattern"
+
+
 # Kinds
 
 

@@ -271,7 +271,7 @@ ANSWERS = [  # the format, a row less its answer, where the answer stands, and t
     ("preference", {"prompt": "q", "rejected": "r"}, "chosen", "`chosen` is null; it must be text",
      f"`chosen` {EMPTY}", ABSENT.format("chosen", "preference", "`chosen` and `rejected`")),
     ("labelled", {"prompt": "q", "completion": "r"}, "label", f"`label` is null; {LABEL}",
-     f"`label` is text; {LABEL}", ABSENT.format("label", "labelled", "`label`")),
+     f"`label` is empty; {LABEL}", ABSENT.format("label", "labelled", "`label`")),
 ]  # fmt: skip
 
 
@@ -342,7 +342,7 @@ def test_labelled(row, expected):
     ("row", "message"),
     [
         ({"messages": [ASK, ANSWER], "label": None}, f"`label` is null; {LABEL}"),
-        ({"messages": [ASK, ANSWER], "label": ""}, f"`label` is text; {LABEL}"),
+        ({"messages": [ASK, ANSWER], "label": ""}, f"`label` is empty; {LABEL}"),
         ({"messages": [ASK, ANSWER], "label": "good"}, f"`label` is `good`; {LABEL}"),
         ({"messages": [ASK, ANSWER], "label": 2}, f"`label` is a number; {LABEL}"),
         ({"messages": [ASK, ANSWER], "label": [True]}, f"`label` is a list; {LABEL}"),

@@ -43,6 +43,27 @@ def refused(*problems):
             ],
         ),
         (
+            "pt: {data: books, lora: {target_modules: '.*(q|v', exclude_modules: '*head', rank_pattern: {'(': 4}}}",
+            [
+                "8:44: stage `pt`: `.*(q|v` is no regular expression (missing ), unterminated subpattern at "
+                "position 2); text is read as one, so mend it or give a list of names",
+                "8:71: stage `pt`: `*head` is no regular expression (nothing to repeat at position 0); text is read as "
+                "one, so mend it or give a list of names",
+                "8:94: stage `pt`: `(` is no regular expression (missing ), unterminated subpattern at position 0); "
+                "mend it",
+            ],
+        ),
+        *[
+            (
+                f"dpo: {{data: prefer, trainer: {{train_sampling_strategy: {order}}}}}",
+                [
+                    f"8:58: stage `dpo`: `{order}` goes by the length of a row, which TRL does not know of pairs; "
+                    "leave it out, or write `sequential` to keep the order of the file"
+                ],
+            )
+            for order in ("group_by_length", "batch_rebalance")
+        ],
+        (
             "sft: {data: consult, trainer: {packing: true, packing_strategy: wrapped}}",
             [
                 "8:67: stage `sft`: `wrapped` lets rows read each other; leave it out, then rows packed together stay "

@@ -132,10 +132,11 @@ CHAT += "stages:\n  init: {architecture: bloom, data: consult}\n  sft: {data: co
     ("row", "template", "refused"),
     [
         ({"messages": [ASK, ANSWER], "tools": [{"name": "f"}]}, "med", True),
-        ({"messages": [ASK, CALLS]}, "llama3", True),
+        ({"messages": [ASK, CALLS]}, "alpaca_zh", True),
         ({"messages": [ASK, ANSWER, {"role": "tool", "content": "c"}, ANSWER]}, "plain", True),
         ({"messages": [ASK, ANSWER], "tools": []}, "med", False),
         ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "chatml", False),
+        ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "llama3", False),
         ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "qwen", False),
     ],
 )
@@ -146,7 +147,7 @@ def test_rows_with_tools_need_a_template_that_writes_them(project, row, template
             build(project, CHAT.replace("template: med", f"template: {template}")).problems
             == [
                 f"x.yaml:1:11: stage `sft`: data `consult` holds tool calls, and the template does not write {LOST}; "
-                "choose `template: chatml` or `qwen`, or leave rows with tools out"
+                "choose `template: chatml`, `llama3` or `qwen`, or leave rows with tools out"
             ]
             * refused
         )
@@ -158,5 +159,5 @@ def test_a_template_that_raises_at_a_tool(project):
     project.write("own.jinja", own + "{{ m.content }}{{ eos_token }}{% endfor %}")
     assert build(project, CHAT.replace("template: med", "template: own.jinja")).problems == [
         "x.yaml:1:11: stage `sft`: data `consult` holds tool calls, and the template cannot render tool calls "
-        "(no tools); choose `template: chatml` or `qwen`, or leave rows with tools out"
+        "(no tools); choose `template: chatml`, `llama3` or `qwen`, or leave rows with tools out"
     ]

@@ -129,13 +129,21 @@ CALLED = [
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "不要。"},
 ]
-TOLD = [
+HERMES = [
     '<tool_call>\n{"name": "dose", "arguments": {"药": "布洛芬"}}\n</tool_call><|im_end|>',
     "每次 400 mg。<|im_end|>",
     '我查一下。\n<tool_call>\n{"name": "dose", "arguments": {"药": "a<b"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "dose", "arguments": {"n": 1, "x": null}}\n</tool_call><|im_end|>',
     "不要。<|im_end|>",
 ]
+LLAMA = [
+    '{"name": "dose", "parameters": {"药": "布洛芬"}}<|eot_id|>',
+    "每次 400 mg。<|eot_id|>",
+    '我查一下。\n{"name": "dose", "parameters": {"药": "a<b"}}; {"name": "dose", "parameters": {"n": 1, "x": null}}'
+    "<|eot_id|>",
+    "不要。<|eot_id|>",
+]
+TOLD = {"chatml": HERMES, "qwen": HERMES, "llama3": LLAMA}
 # Where a turn goes on, Qwen3's own template leaves out the empty thought that it wrote when the turn was the last.
 THINKING = """\
 {%- for message in messages -%}
@@ -164,14 +172,14 @@ def answers(tokenizer, ids, labels):
     return [tokenizer.decode(answer) for answer in found if answer]
 
 
-@pytest.mark.parametrize("template", ["chatml", "qwen"])
+@pytest.mark.parametrize("template", TOLD)
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("before", [[], [SYSTEM]])
-def test_calls_and_answers_are_in_the_loss_and_what_tools_give_back_is_not(tokenizer, tools, before):
+def test_calls_and_answers_are_in_the_loss_and_what_tools_give_back_is_not(tokenizer, template, tools, before):
     messages = [*before, *CALLED]
     ids, labels = _template.encode(tokenizer, messages, tools)
     assert ids == ids_of(tokenizer, messages, tools=tools)
-    assert answers(tokenizer, ids, labels) == TOLD
+    assert answers(tokenizer, ids, labels) == TOLD[template]
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             asked = ids_of(tokenizer, messages[:number], tools=tools, add_generation_prompt=True)
@@ -190,18 +198,48 @@ def test_tools_stand_in_the_system_prompt(tokenizer, begin):
         f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{told}\n</tools>\n\n"
         "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
         'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
-        f"<|im_start|>user\n布洛芬吃多少？<|im_end|>\n<|im_start|>assistant\n{TOLD[0]}\n"
+        f"<|im_start|>user\n布洛芬吃多少？<|im_end|>\n<|im_start|>assistant\n{HERMES[0]}\n"
         "<|im_start|>user\n<tool_response>\n400 mg\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     both = _template.render(tokenizer, CALLED, tools=TOOLS)
     assert "user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n" in both
 
 
+@pytest.mark.parametrize("template", ["llama3"])
+@pytest.mark.parametrize("before", [[], [SYSTEM]])
+def test_tools_stand_in_the_first_question_of_llama3(tokenizer, before):
+    told = json.dumps(TOOLS[0], ensure_ascii=False, indent=4)
+    system = f"\n\n{SYSTEM['content']}" * len(before)
+    written = _template.render(tokenizer, [*before, *CALLED[:3]], prompt=True, tools=TOOLS)
+    assert written == (
+        f"<s><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython{system}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a "
+        "function call with its proper arguments that best answers the given prompt.\n\nRespond in the format "
+        '{"name": function name, "parameters": dictionary of argument name and its value}.Do not use variables.\n\n'
+        f"{told}\n\n布洛芬吃多少？<|eot_id|>"
+        f"<|start_header_id|>assistant<|end_header_id|>\n\n{LLAMA[0]}"
+        "<|start_header_id|>ipython<|end_header_id|>\n\n400 mg<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+@pytest.mark.parametrize("template", ["llama3"])
+def test_llama3_writes_a_call_as_llama_3_1_s_own_template_does(tokenizer):
+    """The published one, as TRL brings it: it also writes dates, and a tool's words as a JSON string."""
+    import trl
+
+    theirs = tokenizer_of(tokenizer.name_or_path)
+    theirs.chat_template = (Path(trl.__file__).parent / "chat_templates" / "llama3_1.jinja").read_text(encoding="utf-8")
+    written = theirs.apply_chat_template([SYSTEM, *CALLED[:4]], tools=TOOLS, tokenize=False, date_string="today")
+    dates = "\nCutting Knowledge Date: December 2023\nToday Date: today\n\n"
+    plain = written.replace(dates, "\n\n").replace('"400 mg"', "400 mg")
+    assert plain == _template.render(tokenizer, [SYSTEM, *CALLED[:4]], tools=TOOLS)
+
+
 LEAVES_OUT = {
     "med": "the tools, tool calls, the arguments of tool calls",
     "alpaca_zh": "the tools, tool calls, the arguments of tool calls",
     "plain": "the tools, tool calls, the arguments of tool calls",
-    "llama3": "the tools, tool calls, the arguments of tool calls",
     "prompt.json": "the tools, tool calls, the arguments of tool calls",
     "foreign.jinja": "the tools, tool calls, the arguments of tool calls",
 }
@@ -213,8 +251,8 @@ def test_a_template_that_would_leave_tools_out_is_refused(tokenizer, template, m
     with pytest.raises(StageError) as error:
         _template.encode(tokenizer, messages, tools)
     assert str(error.value) == (
-        f"the template does not write {LEAVES_OUT[template]}; choose `template: chatml` or `qwen`, or leave rows with "
-        "tools out"
+        f"the template does not write {LEAVES_OUT[template]}; choose `template: chatml`, `llama3` or `qwen`, or leave "
+        "rows with tools out"
     )
     _template.encode(tokenizer, TURNS)
 
@@ -232,15 +270,15 @@ def test_a_thought_that_only_the_last_turn_has(tiny):
 
 
 @pytest.mark.skipif(not SHARED.is_file(), reason="the public file is not here")
-@pytest.mark.parametrize("template", ["chatml"])
-def test_all_of_a_public_file_of_tool_calls_is_tokenized(tokenizer):
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+def test_all_of_a_public_file_of_tool_calls_is_tokenized(tokenizer, template):
     for row in _rows.examples(_rows.Source(path=str(SHARED), format="sharegpt")):
         ids, labels = _template.encode(tokenizer, row["messages"], row.get("tools"))
         said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
         told = answers(tokenizer, ids, labels)
         assert len(told) == len(said)
         for text, turn in zip(told, said, strict=True):
-            assert text.endswith("<|im_end|>")
+            assert text.endswith(ENDS[template])
             assert turn["content"].strip() in text
             assert all(f'"name": "{call["function"]["name"]}"' in text for call in turn.get("tool_calls", []))
 
@@ -257,8 +295,8 @@ def test_pairs_with_calls_reach_the_trainer_whole(tiny, train, tmp_path):
     first, second = (done.trainer.train_dataset[number] for number in (0, 1))
     tokenizer = done.trainer.processing_class
     assert first["prompt_ids"] == ids_of(tokenizer, CALLED[:1], tools=TOOLS, add_generation_prompt=True)
-    assert tokenizer.decode(first["chosen_ids"]) == TOLD[0]
-    assert tokenizer.decode(first["rejected_ids"]) == TOLD[0].replace("布洛芬", "阿司匹林")
+    assert tokenizer.decode(first["chosen_ids"]) == HERMES[0]
+    assert tokenizer.decode(first["rejected_ids"]) == HERMES[0].replace("布洛芬", "阿司匹林")
     assert second["prompt_ids"] == ids_of(tokenizer, TURNS[:1], add_generation_prompt=True)
     with pytest.raises(StageError, match=r"^the template does not write the tools"):
         train(dpo, model, source, template=_template.text("med"), trainer={"max_steps": 1})

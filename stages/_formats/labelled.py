@@ -36,6 +36,8 @@ def _label(value: object) -> bool:
     """True for a good answer; a table has it as text or as 0 and 1."""
     known = _LABELS.get(str(value).strip().lower()) if isinstance(value, (bool, int, str)) else None
     if known is None:
-        shown = f"`{value[:20]}`" if isinstance(value, str) and value.strip() else kind(value)
+        shown = kind(value)
+        if isinstance(value, str):
+            shown = f"`{value[:20]}`" if value.strip() else "empty"
         raise RowError(f"`label` is {shown}; it must be true for a good answer or false for a bad one")
     return known
