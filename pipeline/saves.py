@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import artifact, plan, worker
 from pipeline.content import HASHES, Hashes
 from pipeline.errors import NewerRecord
-from stages import _checkpoint, _events
+from stages import _checkpoint, _events, _prepared
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,10 @@ def _now(part: Path) -> str:
 
 
 def leftovers(saves: Path) -> list[Leftover]:
-    """Every folder that no config refers to; one that is being worked on, or stood on, is not among them."""
+    """Every folder that no config refers to; one that is being worked on, or stood on, is not among them.
+
+    And all prepared rows: nothing is lost with them, a stage that needs some makes them again.
+    """
     found = []
     gone = {folder.name: owner for folder in saves.glob("*") if (owner := plan.belongs(folder)) and not owner.exists()}
     needed = _needed(saves, gone)
@@ -117,7 +120,8 @@ def leftovers(saves: Path) -> list[Leftover]:
             found.append(Leftover(folder, f"links of `{gone[folder.name]}`, which is gone", artifact.size(folder)))
         elif match and not folder.is_symlink() and folder.name not in needed:
             found.append(Leftover(folder, _why(folder, match["end"]), artifact.size(folder)))
-    return found
+    rows = sorted((saves / _prepared.FOLDER).glob("*"))
+    return [*found, *(Leftover(folder, "rows made ready for training", artifact.size(folder)) for folder in rows)]
 
 
 def _why(folder: Path, end: str) -> str:
@@ -154,15 +158,22 @@ def _stands_on(folder: Path) -> list[str]:
 
 def remove(leftover: Leftover) -> bool:
     """Delete a folder; False when somebody has begun to work on it meanwhile."""
-    match = artifact.FOLDER.match(leftover.folder.name)
-    part = leftover.folder.with_name(leftover.folder.name.removesuffix(match["end"] if match else "") + ".part")
-    file = worker.held_file(part)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".runner"), "a", encoding="utf-8") as runner, open(file, "a", encoding="utf-8") as stage:
-        try:
-            for lock in (runner, stage):
+    with contextlib.ExitStack() as held:
+        for file in _locks(leftover.folder):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(file, "a", encoding="utf-8"))
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+            except OSError:
+                return False
         shutil.rmtree(leftover.folder)
     return True
+
+
+def _locks(folder: Path) -> list[Path]:
+    """What those who work in a folder hold."""
+    if folder.parent.name == _prepared.FOLDER:
+        return [_prepared.lock(folder)]
+    match = artifact.FOLDER.match(folder.name)
+    file = worker.held_file(folder.with_name(folder.name.removesuffix(match["end"] if match else "") + ".part"))
+    return [file.with_suffix(".runner"), file]

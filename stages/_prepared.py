@@ -8,7 +8,6 @@ rows have another key, and two stages that agree in all of it share one. The tra
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -116,12 +115,16 @@ def _key(recipe: dict[str, Any], config: _trainer.TrainingConfig) -> str:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Let one process prepare, and the others, of this run or another, wait for it."""
-    locks = folder.parent.parent / ".locks"
-    for made in (locks, folder.parent):
-        made.mkdir(parents=True, exist_ok=True)
-    with open(locks / f"prepared-{folder.name}", "a", encoding="utf-8") as file:
+    for made in (lock(folder), folder):
+        made.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock(folder), "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def lock(folder: Path) -> Path:
+    """The file that is locked while rows are prepared in a folder."""
+    return folder.parent.parent / ".locks" / f"prepared-{folder.name.removesuffix('.part')}"
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:
@@ -132,7 +135,6 @@ def _whole(folder: Path) -> dict[str, Any] | None:
         whole = all(_checkpoint.sha256(folder / name) == hashed for name, hashed in files.items())
     except (OSError, ValueError, KeyError):
         return None
-    os.utime(folder)
     return dict(kept["account"]) if whole else None
 
 

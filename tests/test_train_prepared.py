@@ -1,0 +1,240 @@
+"""Prepared rows: made once, shared by what agrees, made again when anything is different or damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import cli, worker
+from pipeline.errors import StageError
+from stages import _account, _drawn, _prepared, _processes, _rows, _template, sft
+
+pytestmark = pytest.mark.train
+
+
+def write(path: Path, count: int = 6, salt: str = "") -> Path:
+    rows = [
+        {"instruction": f"{salt}第{number}个问题？", "output": f"多休息{number}天。" * 4} for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def prepared(tiny, tmp_path):
+    """Prepare the rows of a file as `sft` would; hands out the folder beside what came of it."""
+    file = write(tmp_path / "rows.jsonl")
+    out = tmp_path / "saves" / "sft-1.part"
+    out.mkdir(parents=True)
+
+    def run(architecture="llama", template="med", max_length=200, processes=None, **settings):
+        sources = [_rows.Source(path=str(file), format="alpaca", **settings.pop("source", {}))]
+        named = {"model": [str(tiny(architecture))], "data": sources, "template": _template.text(template), **settings}
+        config = sft.Config.model_validate(named)
+        args = SimpleNamespace(max_length=max_length, dataset_num_proc=processes, per_device_train_batch_size=8)
+        tokenizer = sft._supervised._trainer.tokenizer(config)
+        return _prepared.prepare(config, tokenizer, args, out)
+
+    run.file, run.out, run.saves = file, out, tmp_path / "saves"
+    return run
+
+
+def entries(saves: Path) -> list[Path]:
+    return sorted((saves / ".prepared").iterdir())
+
+
+def content(saves: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(saves)): file.read_bytes() for file in (saves / ".prepared").rglob("*") if file.is_file()
+    }
+
+
+def notes(out: Path) -> list[str]:
+    lines = (out / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event["text"] for event in map(json.loads, lines) if event["kind"] == "note"]
+
+
+def test_the_same_rows_are_prepared_once(prepared):
+    first = prepared(eval_size=0.5)
+    made, moment = content(prepared.saves), entries(prepared.saves)[0].stat().st_mtime_ns
+    again = prepared("bloom", eval_size=0.5, trainer={"learning_rate": 1e-3}, lora={"r": 2})  # of the same tokenizer
+    assert content(prepared.saves) == made
+    assert entries(prepared.saves)[0].stat().st_mtime_ns == moment
+    assert [list(first.train), list(first.held)] == [list(again.train), list(again.held)]
+    assert first.account == again.account
+    (folder,) = entries(prepared.saves)
+    told = notes(prepared.out)
+    assert told[2] == f"takes the rows that were prepared before, from .prepared/{folder.name}"
+    assert told[:2] == told[3:]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"template": "chatml", "architecture": "qwen2"},
+        {"template": "alpaca_zh"},
+        {"max_length": 120},
+        {"seed": 7, "eval_size": 0.5},
+        {"eval_size": 0.5},
+        {"weights": [1.0], "rows": 12},
+        {"source": {"clean": ["whitespace"]}},
+        {"source": {"max_samples": 3}},
+    ],
+    ids=str,
+)
+def test_other_rows_are_prepared_anew(prepared, changed):
+    prepared()
+    changed_rows = prepared(**changed)
+    assert len(entries(prepared.saves)) == 2
+    assert not any("prepared before" in note for note in notes(prepared.out))
+    assert changed_rows.train.num_rows
+
+
+def test_a_changed_file_is_prepared_anew(prepared):
+    before = list(prepared().train)
+    state = prepared.file.stat()
+    prepared.file.write_bytes(prepared.file.read_bytes().replace("休息3".encode(), "休息9".encode()))
+    os.utime(prepared.file, ns=(state.st_atime_ns, state.st_mtime_ns))  # neither its size nor its time tells
+    after = list(prepared().train)
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 2
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut short", "gone", "a torn account"])
+def test_damaged_rows_are_prepared_again(prepared, damage):
+    prepared()
+    made = content(prepared.saves)
+    (folder,) = entries(prepared.saves)
+    file = folder / ("account.json" if "account" in damage else "train.arrow")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    match damage:
+        case "a byte":
+            file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        case "gone":
+            file.unlink()
+        case _:
+            file.write_bytes(whole[:middle])
+    prepared()
+    assert content(prepared.saves) == made
+    assert not any("prepared before" in note for note in notes(prepared.out))
+
+
+def test_several_processes_prepare_the_same_bytes(prepared, monkeypatch):
+    write(prepared.file, 300)
+    alone = content(prepared.saves) if prepared(processes=1, eval_size=5) else {}
+    for folder in entries(prepared.saves):
+        _remove(folder)
+    monkeypatch.setattr(_prepared, "FEW", 0)
+    monkeypatch.setattr(_drawn, "_ROWS", 16)
+    pids, real = prepared.saves / "pids", _account.encode
+
+    def encode(*arguments):
+        with open(pids, "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+        return real(*arguments)
+
+    monkeypatch.setattr(_account, "encode", encode)
+    together = prepared(processes=2, eval_size=5)
+    used = set(map(int, pids.read_text(encoding="utf-8").split())) - {os.getpid()}
+    assert len(used) == 2
+    account = json.loads(next(file for name, file in alone.items() if name.endswith("account.json")))["account"]
+    assert {**together.account, "padding": 0} == {**account, "padding": 0}
+    columns = {name: list(together.train[name]) for name in ("input_ids", "labels")}
+    monkeypatch.undo()
+    for folder in entries(prepared.saves):
+        _remove(folder)
+    again = prepared(processes=1, eval_size=5).train
+    assert columns == {name: list(again[name]) for name in ("input_ids", "labels")}
+
+
+def _remove(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch):
+    monkeypatch.setattr(_prepared, "FEW", 0)
+    monkeypatch.setattr(_drawn, "_ROWS", 2)
+    here = os.getpid()
+
+    def encode(*_):
+        assert os.getpid() != here, "the work is not done in another process"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(_account, "encode", encode)
+    with pytest.raises(MemoryError) as caught:
+        prepared(processes=2)
+    assert worker.explain(caught.value).startswith("out of memory; ")
+    assert [folder.suffix for folder in entries(prepared.saves)] == [".part"]
+    monkeypatch.undo()
+    assert prepared().train.num_rows == 6
+    assert [folder.suffix for folder in entries(prepared.saves)] == [""]
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(prepared, monkeypatch):
+    real = _account.encode
+
+    def encode(*arguments):
+        write(prepared.file, 6, salt="另")
+        return real(*arguments)
+
+    monkeypatch.setattr(_account, "encode", encode)
+    with pytest.raises(StageError) as caught:
+        prepared()
+    assert str(caught.value) == "a data file changed while it was read; run again"
+    assert not entries(prepared.saves)
+
+
+def test_processes_end_with_the_one_that_began_them(tmp_path):
+    code = (
+        "import os, sys, time\nfrom stages import _processes\n"
+        "def work(item):\n    open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()\n    time.sleep(600)\n"
+        "list(_processes.mapped(work, range(8), 2))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1])
+    while len(children := [int(file.name) for file in tmp_path.iterdir()]) < 2:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while any(Path(f"/proc/{child}").exists() and _runs(child) for child in children):
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_few_items_need_no_other_process():
+    assert list(_processes.mapped(lambda _: os.getpid(), range(3), 2, few=3)) == [os.getpid()] * 3
+    assert os.getpid() not in list(_processes.mapped(lambda _: os.getpid(), range(4), 2, few=3))
+    assert list(_processes.mapped(lambda item: item * 2, range(50), 2)) == [2 * item for item in range(50)]
+
+
+def test_shares_are_told_in_rows_and_tokens(prepared, tiny, tmp_path):
+    long = [{"instruction": "问", "output": "很长的回答。" * 20} for _ in range(6)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long), encoding="utf-8")
+    sources = [_rows.Source(path=str(path), format="alpaca") for path in (prepared.file, tmp_path / "long.jsonl")]
+    account = prepared(data=sources, weights=[1, 1], max_length=1000).account
+    short, other = account["data"]
+    assert short["share_of_rows"] == other["share_of_rows"] == 0.5
+    assert short["share_of_tokens"] + other["share_of_tokens"] == 1
+    assert short["tokens"] / (short["tokens"] + other["tokens"]) == short["share_of_tokens"] < 0.4
+    assert account["longest"] == other["longest"] > short["longest"]
+
+
+def test_gc_frees_prepared_rows(prepared, capsys):
+    prepared()
+    assert cli.main(["gc", "--saves", str(prepared.saves), "--json"]) == 0
+    (told,) = [entry for entry in json.loads(capsys.readouterr().out) if ".prepared" in entry["folder"]]
+    assert told["why"] == "rows made ready for training"
