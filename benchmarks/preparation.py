@@ -1,12 +1,13 @@
 """Preparation of SFT rows: this project, plain TRL and LLaMA-Factory on the same file with the same tokenizer.
 
-    python benchmarks/preparation.py MODEL [--rows 50000] [--llamafactory PYTHON] [--repeats 3] [--only OURS,…]
+    python benchmarks/preparation.py [--rows 50000] [--llamafactory PYTHON] [--repeats 3] [--model FOLDER] [--only A,B]
 
-MODEL is a folder with a tokenizer that has a ChatML template. Each side reads one JSON file of questions and answers
-and ends with token ids and labels on the disk, cut at 1,024 tokens, in two processes, with nothing cached before. Timed
-is the work alone, not the imports or the loading of the tokenizer; every run is a process of its own, the sides take
-turns. Memory is the highest resident set of the main process and of its largest child. PYTHON is that of an environment
-with LLaMA-Factory 0.9.5.
+Without a model, whose template must be ChatML, a byte-level BPE tokenizer of 32,000 tokens is trained on the rows: one
+that fits the language, as BLOOM's and Qwen's do Chinese. Each side reads one JSON file of questions and answers and
+ends with token ids and labels on the disk, cut at 1,024 tokens, in two processes, with nothing cached before. Timed is
+the work alone, not the imports or the loading of the tokenizer; every run is a process of its own, and the sides take
+turns. Memory is the largest resident set of the main process and of any other, shared pages counted in both. PYTHON is
+that of an environment with LLaMA-Factory 0.9.5.
 """
 
 import argparse
@@ -48,8 +49,34 @@ def write(file: Path, rows: int) -> None:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def tokenizer(folder: Path, file: Path) -> Path:
+    """A ChatML tokenizer of the rows' language, and the config that other tools want beside one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from stages import _template
+
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    with open(file, encoding="utf-8") as rows:
+        texts = (json.loads(line)["output"] for line, _ in zip(rows, range(5000), strict=False))
+        made.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=32_000, special_tokens=marks, initial_alphabet=alphabet)
+        )
+    whole = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    whole.chat_template = _template.text("chatml")
+    whole.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(whole), architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
 def ours(model: str, file: Path, folder: Path) -> Callable[[], int]:
     from types import SimpleNamespace
+
+    import datasets  # noqa: F401 - imports are not timed
+    import pyarrow  # noqa: F401
 
     from stages import _prepared, _rows, _trainer, sft
 
@@ -163,7 +190,9 @@ def measure(side: str, model: str, file: Path) -> None:
         used, start = _used(), time.perf_counter()
         tokens = work()
         seconds, used = time.perf_counter() - start, _used() - used
-    most = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage's begins with the parent's
+    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    most = [own / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024]
     print(json.dumps({"seconds": seconds, "tokens": tokens, "cpu": used, "memory": most}), flush=True)
 
 
@@ -175,7 +204,7 @@ def _used() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("--model")
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--llamafactory", metavar="PYTHON")
     parser.add_argument("--repeats", type=int, default=3)
@@ -189,11 +218,12 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="preparation-"))
     file = folder / "rows.jsonl"
     write(file, asked.rows)
+    model = asked.model or str(tokenizer(folder / "model", file))
     pythons = {side: asked.llamafactory if side == "llamafactory" else sys.executable for side in asked.only.split(",")}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side, python in pythons.items() if python}
     for _ in range(asked.repeats):
         for side, done in runs.items():
-            command = [str(pythons[side]), __file__, asked.model, "--side", side, "--file", str(file)]
+            command = [str(pythons[side]), __file__, "--model", model, "--side", side, "--file", str(file)]
             made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
             done.append(json.loads(made.stdout.splitlines()[-1]))
     shutil.rmtree(folder)

@@ -278,6 +278,7 @@ def _account_of(drawn: _drawn.Drawn, totals: list[_account.Tokens]) -> dict[str,
         whole.add(total)
     for entry, total in zip(drawn.account, totals, strict=True):
         if total.untrained:
+            entry["trained_rows"] -= total.untrained
             entry["dropped"]["no answer left at `max_length`"] = {"rows": total.untrained, "first": total.first}
         entry |= {"tokens": total.tokens, "trained_tokens": total.trained, "truncated": total.truncated}
         entry |= {

@@ -166,7 +166,9 @@ def test_rows_without_room_for_their_answer_are_dropped_and_counted(tiny, train,
     account = {"rows": 3, "dropped": 1, "truncated": 1, "tokens": 2 * room, "trained_tokens": trained}
     assert {key: done.metrics[key] for key in account} == account
     assert list(done.trainer.train_dataset["input_ids"]) == [encoded[0][0], encoded[2][0][:room]]
-    assert notes(done.out)[0] == f"{source.path}: 3 rows read, 3 to train on"
+    assert (
+        notes(done.out)[0] == f"{source.path}: 3 rows read, 2 to train on, 1 dropped (no answer left at `max_length`)"
+    )
     assert notes(done.out)[1:] == [f"3 rows, 1 dropped, 1 truncated, {2 * room} tokens, {trained} in the loss"]
 
 

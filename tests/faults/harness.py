@@ -31,6 +31,7 @@ from pipeline import artifact
 from pipeline.artifact import RECORD
 from pipeline.content import HASHES, Hashes
 from stages._checkpoint import MARK
+from stages._prepared import FOLDER
 from stages._processes import end_with_parent
 from tests.faults import calls
 from tests.faults.calls import CONTENT, LOG, Call, Ended
@@ -165,12 +166,14 @@ class Slot:
     def state(self, saves: Path, stage: str) -> dict[str, Any]:
         """What must be the same however often a run was ended."""
         folder = self.artifact(saves, stage)
+        others = {folder.name for folder in self.finished()} | {FOLDER}  # not every stage prepares rows
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         return {
             "files": record["files"],
             "metrics": record["metrics"],
             "on disk": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
-            "beside": sorted({path.name for path in saves.iterdir()} - {folder.name for folder in self.finished()}),
+            "beside": sorted({path.name for path in saves.iterdir()} - others),
+            "half prepared": sorted(path.name for path in saves.glob(f"{FOLDER}/*.part")),
             "links": sorted(path.name for path in (saves / "chain").iterdir() if path.name not in NAMES),
         }
 
