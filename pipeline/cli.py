@@ -1,6 +1,6 @@
 """Words on a command line in, an exit code out; the only place that prints.
 
-Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong, 75 interrupted.
+Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong, 3 a gate said no, 75 interrupted.
 """
 
 import argparse
@@ -98,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="STAGE",
                 help="start this stage over, whatever it could go on from",
             )
+        if name == "run":
+            sub.add_argument("--ignore-gates", action="store_true", help="go on where a gate says no; it is recorded")
         sub.add_argument("--json", action="store_true", help="write JSON for scripts")
     return parser
 
@@ -114,8 +116,8 @@ def _planned(arguments: argparse.Namespace, *, fetch: bool = False) -> "Plan":
     from pipeline import config, plan
 
     pipeline = config.load(arguments.config, arguments.assignments)
-    fresh = getattr(arguments, "fresh", [])
-    return plan.build(pipeline, arguments.saves, fetch=fetch, until=arguments.until, fresh=fresh)
+    fresh, ignore = getattr(arguments, "fresh", []), getattr(arguments, "ignore_gates", False)
+    return plan.build(pipeline, arguments.saves, fetch=fetch, until=arguments.until, fresh=fresh, ignore_gates=ignore)
 
 
 def _console() -> "Console":
@@ -214,7 +216,7 @@ def _print_data(console: "Console", seen: "Seen") -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline import answers, plan, runner
-    from pipeline.progress import View, result_table
+    from pipeline.progress import View, evaluation_table, result_table
 
     planned = _planned(arguments, fetch=True)
     plan.check(planned)
@@ -235,6 +237,10 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     console.print()
     console.print(result_table(planned, records, {name: row.state for name, row in view.rows.items()}))
+    for step in planned.steps:
+        if step.stage.use == "evaluate":
+            console.print(f"\n{step.name}, all of it in {step.link}", markup=False, highlight=False)
+            console.print(evaluation_table(step.folder))
     if spoken:
         console.print(f"\nThe same question to each model: {planned.pipeline.question}", markup=False, highlight=False)
         for name, text in spoken.items():

@@ -3,7 +3,7 @@
 import importlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -45,6 +45,8 @@ class Stage:
     config: BaseModel
     model: str | None
     launch: Launch
+    compared: Mapping[str, str] = field(default_factory=dict)
+    """Of a stage that compares models: their names, and where each comes from, written as `model` is."""
 
     @property
     def module(self) -> ModuleType:
@@ -58,6 +60,15 @@ class Stage:
     def leaves_data(self) -> bool:
         """Does it leave rows instead of a model? Its module then has `rows_after(config)`, their format."""
         return hasattr(self.module, "rows_after")
+
+    @property
+    def leaves_model(self) -> bool:
+        return _leaves_model(self.module)
+
+
+def _leaves_model(kind: ModuleType) -> bool:
+    """Not one that leaves rows, nor one whose module says `LEAVES_MODEL = False`: what is below passes over these."""
+    return not hasattr(kind, "rows_after") and getattr(kind, "LEAVES_MODEL", True)
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,8 @@ class _Checker:
         for name, raw in written.items():
             self.read_stage(name, raw, template, launch)
         first = self.stages[0] if self.stages else None
-        if root.get("model") is not None and first is not None and first.model is None:
+        makes_its_own = first is not None and first.model is None and first.leaves_model
+        if root.get("model") is not None and first is not None and makes_its_own:
             self.at_key(("model",), f"`model` is not used: stage `{first.name}` makes a model; remove one of the two")
         if self.problems:
             raise ConfigError(in_order(self.problems))
@@ -228,12 +240,13 @@ class _Checker:
         self.fill_in(kind.Config.model_fields, raw, template)
         self.resolve_data(kind.Config.model_fields, raw, key, name)
         model = self.starting_model(kind.Config.model_fields, raw, key, name)
-        if "model" not in kind.Config.model_fields and self._models_above(name):
+        compared = self.compared(kind.Config.model_fields, raw, key, name)
+        if _leaves_model(kind) and "model" not in kind.Config.model_fields and self._models_above(name):
             self.at_key(key, f"stage `{name}` makes a new model and would drop the one above it; put it first")
         self.check_settings(kind, raw, key, name)
         config = self.model(kind.Config, raw, key, f"stage `{name}`", skip=_lists_of_sources(raw))
         if config is not None:
-            self.stages.append(Stage(name, use, config, model, launch))
+            self.stages.append(Stage(name, use, config, model, launch, compared))
 
     def check_one_process(self, kind: ModuleType, raw: Mapping[str, Any], launch: Launch, key: Key, name: str) -> None:
         """Settings that work in one process only."""
@@ -262,12 +275,27 @@ class _Checker:
         elif "weights" in raw and "weights" in fields:
             text = f"stage `{stage}`: weights stand beside the names; write `data: {{books: 1, general: 5}}`"
             self.at_key((*key, "weights"), text)
-        for word in ("data", "eval_data"):
-            if word in raw:
+        for word in ("data", "eval_data", "prompts"):
+            if word in raw and "compare" in fields:
+                raw[word] = self.named_sources(raw[word], (*key, word), stage)
+            elif word in raw:
                 raw[word] = self.sources(raw[word], (*key, word), stage)
         for word, value in raw.items():
             if isinstance(value, dict) and "data" in value and word not in ("trainer", "lora"):
                 raw[word] = {**value, "data": self.sources(value["data"], (*key, word, "data"), stage)}
+
+    def named_sources(self, written: Any, key: Key, stage: str) -> Any:
+        """Sources by their names, for a stage whose result speaks of them; a list of prompts stays what it is."""
+        if key[-1] == "prompts" and isinstance(written, list):
+            if wrong := [text for text in written if not isinstance(text, str) or not text.strip()]:
+                self.at_value(key, f"stage `{stage}`: a prompt is `{_shown(wrong[0])}`; it wants text")
+            return [str(text) for text in written]
+        if key[-1] == "prompts" and not isinstance(written, str):
+            self.at_value(key, f"stage `{stage}`: `prompts` is a name of declared data, or a list of questions")
+            return []
+        sources = self.sources(written, key, stage)
+        names = [written] if isinstance(written, str) else [str(name) for name in written or ()]
+        return dict(zip(names, sources, strict=False))
 
     def weights(self, written: Mapping[str, Any], key: Key, stage: str) -> list[float]:
         for name, weight in written.items():
@@ -302,8 +330,9 @@ class _Checker:
             below = name[1:] in self.document.data["stages"]
             hint = "; it stands below or is the stage itself" if below else nearest(name[1:], above)
             self.problems.append(f"{place}: stage `{stage}`: no stage `{name[1:]}` is above it{hint}")
-        elif name[1:] in self._models_above(stage):
-            text = f"stage `{stage}`: `{name[1:]}` leaves a model, not rows; name declared data"
+        elif name[1:] in self._names_above(stage, lambda kind: not hasattr(kind, "rows_after")):
+            leaves = "a model" if name[1:] in self._models_above(stage) else "figures"
+            text = f"stage `{stage}`: `{name[1:]}` leaves {leaves}, not rows; name declared data"
             self.problems.append(f"{place}: {text}")
         for done in self.stages:
             if done.name == name[1:] and done.leaves_data:
@@ -332,7 +361,9 @@ class _Checker:
         elif model in above and not Path(model).exists():
             self.at_value(place, f"`{model}` is no folder; for the stage of that name write `model: ${model}`")
         elif model.startswith("$") and model[1:] in self._names_above(name) and model[1:] not in above:
-            self.at_value(place, f"stage `{name}`: `{model[1:]}` leaves rows, not a model; name it under `data`")
+            leaves_rows = model[1:] in self._names_above(name, lambda kind: hasattr(kind, "rows_after"))
+            hint = "rows, not a model; name it under `data`" if leaves_rows else "figures, not a model; name another"
+            self.at_value(place, f"stage `{name}`: `{model[1:]}` leaves {hint}")
         elif model.startswith("$") and model[1:] not in above:
             below = model[1:] in self.document.data["stages"]
             hint = "; it stands below or is the stage itself" if below else nearest(model[1:], above)
@@ -346,18 +377,49 @@ class _Checker:
         raw["model"] = model if isinstance(model, str) else ""
         return model if isinstance(model, str) else None
 
-    def _names_above(self, name: str) -> list[str]:
-        names = list(self.document.data["stages"])
-        return names[: names.index(name)]
+    def compared(self, fields: Mapping[str, Any], raw: dict[str, Any], key: Key, name: str) -> dict[str, str]:
+        """The models that a stage compares by their names; all there are unless `compare` names some."""
+        if "compare" not in fields:
+            return {}
+        root = self.document.data.get("model")
+        known = {"base": root} if isinstance(root, str) else {}
+        known |= {above: f"${above}" for above in self._models_above(name)}
+        written = raw.get("compare", list(known))
+        names = [written] if isinstance(written, str) else written
+        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            self.at_value((*key, "compare"), f"stage `{name}`: `compare` is a list of stages above, such as [sft, dpo]")
+            names = []
+        elif not names:
+            self.at_key(key, f"stage `{name}` has no model to evaluate; set `model:` at the top, or put it below one")
+        for index, one in enumerate(names):
+            place = self.document.value_place((*key, "compare", index))
+            if one in names[:index]:
+                self.problems.append(f"{place}: stage `{name}`: `{one}` is here twice")
+            elif one not in known:
+                self.problems.append(f"{place}: stage `{name}`: {self.no_such_model(one, name)}{nearest(one, known)}")
+        raw["compare"] = [one for one in names if one in known]
+        return {one: known[one] for one in raw["compare"]}
 
-    def _models_above(self, name: str) -> list[str]:
-        """The stages above but for those that leave rows: what is below such a one starts from the model above it."""
+    def no_such_model(self, name: str, stage: str) -> str:
+        if name == "base":
+            return "`base` is the `model:` at the top, and there is none"
+        below = name in self.document.data["stages"] and name not in self._names_above(stage)
+        where = "stands below or is the stage itself" if below else "is no stage above that leaves a model"
+        return f"`{name}` {where}"
+
+    def _names_above(self, name: str, wanted: Callable[[ModuleType], bool] = lambda _: True) -> list[str]:
+        """The stages above, or those of them whose kind is `wanted`; of one that is no kind it is not known."""
         written = self.document.data["stages"]
+        names = list(written)[: list(written).index(name)]
         uses = {
             other: (written[other] or {}).get("use", other) if isinstance(written[other] or {}, dict) else other
-            for other in self._names_above(name)
+            for other in names
         }
-        return [other for other, use in uses.items() if use not in kinds() or not hasattr(module(use), "rows_after")]
+        return [other for other, use in uses.items() if use not in kinds() or wanted(module(use))]
+
+    def _models_above(self, name: str) -> list[str]:
+        """The stages above that leave a model: what is below another one starts from the model above it."""
+        return self._names_above(name, _leaves_model)
 
     def check_settings(self, kind: ModuleType, raw: Mapping[str, Any], key: Key, name: str) -> None:
         """Settings that belong to a library, checked against the installed one."""
@@ -420,7 +482,8 @@ def _library_setting(kind: Any, word: str) -> str | None:
 
 def _lists_of_sources(raw: Mapping[str, Any]) -> list[str]:
     """Keys whose problems were noted when their names were looked up."""
-    return [key for key, value in raw.items() if isinstance(value, list) and NONE_YET in value]
+    lists = {key: list(value.values()) if isinstance(value, dict) else value for key, value in raw.items()}
+    return [key for key, value in lists.items() if isinstance(value, list) and NONE_YET in value]
 
 
 def _fields(kind: Any, location: Sequence[str | int]) -> list[str]:

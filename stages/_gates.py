@@ -81,7 +81,9 @@ def _problems(
     on = [data for data, known in measured.items() if gate.metric in known or not known]
     if not on:
         known = {*metrics, *(metric for names in measured.values() for metric in names)}
-        text = f"`{gate.metric}` is not measured here" if gate.metric in known else f"there is no metric `{gate.metric}`"
+        text = (
+            f"`{gate.metric}` is not measured here" if gate.metric in known else f"there is no metric `{gate.metric}`"
+        )
         return [("metric", text + nearest(gate.metric, {metric for names in measured.values() for metric in names}))]
     if gate.data is not None and gate.data not in on:
         named = " and ".join(f"`{data}`" for data in on)
@@ -120,19 +122,16 @@ def judge(gate: Gate, table: Mapping[str, Any]) -> Verdict:
     name = f"{gate.metric} of `{stage}` on `{judged['data']}`"
     if judged["value"] is None:
         return Verdict(False, f"{name} could not be computed ({judged['why']}), so the gate cannot pass")
-    said = [f"{name} is {shown(judged)}"]
-    passed = True
-    for bound, wrong, word in (("min", judged["value"] < (gate.min or 0), "least"), ("max", None, "most")):
-        limit = getattr(gate, bound)
-        if limit is not None:
-            over = wrong if bound == "min" else judged["value"] > limit
-            passed, said = passed and not over, [*said, f"at {word} {limit:g} is allowed"]
+    value, said = judged["value"], [f"{name} is {shown(judged)}"]
+    passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+    said += [f"at least {gate.min:g} is wanted"] if gate.min is not None else []
+    said += [f"at most {gate.max:g} is allowed"] if gate.max is not None else []
     if any(getattr(gate, bound) is not None for bound in CHANGES):
         other = figures.get(versus)
         if other is None or other["value"] is None:
             why = other["why"] if other else "it was not measured"
             return Verdict(False, f"{said[0]}, and that of `{versus}` could not be computed ({why})")
-        held, words = _change(gate, judged["value"], other)
+        held, words = _change(gate, value, other)
         passed = passed and held
         said.append(f"`{versus}` has {shown(other)}: {words}{_evidence(gate, table, judged, versus)}")
     return Verdict(passed, "; ".join(said))

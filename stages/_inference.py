@@ -90,26 +90,27 @@ def answers(
     tokens: int,
     told: Callable[[int], None] = lambda _: None,
     *,
-    max_new_tokens: int,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any],
 ) -> list[Ids]:
-    """What the model goes on with after each prompt, up to its stop token, which is kept; greedy unless `settings`.
+    """What the model goes on with after each prompt, up to its stop token, which is kept.
 
-    Prompts are padded on the left. A token that stops is one of the model's generation config.
+    `settings` are those of transformers' GenerationConfig, `max_new_tokens` among them; greedy unless they say
+    otherwise. Prompts are padded on the left. A token that stops is one of the model's generation config.
     """
     import torch
 
     stops = set(stop_tokens(model))
     found: list[Ids] = [[] for _ in prompts]
-    how = {"do_sample": False, "num_beams": 1, **(settings or {})}
+    how = {"do_sample": False, "num_beams": 1, **settings}
+    max_new_tokens: int = settings["max_new_tokens"]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
 
     def act(batch: list[int]) -> None:
         given = tokenizer.pad({"input_ids": [prompts[place] for place in batch]}, return_tensors="pt").to(model.device)
         width = given["input_ids"].shape[1]
-        longest = min(max_new_tokens, positions(model) - width)
+        how["max_new_tokens"] = min(max_new_tokens, positions(model) - width)
         with torch.inference_mode():
-            made = model.generate(**given, **how, max_new_tokens=longest)
+            made = model.generate(**given, **how)
         for place, ids in zip(batch, made[:, width:].tolist(), strict=True):
             end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
             found[place] = ids[: end + 1]

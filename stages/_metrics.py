@@ -7,7 +7,7 @@ rows (denominator 1), or the mean of tokens or bytes over all rows. Formulas and
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,10 +37,14 @@ class Measured:
 
     rows: Sequence[Row | None] = ()
     why: str | None = None
+    value: float | None = None
+    """A figure that is no mean of rows, made elsewhere; it has no interval."""
 
 
 def figure(metric: str, measured: Measured, seed: int) -> dict[str, Any]:
     """`value`, `ci` and `n`; or a `value` of None and `why`."""
+    if measured.value is not None and math.isfinite(measured.value):
+        return {"value": measured.value, "ci": None, "n": len(measured.rows), "why": None}
     known = [row for row in measured.rows if row is not None]
     why = measured.why or (None if known else "no row has a value")
     if why is None and not all(math.isfinite(part) for row in known for part in row):
@@ -62,12 +66,16 @@ def compare(metric: str, one: Measured, other: Measured, seed: int) -> dict[str,
     """
     pairs = [(a, b) for a, b in zip(one.rows, other.rows, strict=False) if a is not None and b is not None]
     why = one.why or other.why or (None if pairs else "no row has a value for both")
+    if one.value is not None or other.value is not None:
+        why = "the figure is no mean of rows"
     if why is None and not all(math.isfinite(part) for pair in pairs for row in pair for part in row):
         why = "a model gives NaN or infinite logits"
     ratio = metric == "perplexity"
     kind = "ratio" if ratio else "difference"
     if why is not None:
-        return {"as": kind, "change": None, "ci": None, "p": None, "test": None, "n": len(pairs), "why": why}
+        return {"as": kind, "change": None, "ci": None, "p": None, "test": None, "n": len(pairs), "better": None} | {
+            "why": why
+        }
     columns = [[a for a, _ in pairs], [b for _, b in pairs]]
     change = _change(ratio, metric, [float(sum(row[i] for row in rows)) for rows in columns for i in (0, 1)])
     sums = _resampled(columns, seed)
@@ -94,11 +102,11 @@ def mcnemar(pairs: Sequence[tuple[bool, bool]]) -> float:
     min(1, 2 · P(X ≤ min(b, c))), X ~ Binomial(b + c, ½).
     """
     first, second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    term = total = 1
+    term, total = 1, 1
     for k in range(1, min(first, second) + 1):
         term = term * (first + second - k + 1) // k
         total += term
-    return min(1.0, 2 * total / 2 ** (first + second))
+    return min(1.0, float(2 * total / 2 ** (first + second)))
 
 
 def _figure(metric: str, numerator: float, denominator: float) -> float | None:
@@ -141,7 +149,7 @@ def _resampled(columns: Sequence[Sequence[Row]], seed: int) -> "NDArray[np.float
         return None
     random = np.random.default_rng(seed)
     step = max(1, AT_ONCE // count)
-    parts = [
+    parts: list[NDArray[np.float64]] = [
         values[random.integers(0, count, (min(step, RESAMPLES - start), count))].sum(axis=1)
         for start in range(0, RESAMPLES, step)
     ]
@@ -185,9 +193,6 @@ def repetition(ids: Sequence[int]) -> float | None:
     return 1 - len(set(grams)) / len(grams) if grams else None
 
 
-Better = Literal["lower", "higher"]
-
-
-def better(metric: str) -> Better | None:
-    """Which way is better."""
-    return None if metric in NEITHER else "lower" if metric in LOWER else "higher"
+def lower_is_better(metric: str) -> bool | None:
+    """Which way is better; None where neither is."""
+    return None if metric in NEITHER else metric in LOWER

@@ -151,8 +151,8 @@ def answers(config: Settings, rows: Sequence[_rows.Row], out: Path) -> list[str 
     asked = [index for index, prompt in enumerate(ids) if len(prompt) <= limit]
     found: list[str | None] = [None] * len(rows)
     told = _progress(out, "answered questions:", len(asked))
-    given, longest = [ids[index] for index in asked], config.max_new_tokens
-    made = _inference.answers(model, tokenizer, given, config.batch_tokens, told, max_new_tokens=longest)
+    given, how = [ids[index] for index in asked], {"max_new_tokens": config.max_new_tokens}
+    made = _inference.answers(model, tokenizer, given, config.batch_tokens, told, settings=how)
     for index, text in zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
         found[index] = text.strip()
     return found
@@ -192,7 +192,12 @@ def rewards(config: Settings, rows: Sequence[_rows.Row], out: Path) -> tuple[lis
             found[index] = score
 
     if rows:
-        each([len(one["input_ids"]) for one in encoded], config.batch_tokens, act, _progress(out, "scored rows:", len(rows)))
+        each(
+            [len(one["input_ids"]) for one in encoded],
+            config.batch_tokens,
+            act,
+            _progress(out, "scored rows:", len(rows)),
+        )
     return found, cut
 
 
@@ -269,7 +274,9 @@ def embeddings(
         means = hidden.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         points[batch] = means.cpu().numpy()
 
-    each([len(one["input_ids"]) for one in encoded], config.batch_tokens, act, _progress(out, "placed rows:", len(rows)))
+    each(
+        [len(one["input_ids"]) for one in encoded], config.batch_tokens, act, _progress(out, "placed rows:", len(rows))
+    )
     return points, cut
 
 

@@ -95,9 +95,7 @@ def test_every_answer_of_a_conversation_counts_and_its_end_of_turn_does_not(tiny
     folder, seen = tiny("llama"), []
     tokenizer = AutoTokenizer.from_pretrained(folder)
     real = _inference.summed_losses
-    monkeypatch.setattr(
-        _inference, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1]
-    )
+    monkeypatch.setattr(_inference, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1])
     row = talk("头疼怎么办？", "多休息。", "还疼呢？", "去看医生。")
     given, alone = _select_scores.answer_losses(settings(folder, UNREAD), [row], tmp_path)
     shown = [
