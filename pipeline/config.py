@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -292,7 +292,7 @@ class _Checker:
             return [str(text) for text in written]
         if key[-1] == "prompts" and not isinstance(written, str):
             self.at_value(key, f"stage `{stage}`: `prompts` is a name of declared data, or a list of questions")
-            return []
+            return ["?"]
         sources = self.sources(written, key, stage)
         names = [written] if isinstance(written, str) else [str(name) for name in written or ()]
         return dict(zip(names, sources, strict=False))
@@ -460,7 +460,8 @@ class _Checker:
         elif found["type"] == "missing":
             self.at_key(where, f"{label} needs `{'.'.join(map(str, location))}`")
         elif found["type"] == "value_error":
-            self.at_key(where, f"{label}: {found['ctx']['error']}")
+            report = self.at_value if isinstance(where[-1], int) else self.at_key
+            report(where, f"{label}: {found['ctx']['error']}")
         else:
             wanted = _wanted(found)
             hint = ""
@@ -490,6 +491,7 @@ def _fields(kind: Any, location: Sequence[str | int]) -> list[str]:
     """The fields a misspelt key could have meant: those of the model that it stands in."""
     for part in location[:-1]:
         annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+        annotation = get_args(annotation)[0] if get_origin(annotation) is list else annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             kind = annotation
     return list(kind.model_fields)

@@ -148,7 +148,7 @@ def _change(gate: Gate, value: float, other: Mapping[str, Any]) -> tuple[bool, s
             most = abs(other["value"]) * float(limit[:-1]) / 100 if share else limit
             held = held and sign * change <= most
             allowed.append(f"at most {limit if share else f'{limit:g}'} {bound[4:]} is allowed")
-    percent = f" ({change / abs(other['value']):+.1%})" if other["value"] else ""
+    percent = f" ({change / abs(other['value']):+.2%})" if other["value"] else ""
     return held, f"a change of {change:+.4g}{percent}, {' and '.join(allowed)}"
 
 

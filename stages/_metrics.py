@@ -46,17 +46,23 @@ def figure(metric: str, measured: Measured, seed: int) -> dict[str, Any]:
     if measured.value is not None and math.isfinite(measured.value):
         return {"value": measured.value, "ci": None, "n": len(measured.rows), "why": None}
     known = [row for row in measured.rows if row is not None]
-    why = measured.why or (None if known else "no row has a value")
-    if why is None and not all(math.isfinite(part) for row in known for part in row):
-        why = "the model gives NaN or infinite logits"
-    value = None if why else _figure(metric, sum(row[0] for row in known), sum(row[1] for row in known))
-    if why is None and value is None:
-        why = "it is above e^700"
-    if why is not None:
+    if (why := _why(metric, measured)) is not None:
         return {"value": None, "ci": None, "n": len(known), "why": why}
+    value = _figure(metric, sum(row[0] for row in known), sum(row[1] for row in known))
     sums = _resampled([known], seed)
     drawn = None if sums is None else [_figure(metric, *pair) for pair in sums.tolist()]
     return {"value": value, "ci": _interval(drawn), "n": len(known), "why": None}
+
+
+def _why(metric: str, measured: Measured) -> str | None:
+    """Why there is no figure."""
+    known = [row for row in measured.rows if row is not None]
+    if measured.why is not None or not known:
+        return measured.why or "no row has a value"
+    if not all(math.isfinite(part) for row in known for part in row):
+        return "the model gives NaN or infinite logits"
+    value = _figure(metric, sum(row[0] for row in known), sum(row[1] for row in known))
+    return None if value is not None else "it is above e^700"
 
 
 def compare(metric: str, one: Measured, other: Measured, seed: int) -> dict[str, Any]:
@@ -65,11 +71,9 @@ def compare(metric: str, one: Measured, other: Measured, seed: int) -> dict[str,
     `change` is the ratio for perplexity, else the difference; `better` is 1 or 0 for these two, or None.
     """
     pairs = [(a, b) for a, b in zip(one.rows, other.rows, strict=False) if a is not None and b is not None]
-    why = one.why or other.why or (None if pairs else "no row has a value for both")
+    why = _why(metric, one) or _why(metric, other) or (None if pairs else "no row has a value for both")
     if one.value is not None or other.value is not None:
         why = "the figure is no mean of rows"
-    if why is None and not all(math.isfinite(part) for pair in pairs for row in pair for part in row):
-        why = "a model gives NaN or infinite logits"
     ratio = metric == "perplexity"
     kind = "ratio" if ratio else "difference"
     if why is not None:
