@@ -137,6 +137,7 @@ class _Checker:
         self.read_data(root.get("data"))
         template = self.read_template(root.get("template"))
         launch = self.model(Launch, root.get("launch") or {}, ("launch",), "`launch`") or Launch()
+        self.place_evaluations(root)
         written = root.get("stages")
         if not isinstance(written, dict) or not written:
             self.at_key(("stages",), "`stages` names the stages in order, such as `sft: {data: consult}`")
@@ -205,6 +206,42 @@ class _Checker:
         except StageError as error:
             self.at_value(key, str(error))
             return None
+
+    def place_evaluations(self, root: dict[str, Any]) -> None:
+        """`evaluate: …` in a stage that leaves a model is an `evaluate` stage right below it, with these settings."""
+        written = root.get("stages")
+        if not isinstance(written, dict):
+            return
+        placed: dict[str, Any] = {}
+        models = ["base"] if isinstance(root.get("model"), str) else []
+        for name, raw in written.items():
+            placed[name] = raw
+            use = raw.get("use", name) if isinstance(raw, dict) else name
+            if use not in kinds() or not _leaves_model(module(use)):
+                continue
+            if isinstance(raw, dict) and "evaluate" in raw:
+                placed[name] = {key: value for key, value in raw.items() if key != "evaluate"}
+                below = f"{name}_evaluate"
+                if below in written:
+                    text = f"stage `{name}`: its `evaluate` becomes the stage `{below}`, which is here already"
+                    self.at_key(("stages", name, "evaluate"), text)
+                placed[below] = self.evaluation(name, raw, models)
+                self.document.move(("stages", name, "evaluate"), ("stages", below))
+                if not isinstance(raw["evaluate"], dict):
+                    self.document.move(("stages", name, "evaluate"), ("stages", below, "data"))
+            models.append(name)
+        root["stages"] = placed
+
+    def evaluation(self, name: str, raw: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+        """The settings of the evaluation after a stage: it compares what the stage makes with what it starts from."""
+        given, model = raw["evaluate"], raw.get("model")
+        start = list(models[-1:]) if model is None else [one for one in models if model == f"${one}"]
+        if not isinstance(given, str | list | dict):
+            text = f"stage `{name}`: `evaluate` names held-out data, such as `evaluate: consult_held`, or has settings"
+            self.at_value(("stages", name, "evaluate"), text)
+            given = {"prompts": ["?"]}
+        known = given if isinstance(given, dict) else {"data": given}
+        return {"use": "evaluate", "compare": [*start, name], **known}
 
     def read_stage(self, name: str, raw: Any, template: str | None, launch: Launch) -> None:
         key: Key = ("stages", name)
@@ -294,7 +331,7 @@ class _Checker:
             self.at_value(key, f"stage `{stage}`: `prompts` is a name of declared data, or a list of questions")
             return ["?"]
         sources = self.sources(written, key, stage)
-        names = [written] if isinstance(written, str) else [str(name) for name in written or ()]
+        names = [written] if isinstance(written, str) else map(str, written) if isinstance(written, list) else ["?"]
         return dict(zip(names, sources, strict=False))
 
     def weights(self, written: Mapping[str, Any], key: Key, stage: str) -> list[float]:

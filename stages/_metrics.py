@@ -21,8 +21,15 @@ NGRAM = 4  # of the repetition
 
 LOWER = ("perplexity", "bits_per_byte", "repetition")  # less is better
 NEITHER = ("answer_tokens",)
-SHARES = ("preference_accuracy", "preference_accuracy_per_token", "reward_accuracy", "stop_rate")  # rows say 0 or 1
+SHARES = (
+    "answer_match",
+    "preference_accuracy",
+    "preference_accuracy_per_token",
+    "reward_accuracy",
+    "stop_rate",
+)  # rows say 0 or 1
 LOSSES = ("perplexity", "bits_per_byte")
+TALKS = (*LOSSES, "answer_match")  # of conversations
 PREFERENCES = (
     *("preference_accuracy", "preference_accuracy_per_token", "preference_margin", "preference_margin_per_token"),
     *("reward_accuracy", "reward_margin"),
@@ -96,7 +103,7 @@ def compare(metric: str, one: Measured, other: Measured, seed: int) -> dict[str,
 
 def _is_share(metric: str, pairs: Sequence[tuple[Row, Row]]) -> bool:
     """A metric of ours whose rows are 0 or 1, or a task's whose rows all are, such as `acc`."""
-    ours = (*LOWER, *NEITHER, *PREFERENCES, *ANSWERS)
+    ours = (*LOWER, *NEITHER, *TALKS, *PREFERENCES, *ANSWERS)
     return metric in SHARES or (metric not in ours and all(row in ((0, 1), (1, 1)) for pair in pairs for row in pair))
 
 

@@ -25,6 +25,7 @@ SCHEMA = 1  # of evaluation.json
 TABLE = "evaluation.json"
 ANSWERS = "answers.jsonl"
 TALKS = ("alpaca", "prompt_completion", "messages", "sharegpt")
+SMALL = 10**7  # parameters below which the CPU's threads wait for each other longer than they compute
 PROMPTS = "prompts"  # what prompts that are written into the config are called among the data
 
 Ids = list[int]
@@ -115,7 +116,7 @@ def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
         if source.format not in TALKS:
             wanted = ", ".join(f"`{one}`" for one in TALKS)
             problems.append(("prompts", f"`{name}` has format `{source.format}`; prompts are of {wanted}"))
-    known = (*_metrics.LOSSES, *_metrics.PREFERENCES, *_metrics.ANSWERS)
+    known = (*_metrics.TALKS, *_metrics.PREFERENCES, *_metrics.ANSWERS)
     return problems + _gates.problems(config.gates, list(config.compare), measured(config), known)
 
 
@@ -127,13 +128,17 @@ def measured(config: Config) -> dict[str, tuple[str, ...]]:
     """Data set, `prompts` or task → its metrics; empty for a task whose metrics are not known beforehand."""
     found: dict[str, tuple[str, ...]] = {}
     for name, source in config.data.items():
-        found[name] = _metrics.PREFERENCES if source.format == "preference" else _metrics.LOSSES
+        found[name] = _of_format(source.format)
     if isinstance(config.prompts, dict):
         for name in config.prompts:
             found[name] = (*found.get(name, ()), *_metrics.ANSWERS)
     elif config.prompts:
         found[PROMPTS] = tuple(metric for metric in _metrics.ANSWERS if metric not in _metrics.REFERENCED)
     return found | {task: _tasks.metrics(task, config.harness.include_path) for task in config.tasks}
+
+
+def _of_format(form: str) -> tuple[str, ...]:
+    return {"preference": _metrics.PREFERENCES, "text": _metrics.LOSSES}.get(form, _metrics.TALKS)
 
 
 def needs(config: Config, facts: _model.Facts) -> _model.Needs:
@@ -220,11 +225,14 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
     found: dict[str, Figures] = {}
     reference: dict[str, list[tuple[float, float]]] = {}
+    threads = torch.get_num_threads()
     try:
         for name, folders in models.items():
-            found[name] = _measure(_loaded(name, folders, config, tell), data, asked, reference)
+            found[name] = _measure(_loaded(name, folders, config, tell, threads), data, asked, reference)
     except torch.OutOfMemoryError:
         raise StageError(f"out of memory; halve `batch_tokens`, which is {config.batch_tokens}") from None
+    finally:
+        torch.set_num_threads(threads)
     result = _result(config, found, data, asked)
     (out / TABLE).write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     with open(out / ANSWERS, "w", encoding="utf-8") as file:
@@ -256,11 +264,15 @@ def _numbered(rows: Sequence[Any]) -> list[tuple[int, Any]]:
     return list(enumerate(rows, 1))
 
 
-def _loaded(name: str, folders: Sequence[str], config: Config, tell: Callable[[str], None]) -> _Model:
+def _loaded(name: str, folders: Sequence[str], config: Config, tell: Callable[[str], None], threads: int) -> _Model:
     """The model as it is served: in the dtype that it is stored in, with the run's template."""
+    import torch
+
     model, missing = _generate.load(folders)
     if missing:
         raise StageError(f"`{name}` lacks weights ({', '.join(missing[:3])}), so its figures would be random")
+    small = sum(weight.numel() for weight in model.parameters()) < SMALL
+    torch.set_num_threads(1 if small else threads)
     tokenizer = _model.load_tokenizer(folders)
     _template.install(tokenizer, config.template)
     _model.set_stop_tokens(model, tokenizer)
@@ -277,9 +289,11 @@ def _measure(
     found: Figures = {}
     for name, rows in data.items():
         form = at.config.data[name].format
-        metrics = _metrics.PREFERENCES if form == "preference" else _metrics.LOSSES
+        metrics = _of_format(form)
         try:
             values = _pairs(at, name, rows, reference) if form == "preference" else _perplexity(at, rows)
+            if form in TALKS:
+                values["answer_match"] = _answer_match(at, rows)
         except StageError as error:
             values = dict.fromkeys(metrics, _metrics.Measured(why=str(error)))
         found |= {(metric, name): values[metric] for metric in metrics}
@@ -347,6 +361,22 @@ def _conversation(at: _Model, row: _rows.Row) -> tuple[Texts, int]:
             runs.append([])
     words = at.tokenizer.batch_decode(runs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [(ids, labels)], sum(len(said.encode()) for said in words)
+
+
+def _answer_match(at: _Model, rows: Sequence[_rows.Row]) -> _metrics.Measured:
+    """Is a row's last answer likelier after its own question than after that of the next row?"""
+    if len(rows) < 2:
+        return _metrics.Measured(why="one row has no other question to compare with")
+    asked = [{"prompt": row["messages"][:-1], "answer": row["messages"][-1:]} for row in rows]
+    swapped = [{**row, "prompt": asked[place - len(rows) + 1]["prompt"]} for place, row in enumerate(asked)]
+    texts = [_completion(at, row, "answer") for pair in zip(asked, swapped, strict=True) for row in pair]
+    counts = [sum(label != _template.IGNORED for label in labels) for _, labels in texts]
+    losses = at.losses(texts)
+    margins = [
+        losses[place + 1] - losses[place] if counts[place] == counts[place + 1] > 0 else None
+        for place in range(0, len(texts), 2)
+    ]
+    return _shares(margins)
 
 
 def _check_chat(at: _Model) -> None:

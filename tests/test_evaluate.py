@@ -153,6 +153,45 @@ def test_the_harness_knows_the_chinese_medical_tasks():
     assert _tasks.metrics("cmmlu_anatomy", None) == ("acc", "acc_norm")
 
 
+# As a key of another stage
+
+
+def test_a_stage_with_the_key_is_compared_with_what_it_starts_from(project):
+    text = CHAIN.replace("    data: consult\n", "    data: consult\n    evaluate: held\n")
+    text = text.replace("  merge:", "  merge: {evaluate: {data: [held, notes], prompts: [a], compare: [sft, merge]}}")
+    text += "  hinge: {use: dpo, model: $sft, data: prefer, lora: {r: 4}, evaluate: [pairs]}\n"
+    steps = project.plan(text)
+    compared = {name: list(step.config.compare) for name, step in steps.items() if step.stage.use == "evaluate"}
+    assert compared == {
+        "sft_evaluate": ["pt", "sft"],
+        "merge_evaluate": ["sft", "merge"],
+        "hinge_evaluate": ["sft", "hinge"],
+    }
+    names = list(steps)
+    assert names[names.index("sft") + 1] == "sft_evaluate"
+    assert steps["dpo"].config.model == steps["sft"].produces
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("hold", "16:19: stage `dpo_evaluate`: no data `hold` is declared; did you mean `held`?"),
+        ("[held, nots]", "16:26: stage `dpo_evaluate`: no data `nots` is declared; did you mean `notes`?"),
+        ("{data: held, gate: 3}", "16:32: stage `dpo_evaluate` has no setting `gate`; did you mean `gates`?"),
+        (
+            "true",
+            "16:19: stage `dpo`: `evaluate` names held-out data, such as `evaluate: consult_held`, or has settings",
+        ),
+    ],
+)
+def test_a_mistake_in_the_key_has_its_place(project, written, problem):
+    text = CHAIN.replace("  dpo: {", f"  dpo: {{evaluate: {written}, ")
+    code, shown = project.validate(text)
+    assert code == 2
+    assert (problem in shown, shown.count("\n")) == (True, 1)
+    assert "has no setting `evaluate`" in project.validate(CHAIN + "  evaluate: {data: held, evaluate: held}\n")[1]
+
+
 # Gates
 
 

@@ -99,6 +99,26 @@ def test_a_long_text_is_cut_into_pieces_and_none_is_lost(tiny, tmp_path):
     assert found["bits_per_byte"]["long"]["one"] == pytest.approx(bits / (30 * 11 * 3), rel=1e-4)
 
 
+def test_answer_match_swaps_questions(tiny, tmp_path, monkeypatch):
+    """A model for which an answer costs 1 nat, and 2 after one of two questions that is not its own."""
+    rows = [("猫", "甲甲"), ("狗", "乙乙"), ("鱼", "丙丙")]
+    lines = [json.dumps({"instruction": asked, "output": said}, ensure_ascii=False) + "\n" for asked, said in rows]
+    (tmp_path / "talks.jsonl").write_text("".join(lines), encoding="utf-8")
+    tokenizer = _model.load_tokenizer([str(tiny("llama"))])
+    seen = []
+
+    def losses(model, texts, tokens, told=None):
+        seen.append([tokenizer.decode(ids) for ids, _ in texts])
+        return [1.0 + any(asked in text and said not in text for asked, said in rows[:2]) for text in seen[-1]]
+
+    monkeypatch.setattr(_inference, "losses", losses)
+    source = _rows.Source(path=str(tmp_path / "talks.jsonl"), format="alpaca")
+    _, found = measured({"one": tiny("llama")}, tmp_path, data={"talks": source})
+    assert [("猫" in text, "甲甲" in text) for text in seen[1]][:2] == [(True, True), (False, True)]
+    assert ("猫" in seen[1][5], "丙丙" in seen[1][5]) == (True, True)  # the last row gets the first question
+    assert found["answer_match"]["talks"]["one"] == pytest.approx(2 / 3)
+
+
 # Preference
 
 
