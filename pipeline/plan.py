@@ -353,6 +353,7 @@ class _Placer:
         for source in _sources(stage.config):
             self.check_data(source)
         self.check_held_out(stage)
+        self.check_unseen(stage)
         self.check_tools(stage, model)
         if stage.leaves_data and any(self.names(source)[0] in self.with_tools for source in _sources(stage.config)):
             self.with_tools.add(f"${stage.name}")
@@ -401,6 +402,16 @@ class _Placer:
             text = _trainer.too_many_held_out(stage.config.eval_size, sum(rows)) if all(rows) else None
             if text is not None:
                 self.problem(stage, "eval_size", text)
+
+    def check_unseen(self, stage: Stage) -> None:
+        """What models are measured on should not be what they were trained or calibrated with."""
+        measured = {self.digest(self.files(source)): source for source in _sources(stage.config) if stage.compared}
+        for step in self.plan.steps if measured else ():
+            seen = {self.digest(self.files(source)) for source in _sources(step.stage.config)} - {None}
+            if step.stage.model is not None and step.stage.leaves_model:
+                for source in (measured[digest] for digest in measured.keys() & seen):
+                    text = f"`{stage.name}` measures on data `{self.names(source)[0]}`, which `{step.name}` reads too"
+                    self.plan.notes.append(f"{text}; its figures say little about new rows")
 
     def names(self, source: _rows.Source) -> list[str]:
         """What a data source is called in the file; what a stage leaves is called `$stage`."""

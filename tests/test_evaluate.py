@@ -153,6 +153,12 @@ def test_the_harness_knows_the_chinese_medical_tasks():
     assert _tasks.metrics("cmmlu_anatomy", None) == ("acc", "acc_norm")
 
 
+def test_rows_that_were_trained_on_are_told(project):
+    note = "note: `evaluate` measures on data `consult`, which `sft` reads too; its figures say little about new rows"
+    assert note in project.validate(CHAIN + "  evaluate: {data: consult}\n")[1]
+    assert "say little" not in project.validate(CHAIN + "  evaluate: {data: held}\n")[1]
+
+
 # As a key of another stage
 
 
