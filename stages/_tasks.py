@@ -15,7 +15,7 @@ from pipeline.errors import StageError, nearest
 from stages import _metrics
 
 NAME = re.compile(r"^[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
-METRIC = re.compile(r"^[ \t]*-?[ \t]*[\"']?metric[\"']?:[ \t]*[\"']?(\w+)", re.MULTILINE)
+METRIC = re.compile(r"^[ \t]*-?[ \t]*\{?[ \t]*[\"']?metric[\"']?:[ \t]*[\"']?(\w+)", re.MULTILINE)
 INCLUDE = re.compile(r"^[\"']?include[\"']?:[ \t]*[\"']?([\w./-]+)", re.MULTILINE)
 Problem = tuple[str, str]
 
@@ -51,35 +51,54 @@ def check(tasks: Sequence[str], harness: Harness) -> list[Problem]:
     ]
 
 
-@cache
 def names(include_path: str | None) -> frozenset[str]:
     """Tasks, groups and tags of a folder; of the installed harness without one."""
-    return frozenset(name for path in _files(include_path) for name in NAME.findall(_head(path)))
+    return _names(_folder(include_path)) if include_path is not None else _installed_names()
+
+
+def metrics(task: str, include_path: str | None) -> tuple[str, ...]:
+    """The metrics that a task's file and those it includes name; empty when that is not known."""
+    if include_path is not None and (found := _metrics_of(task, _folder(include_path))):
+        return found
+    return _installed_metrics(task)
+
+
+def _folder(path: str) -> list[Path]:
+    return sorted(Path(path).rglob("*.yaml"))
+
+
+def _installed() -> list[Path]:
+    spec = importlib.util.find_spec("lm_eval")
+    places = (spec.submodule_search_locations or []) if spec else []
+    return [path for place in places for path in _folder(str(Path(place, "tasks")))]
+
+
+@cache  # fourteen thousand files
+def _installed_names() -> frozenset[str]:
+    return _names(_installed())
 
 
 @cache
-def metrics(task: str, include_path: str | None) -> tuple[str, ...]:
-    """The metrics that a task's file and those it includes name; empty when that is not known."""
-    for folder in (include_path, None) if include_path is not None else (None,):
-        for path in _files(folder):
-            if task in NAME.findall(text := _head(path)):
+def _installed_metrics(task: str) -> tuple[str, ...]:
+    return _metrics_of(task, _installed())
+
+
+def _names(files: Sequence[Path]) -> frozenset[str]:
+    return frozenset(name for path in files for name in NAME.findall(_text(path)))
+
+
+def _metrics_of(task: str, files: Sequence[Path]) -> tuple[str, ...]:
+    for path in files:
+        if task in NAME.findall(text := _text(path)):
+            found = METRIC.findall(text)
+            while not found and (included := INCLUDE.search(text)) and (path.parent / included[1]).is_file():
+                text = _text(path := path.parent / included[1])
                 found = METRIC.findall(text)
-                while not found and (included := INCLUDE.search(text)) and (path.parent / included[1]).is_file():
-                    text = _head(path := path.parent / included[1])
-                    found = METRIC.findall(text)
-                return tuple(dict.fromkeys(found))
+            return tuple(dict.fromkeys(found))
     return ()
 
 
-def _files(include_path: str | None) -> Iterator[Path]:
-    spec = importlib.util.find_spec("lm_eval") if include_path is None else None
-    folders = [Path(include_path)] if include_path is not None else []
-    folders += [Path(place, "tasks") for place in (spec.submodule_search_locations or [])] if spec else []
-    for folder in folders:
-        yield from sorted(folder.rglob("*.yaml"))
-
-
-def _head(path: Path) -> str:
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

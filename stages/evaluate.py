@@ -6,6 +6,7 @@ lm-evaluation-harness. Every figure has a confidence interval or says why it has
 pair by pair on the same rows. Formulas and sources are in docs/evaluate.md.
 """
 
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,6 +230,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     try:
         for name, folders in models.items():
             found[name] = _measure(_loaded(name, folders, config, tell, threads), data, asked, reference)
+            gc.collect()  # the next model needs the room
+            torch.cuda.empty_cache()
     except torch.OutOfMemoryError:
         raise StageError(f"out of memory; halve `batch_tokens`, which is {config.batch_tokens}") from None
     finally:
@@ -300,12 +303,23 @@ def _measure(
         shown = _metrics.figure(metrics[0], values[metrics[0]], at.config.seed)
         at.tell(f"{at.name}: {metrics[0]} on {name} {_short(shown)}")
     if asked:
-        found |= _answers(at, asked)
+        found |= _answers_or_why(at, asked)
         at.tell(f"{at.name}: answered {len(asked)} prompt{'s' if asked[1:] else ''}")
     if at.config.tasks:
-        found |= _tasks.measure(at.model, at.tokenizer, at.config.tasks, at.config.harness, at.config.seed)
+        found |= _task_figures(at)
         at.tell(f"{at.name}: tasks {', '.join(at.config.tasks)}")
     return found
+
+
+def _task_figures(at: _Model) -> Figures:
+    """What the harness says, or why it says nothing; the other figures stay."""
+    config = at.config
+    try:
+        return _tasks.measure(at.model, at.tokenizer, config.tasks, config.harness, config.seed)
+    except StageError as error:
+        names = {task: _tasks.metrics(task, config.harness.include_path) or ("acc",) for task in config.tasks}
+        why = _metrics.Measured(why=str(error))
+        return {(metric, task): why for task, metrics in names.items() for metric in metrics}
 
 
 def _short(shown: Mapping[str, Any]) -> str:
@@ -439,6 +453,17 @@ def _completion(at: _Model, row: _rows.Row, side: str) -> tuple[Ids, Ids]:
 
 
 # Answers
+
+
+def _answers_or_why(at: _Model, asked: Sequence[_Asked]) -> Figures:
+    """`_answers`; where the template cannot write a prompt, why there are none."""
+    try:
+        return _answers(at, asked)
+    except StageError as error:
+        for one in asked:
+            one.answers[at.name] = {"answer": None, "why": str(error)}
+        why = _metrics.Measured(why=str(error))
+        return {(metric, one.data): why for one in asked for metric in _metrics.ANSWERS}
 
 
 def _answers(at: _Model, asked: Sequence[_Asked]) -> Figures:

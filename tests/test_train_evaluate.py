@@ -231,6 +231,17 @@ def test_a_task_gives_the_figure_of_the_harness_itself(tiny, tmp_path, monkeypat
     assert found["acc_norm"]["med_exam"]["one"] == theirs["acc_norm,none"]
 
 
+def test_a_task_without_its_data_says_why_and_costs_no_other_figure(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)  # where there is no data/tasks
+    given = {"tasks": ["med_exam"], "harness": {"include_path": str(ROOT / "data/tasks")}, "prompts": ["a"]}
+    table, found = measured({"one": tiny("llama")}, tmp_path, **given, generation={"max_new_tokens": 2})
+    whys = {one["metric"]: one["why"] for one in table["figures"] if one["data"] == "med_exam"}
+    assert list(whys) == ["acc", "acc_norm"]
+    assert whys["acc"].startswith("lm-evaluation-harness cannot run `med_exam` (")
+    assert found["answer_tokens"]["prompts"]["one"] == 2
+
+
 def test_a_figure_that_is_no_mean_of_rows_is_the_harness_own():
     measured = _tasks._measured(0.7, [0.5, 0.6])
     assert evaluate._metrics.figure("f1", measured, 1) == {"value": 0.7, "ci": None, "n": 2, "why": None}
