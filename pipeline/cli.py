@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import worker
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, GateClosed, PipelineError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -216,7 +216,7 @@ def _print_data(console: "Console", seen: "Seen") -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline import answers, plan, runner
-    from pipeline.progress import View, evaluation_table, result_table
+    from pipeline.progress import View, result_table
 
     planned = _planned(arguments, fetch=True)
     plan.check(planned)
@@ -225,8 +225,13 @@ def _run(arguments: argparse.Namespace) -> int:
     quiet = arguments.json
     for note in [] if quiet else planned.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    with View(planned, _silent() if quiet else console) as view:
-        records = runner.run(planned, view)
+    try:
+        with View(planned, _silent() if quiet else console) as view:
+            records = runner.run(planned, view)
+    except GateClosed:
+        if not quiet:
+            _print_evaluations(console, planned)
+        raise
     spoken = answers.ask(planned)
     if quiet:
         steps = [
@@ -237,15 +242,22 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     console.print()
     console.print(result_table(planned, records, {name: row.state for name, row in view.rows.items()}))
-    for step in planned.steps:
-        if step.stage.use == "evaluate":
-            console.print(f"\n{step.name}, all of it in {step.link}", markup=False, highlight=False)
-            console.print(evaluation_table(step.folder))
+    _print_evaluations(console, planned)
     if spoken:
         console.print(f"\nThe same question to each model: {planned.pipeline.question}", markup=False, highlight=False)
         for name, text in spoken.items():
             console.print(f"  {name}: {text.strip() or '(nothing)'}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _print_evaluations(console: "Console", planned: "Plan") -> None:
+    """The table of each evaluation that is finished."""
+    from pipeline.progress import evaluation_table
+
+    for step in planned.steps:
+        if step.stage.use == "evaluate" and step.folder.is_dir():
+            console.print(f"\n{step.name}, all of it in {step.link}", markup=False, highlight=False)
+            console.print(evaluation_table(step.folder))
 
 
 def _silent() -> "Console":

@@ -191,7 +191,7 @@ def evaluation_table(folder: Path) -> Table:
         cell = f"({one['why']})" if one["value"] is None else f"{one['value']:.4g}"
         rows.setdefault((one["metric"], one["data"]), {})[one["model"]] = cell
     for (metric, data), cells in rows.items():
-        said = [cells[model] for model in found["models"]]
+        said = [cells.get(model, "(not measured)") for model in found["models"]]
         repeated = [cell if cell not in said[:place] or cell[0] != "(" else "″" for place, cell in enumerate(said)]
         table.add_row(metric, data, *map(Text, repeated))
     return table

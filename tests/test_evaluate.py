@@ -264,7 +264,8 @@ def test_a_closed_gate_shows_in_the_plan_and_stops_the_run(project, capsys):
     assert f"note: a gate of `evaluate` says no, and `run` stops after it: {said}" in capsys.readouterr().out
     for _ in range(2):
         assert cli.main(["run", "x.yaml"]) == 3
-        shown = capsys.readouterr().err
+        shown, table = capsys.readouterr()[::-1]
+        assert "evaluate, all of it in saves/x/evaluate" in table
         assert shown.startswith("error: the gates of `evaluate` say no, and nothing after it was run:\n" + said)
         assert "`--ignore-gates`" in shown
     told = json.loads((project.folder / "saves/x/gates.json").read_text())
