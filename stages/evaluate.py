@@ -383,14 +383,22 @@ def _answer_match(at: _Model, rows: Sequence[_rows.Row]) -> _metrics.Measured:
         return _metrics.Measured(why="one row has no other question to compare with")
     asked = [{"prompt": row["messages"][:-1], "answer": row["messages"][-1:]} for row in rows]
     swapped = [{**row, "prompt": asked[place - len(rows) + 1]["prompt"]} for place, row in enumerate(asked)]
-    texts = [_completion(at, row, "answer") for pair in zip(asked, swapped, strict=True) for row in pair]
-    counts = [sum(label != _template.IGNORED for label in labels) for _, labels in texts]
+    texts: Texts = []
+    counts = []
+    for pair in zip(asked, swapped, strict=True):
+        both = [_completion(at, row, "answer") for row in pair]
+        counts.append(min(sum(label != _template.IGNORED for label in labels) for _, labels in both))
+        texts += [_with_labels(*one, counts[-1]) for one in both]  # a long question leaves less of the answer
     losses = at.losses(texts)
-    margins = [
-        losses[place + 1] - losses[place] if counts[place] == counts[place + 1] > 0 else None
-        for place in range(0, len(texts), 2)
-    ]
+    margins = [losses[2 * n + 1] - losses[2 * n] if count else None for n, count in enumerate(counts)]
     return _shares(margins)
+
+
+def _with_labels(ids: Ids, labels: Ids, count: int) -> tuple[Ids, Ids]:
+    """The row up to its label number `count`."""
+    places = [place for place, label in enumerate(labels) if label != _template.IGNORED]
+    end = places[count - 1] + 1 if count else 1
+    return ids[:end], labels[:end]
 
 
 def _check_chat(at: _Model) -> None:

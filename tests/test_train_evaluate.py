@@ -119,6 +119,13 @@ def test_answer_match_swaps_questions(tiny, tmp_path, monkeypatch):
     assert found["answer_match"]["talks"]["one"] == pytest.approx(2 / 3)
 
 
+def test_answer_match_of_rows_that_are_cut_counts_the_same_tokens_twice(tiny, rows, tmp_path):
+    table, _ = measured({"one": tiny("llama")}, tmp_path, data={"talks": rows("alpaca", 6)}, max_length=90)
+    assert [one["n"] for one in table["figures"] if one["metric"] == "answer_match"] == [
+        one["n"] for one in table["figures"] if one["metric"] == "perplexity"
+    ]
+
+
 # Preference
 
 
