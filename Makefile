@@ -1,9 +1,9 @@
-# make demo · make test · make check · make faults · make fuzz · make pt|sft|dpo|merge|quantize [CONFIG=configs/x.yaml]
+# make demo · test · check · faults · fuzz · pt|sft|dpo|merge|quantize|evaluate [CONFIG=configs/x.yaml]
 CONFIG ?= configs/tiny.yaml
 SAVES ?= saves
 PYTHON ?= python3
 BIN := .venv/bin
-STAGES := pt sft dpo merge quantize
+STAGES := pt sft dpo merge quantize evaluate
 FAULTS ?= pt,sft,dpo,merge,quantize
 
 .PHONY: demo test test-fast test-train faults fuzz check format clean $(STAGES)

@@ -49,7 +49,7 @@ def _models(plan: Plan) -> dict[str, Step | None]:
 
 def _modelled(plan: Plan) -> list[Step]:
     """The steps that leave a model."""
-    return [step for step in plan.steps if not step.stage.leaves_data]
+    return [step for step in plan.steps if step.stage.leaves_model]
 
 
 def _identity(plan: Plan, step: Step | None) -> str:

@@ -1,6 +1,6 @@
 """Words on a command line in, an exit code out; the only place that prints.
 
-Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong, 75 interrupted.
+Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong, 3 a gate said no, 75 interrupted.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import worker
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, GateClosed, PipelineError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="STAGE",
                 help="start this stage over, whatever it could go on from",
             )
+        if name == "run":
+            sub.add_argument("--ignore-gates", action="store_true", help="go on where a gate says no; it is recorded")
         sub.add_argument("--json", action="store_true", help="write JSON for scripts")
     return parser
 
@@ -114,8 +116,8 @@ def _planned(arguments: argparse.Namespace, *, fetch: bool = False) -> "Plan":
     from pipeline import config, plan
 
     pipeline = config.load(arguments.config, arguments.assignments)
-    fresh = getattr(arguments, "fresh", [])
-    return plan.build(pipeline, arguments.saves, fetch=fetch, until=arguments.until, fresh=fresh)
+    fresh, ignore = getattr(arguments, "fresh", []), getattr(arguments, "ignore_gates", False)
+    return plan.build(pipeline, arguments.saves, fetch=fetch, until=arguments.until, fresh=fresh, ignore_gates=ignore)
 
 
 def _console() -> "Console":
@@ -223,8 +225,13 @@ def _run(arguments: argparse.Namespace) -> int:
     quiet = arguments.json
     for note in [] if quiet else planned.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    with View(planned, _silent() if quiet else console) as view:
-        records = runner.run(planned, view)
+    try:
+        with View(planned, _silent() if quiet else console) as view:
+            records = runner.run(planned, view)
+    except GateClosed:
+        if not quiet:
+            _print_evaluations(console, planned)
+        raise
     spoken = answers.ask(planned)
     if quiet:
         steps = [
@@ -235,11 +242,22 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     console.print()
     console.print(result_table(planned, records, {name: row.state for name, row in view.rows.items()}))
+    _print_evaluations(console, planned)
     if spoken:
         console.print(f"\nThe same question to each model: {planned.pipeline.question}", markup=False, highlight=False)
         for name, text in spoken.items():
             console.print(f"  {name}: {text.strip() or '(nothing)'}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _print_evaluations(console: "Console", planned: "Plan") -> None:
+    """The table of each evaluation that is finished."""
+    from pipeline.progress import evaluation_table
+
+    for step in planned.steps:
+        if step.stage.use == "evaluate" and step.folder.is_dir():
+            console.print(f"\n{step.name}, all of it in {step.link}", markup=False, highlight=False)
+            console.print(evaluation_table(step.folder))
 
 
 def _silent() -> "Console":

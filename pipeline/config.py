@@ -3,12 +3,12 @@
 import importlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,6 +45,8 @@ class Stage:
     config: BaseModel
     model: str | None
     launch: Launch
+    compared: Mapping[str, str] = field(default_factory=dict)
+    """Of a stage that compares models: their names, and where each comes from, written as `model` is."""
 
     @property
     def module(self) -> ModuleType:
@@ -58,6 +60,15 @@ class Stage:
     def leaves_data(self) -> bool:
         """Does it leave rows instead of a model? Its module then has `rows_after(config)`, their format."""
         return hasattr(self.module, "rows_after")
+
+    @property
+    def leaves_model(self) -> bool:
+        return _leaves_model(self.module)
+
+
+def _leaves_model(kind: ModuleType) -> bool:
+    """Not one that leaves rows, nor one whose module says `LEAVES_MODEL = False`: what is below passes over these."""
+    return not hasattr(kind, "rows_after") and getattr(kind, "LEAVES_MODEL", True)
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ class _Checker:
         self.read_data(root.get("data"))
         template = self.read_template(root.get("template"))
         launch = self.model(Launch, root.get("launch") or {}, ("launch",), "`launch`") or Launch()
+        self.place_evaluations(root)
         written = root.get("stages")
         if not isinstance(written, dict) or not written:
             self.at_key(("stages",), "`stages` names the stages in order, such as `sft: {data: consult}`")
@@ -133,7 +145,8 @@ class _Checker:
         for name, raw in written.items():
             self.read_stage(name, raw, template, launch)
         first = self.stages[0] if self.stages else None
-        if root.get("model") is not None and first is not None and first.model is None:
+        makes_its_own = first is not None and first.model is None and first.leaves_model
+        if root.get("model") is not None and first is not None and makes_its_own:
             self.at_key(("model",), f"`model` is not used: stage `{first.name}` makes a model; remove one of the two")
         if self.problems:
             raise ConfigError(in_order(self.problems))
@@ -194,6 +207,42 @@ class _Checker:
             self.at_value(key, str(error))
             return None
 
+    def place_evaluations(self, root: dict[str, Any]) -> None:
+        """`evaluate: …` in a stage that leaves a model is an `evaluate` stage right below it, with these settings."""
+        written = root.get("stages")
+        if not isinstance(written, dict):
+            return
+        placed: dict[str, Any] = {}
+        models = ["base"] if isinstance(root.get("model"), str) else []
+        for name, raw in written.items():
+            placed[name] = raw
+            use = raw.get("use", name) if isinstance(raw, dict) else name
+            if use not in kinds() or not _leaves_model(module(use)):
+                continue
+            if isinstance(raw, dict) and "evaluate" in raw:
+                placed[name] = {key: value for key, value in raw.items() if key != "evaluate"}
+                below = f"{name}_evaluate"
+                if below in written:
+                    text = f"stage `{name}`: its `evaluate` becomes the stage `{below}`, which is here already"
+                    self.at_key(("stages", name, "evaluate"), text)
+                placed[below] = self.evaluation(name, raw, models)
+                self.document.move(("stages", name, "evaluate"), ("stages", below))
+                if not isinstance(raw["evaluate"], dict):
+                    self.document.move(("stages", name, "evaluate"), ("stages", below, "data"))
+            models.append(name)
+        root["stages"] = placed
+
+    def evaluation(self, name: str, raw: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+        """The settings of the evaluation after a stage: it compares what the stage makes with what it starts from."""
+        given, model = raw["evaluate"], raw.get("model")
+        start = list(models[-1:]) if model is None else [one for one in models if model == f"${one}"]
+        if not isinstance(given, str | list | dict):
+            text = f"stage `{name}`: `evaluate` names held-out data, such as `evaluate: consult_held`, or has settings"
+            self.at_value(("stages", name, "evaluate"), text)
+            given = {"prompts": ["?"]}
+        known = given if isinstance(given, dict) else {"data": given}
+        return {"use": "evaluate", "compare": [*start, name], **known}
+
     def read_stage(self, name: str, raw: Any, template: str | None, launch: Launch) -> None:
         key: Key = ("stages", name)
         raw = {} if raw is None else raw
@@ -228,12 +277,13 @@ class _Checker:
         self.fill_in(kind.Config.model_fields, raw, template)
         self.resolve_data(kind.Config.model_fields, raw, key, name)
         model = self.starting_model(kind.Config.model_fields, raw, key, name)
-        if "model" not in kind.Config.model_fields and self._models_above(name):
+        compared = self.compared(kind.Config.model_fields, raw, key, name)
+        if _leaves_model(kind) and "model" not in kind.Config.model_fields and self._models_above(name):
             self.at_key(key, f"stage `{name}` makes a new model and would drop the one above it; put it first")
         self.check_settings(kind, raw, key, name)
         config = self.model(kind.Config, raw, key, f"stage `{name}`", skip=_lists_of_sources(raw))
         if config is not None:
-            self.stages.append(Stage(name, use, config, model, launch))
+            self.stages.append(Stage(name, use, config, model, launch, compared))
 
     def check_one_process(self, kind: ModuleType, raw: Mapping[str, Any], launch: Launch, key: Key, name: str) -> None:
         """Settings that work in one process only."""
@@ -262,12 +312,27 @@ class _Checker:
         elif "weights" in raw and "weights" in fields:
             text = f"stage `{stage}`: weights stand beside the names; write `data: {{books: 1, general: 5}}`"
             self.at_key((*key, "weights"), text)
-        for word in ("data", "eval_data"):
-            if word in raw:
+        for word in ("data", "eval_data", "prompts"):
+            if word in raw and "compare" in fields:
+                raw[word] = self.named_sources(raw[word], (*key, word), stage)
+            elif word in raw:
                 raw[word] = self.sources(raw[word], (*key, word), stage)
         for word, value in raw.items():
             if isinstance(value, dict) and "data" in value and word not in ("trainer", "lora"):
                 raw[word] = {**value, "data": self.sources(value["data"], (*key, word, "data"), stage)}
+
+    def named_sources(self, written: Any, key: Key, stage: str) -> Any:
+        """Sources by their names, for a stage whose result speaks of them; a list of prompts stays what it is."""
+        if key[-1] == "prompts" and isinstance(written, list):
+            if wrong := [text for text in written if not isinstance(text, str) or not text.strip()]:
+                self.at_value(key, f"stage `{stage}`: a prompt is `{shown(wrong[0])}`; it wants text")
+            return [str(text) for text in written]
+        if key[-1] == "prompts" and not isinstance(written, str):
+            self.at_value(key, f"stage `{stage}`: `prompts` is a name of declared data, or a list of questions")
+            return ["?"]
+        sources = self.sources(written, key, stage)
+        names = [written] if isinstance(written, str) else map(str, written) if isinstance(written, list) else ["?"]
+        return dict(zip(names, sources, strict=False))
 
     def weights(self, written: Mapping[str, Any], key: Key, stage: str) -> list[float]:
         for name, weight in written.items():
@@ -304,8 +369,9 @@ class _Checker:
             below = name[1:] in self.document.data["stages"]
             hint = "; it stands below or is the stage itself" if below else nearest(name[1:], above)
             self.problems.append(f"{place}: stage `{stage}`: no stage `{name[1:]}` is above it{hint}")
-        elif name[1:] in self._models_above(stage):
-            text = f"stage `{stage}`: `{name[1:]}` leaves a model, not rows; name declared data"
+        elif name[1:] in self._names_above(stage, lambda kind: not hasattr(kind, "rows_after")):
+            leaves = "a model" if name[1:] in self._models_above(stage) else "figures"
+            text = f"stage `{stage}`: `{name[1:]}` leaves {leaves}, not rows; name declared data"
             self.problems.append(f"{place}: {text}")
         for done in self.stages:
             if done.name == name[1:] and done.leaves_data:
@@ -334,7 +400,9 @@ class _Checker:
         elif model in above and not Path(model).exists():
             self.at_value(place, f"`{model}` is no folder; for the stage of that name write `model: ${model}`")
         elif model.startswith("$") and model[1:] in self._names_above(name) and model[1:] not in above:
-            self.at_value(place, f"stage `{name}`: `{model[1:]}` leaves rows, not a model; name it under `data`")
+            leaves_rows = model[1:] in self._names_above(name, lambda kind: hasattr(kind, "rows_after"))
+            hint = "rows, not a model; name it under `data`" if leaves_rows else "figures, not a model; name another"
+            self.at_value(place, f"stage `{name}`: `{model[1:]}` leaves {hint}")
         elif model.startswith("$") and model[1:] not in above:
             below = model[1:] in self.document.data["stages"]
             hint = "; it stands below or is the stage itself" if below else nearest(model[1:], above)
@@ -348,18 +416,49 @@ class _Checker:
         raw["model"] = model if isinstance(model, str) else ""
         return model if isinstance(model, str) else None
 
-    def _names_above(self, name: str) -> list[str]:
-        names = list(self.document.data["stages"])
-        return names[: names.index(name)]
+    def compared(self, fields: Mapping[str, Any], raw: dict[str, Any], key: Key, name: str) -> dict[str, str]:
+        """The models that a stage compares by their names; all there are unless `compare` names some."""
+        if "compare" not in fields:
+            return {}
+        root = self.document.data.get("model")
+        known = {"base": root} if isinstance(root, str) else {}
+        known |= {above: f"${above}" for above in self._models_above(name)}
+        written = raw.get("compare", list(known))
+        names = [written] if isinstance(written, str) else written
+        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            self.at_value((*key, "compare"), f"stage `{name}`: `compare` is a list of stages above, such as [sft, dpo]")
+            names = []
+        elif not names:
+            self.at_key(key, f"stage `{name}` has no model to evaluate; set `model:` at the top, or put it below one")
+        for index, one in enumerate(names):
+            place = self.document.value_place((*key, "compare", index))
+            if one in names[:index]:
+                self.problems.append(f"{place}: stage `{name}`: `{one}` is here twice")
+            elif one not in known:
+                self.problems.append(f"{place}: stage `{name}`: {self.no_such_model(one, name)}{nearest(one, known)}")
+        raw["compare"] = [one for one in names if one in known]
+        return {one: known[one] for one in raw["compare"]}
 
-    def _models_above(self, name: str) -> list[str]:
-        """The stages above but for those that leave rows: what is below such a one starts from the model above it."""
+    def no_such_model(self, name: str, stage: str) -> str:
+        if name == "base":
+            return "`base` is the `model:` at the top, and there is none"
+        below = name in self.document.data["stages"] and name not in self._names_above(stage)
+        where = "stands below or is the stage itself" if below else "is no stage above that leaves a model"
+        return f"`{name}` {where}"
+
+    def _names_above(self, name: str, wanted: Callable[[ModuleType], bool] = lambda _: True) -> list[str]:
+        """The stages above, or those of them whose kind is `wanted`; of one that is no kind it is not known."""
         written = self.document.data["stages"]
+        names = list(written)[: list(written).index(name)]
         uses = {
             other: (written[other] or {}).get("use", other) if isinstance(written[other] or {}, dict) else other
-            for other in self._names_above(name)
+            for other in names
         }
-        return [other for other, use in uses.items() if use not in kinds() or not hasattr(module(use), "rows_after")]
+        return [other for other, use in uses.items() if use not in kinds() or wanted(module(use))]
+
+    def _models_above(self, name: str) -> list[str]:
+        """The stages above that leave a model: what is below another one starts from the model above it."""
+        return self._names_above(name, _leaves_model)
 
     def check_settings(self, kind: ModuleType, raw: Mapping[str, Any], key: Key, name: str) -> None:
         """Settings that belong to a library, checked against the installed one."""
@@ -400,7 +499,8 @@ class _Checker:
         elif found["type"] == "missing":
             self.at_key(where, f"{label} needs `{'.'.join(map(str, location))}`")
         elif found["type"] == "value_error":
-            self.at_key(where, f"{label}: {found['ctx']['error']}")
+            report = self.at_value if isinstance(where[-1], int) else self.at_key
+            report(where, f"{label}: {found['ctx']['error']}")
         else:
             wanted = _wanted(found)
             hint = ""
@@ -424,13 +524,15 @@ def _library_setting(kind: Any, word: str) -> str | None:
 
 def _lists_of_sources(raw: Mapping[str, Any]) -> list[str]:
     """Keys whose problems were noted when their names were looked up."""
-    return [key for key, value in raw.items() if isinstance(value, list) and NONE_YET in value]
+    lists = {key: list(value.values()) if isinstance(value, dict) else value for key, value in raw.items()}
+    return [key for key, value in lists.items() if isinstance(value, list) and NONE_YET in value]
 
 
 def _fields(kind: Any, location: Sequence[str | int]) -> list[str]:
     """The fields a misspelt key could have meant: those of the model that it stands in."""
     for part in location[:-1]:
         annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+        annotation = get_args(annotation)[0] if get_origin(annotation) is list else annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             kind = annotation
     return list(kind.model_fields)

@@ -57,6 +57,12 @@ class Document:
         """`file:line:column` of the value, or of the nearest key around it."""
         return self.values.get(key) or self.key_place(key)
 
+    def move(self, old: Key, new: Key) -> None:
+        """What stands below a key counts as standing below another one too."""
+        for places in (self.keys, self.values):
+            found = {key: place for key, place in places.items() if key[: len(old)] == old}
+            places.update({new + key[len(old) :]: place for key, place in found.items()})
+
     def set(self, assignment: str) -> None:
         """Apply one `--set key.path=value`; the value is read as YAML.
 

@@ -4,6 +4,7 @@ PipelineError                exit code
   ConfigError          2     the YAML or the command line is wrong; carries every problem found
   StageError           1     a stage met something a user can mend (a bad row, a wrong template, …)
   StageFailed          1     a stage ended without a result; says which, why and where its log is
+  GateClosed           3     a gate said no; what comes after was not run, and nothing is thrown away
   Interrupted         75     stopped by a signal; the next `run` goes on
   Busy                 1     another run holds the same folder
   NewerRecord          1     a later version of this project wrote the folder
@@ -37,6 +38,12 @@ class StageError(PipelineError):
 
 class StageFailed(PipelineError):
     """A stage ended without a result."""
+
+
+class GateClosed(PipelineError):
+    """A gate of a finished evaluation said no."""
+
+    exit_code = 3
 
 
 class Interrupted(PipelineError):

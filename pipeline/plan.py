@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +17,16 @@ from pydantic import BaseModel
 from pipeline import artifact
 from pipeline.config import Pipeline, Stage, in_order
 from pipeline.content import HASHES, ROWS, Hashes, Look, Rows
+from pipeline.document import Key
 from pipeline.errors import ConfigError, NewerRecord, StageError, StageFailed, nearest
 from stages import _checkpoint, _model, _rows, _template, _trainer
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets")
+COMPUTES = {
+    "quantize": ["gptqmodel"],
+    "select": ["numpy"],
+    "evaluate": ["numpy", "gptqmodel", "jieba", "rouge-chinese", "nltk", "lm_eval"],
+}
 # Settings that change what is logged or kept, never the weights.
 NO_RESULT = frozenset(
     {
@@ -77,8 +83,8 @@ class Step:
 
     @property
     def produces(self) -> list[str]:
-        """The model after this step, as folders; none when it leaves rows instead."""
-        if self.stage.leaves_data:
+        """The model after this step, as folders; none when it leaves something else."""
+        if not self.stage.leaves_model:
             return []
         before = getattr(self.config, "model", [])
         return [*before, str(self.folder)] if self.stage.leaves_adapter else [str(self.folder)]
@@ -95,6 +101,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
+    ignore_gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,11 @@ def build(
     fetch: bool = False,
     until: str | None = None,
     fresh: Collection[str] = (),
+    ignore_gates: bool = False,
 ) -> Plan:
     """Place every stage, up to `until`, and check each; `fetch` allows downloads, stages in `fresh` start over.
+
+    With `ignore_gates` a gate that says no is told and does not stop the run.
 
     Raises:
         ConfigError: `until` or `fresh` names no stage.
@@ -128,12 +138,15 @@ def build(
     problems += [f"--fresh {name}: it comes after `--until {until}`" for name in fresh if name in names[last + 1 :]]
     if problems:
         raise ConfigError(problems)
-    plan = Plan(pipeline, saves, Hashes(saves / HASHES))
+    plan = Plan(pipeline, saves, Hashes(saves / HASHES), ignore_gates=ignore_gates)
     _check_place(plan)
     placer = _Placer(plan, fetch, fresh)
     for stage in pipeline.stages[: last + 1]:
         placer.place(stage)
     _check_disk(plan)
+    for step in plan.steps:
+        no = [verdict.text for verdict in verdicts(step, plan) if not verdict.passed] if step.state == "done" else []
+        plan.notes += [f"a gate of `{step.name}` says no, and `run` stops after it: {text}" for text in no]
     plan.hashes.save()
     return plan
 
@@ -214,15 +227,20 @@ class _Placer:
     def place(self, stage: Stage) -> None:
         model = self.starting(stage) if _uses_model(stage) else None
         others = self.other_models(stage)
-        self.check(stage, model)
-        if (model is None and _uses_model(stage)) or len(others) < len(_other_models(stage)):
+        compared = self.compared(stage)
+        self.check(stage, model, compared)
+        lacking = len(others) < len(_other_models(stage)) or len(compared) < len(stage.compared)
+        if (model is None and _uses_model(stage)) or lacking:
             return  # a problem was noted; what hangs on it cannot be placed
         folders: dict[str, Any] = {setting: other.folders[0] for setting, other in others.items()}
+        if compared:
+            folders["compare"] = {name: other.folders for name, other in compared.items()}
         if stage.model is not None:
             folders["model"] = model.folders if model is not None else []
         config = _with_made(stage.config.model_copy(update=folders), self.made)
         recipe = self.recipe(stage) | {setting: other.identity for setting, other in others.items()}
-        inputs = {} if model is None else {"model": model.identity}
+        inputs = {name: other.identity for name, other in compared.items()}
+        inputs |= {} if model is None else {"model": model.identity}
         content = {"use": stage.use, "recipe": recipe, "inputs": inputs, "versions": versions(stage.use)}
         fingerprint = hashlib.sha256(_canonical(content)).hexdigest()
         folder = self.plan.saves / f"{stage.use}-{fingerprint[:12]}"
@@ -230,9 +248,9 @@ class _Placer:
         self.check_own(folder, link)
         left = self.left(stage, folder)
         state, why = self.state(stage, folder, link, content, left)
-        sources = [file for source in _sources(stage.config) for file in self.files(source)]
+        sources = [file for source in _sources(stage.config) for file in self.files(source)] + _read_files(stage)
         files = dict(zip(map(str, sources), self.hashes.of(sources), strict=True))
-        for other in (model, *others.values()):
+        for other in (model, *others.values(), *compared.values()):
             files |= other.files if other is not None else {}
         fresh = stage.name in self.fresh
         inexact = _trainer.inexact(stage.config) if isinstance(stage.config, _trainer.TrainingConfig) else None
@@ -253,19 +271,21 @@ class _Placer:
             left=tuple(left),
             data=tuple(self.made[source.path].folder for source in _sources(stage.config) if source.path in self.made),
             inexact=inexact,
-            needs=self.needs(stage, model),
+            needs=self.needs(stage, [model] if model is not None or not compared else list(compared.values())),
         )
         self.plan.steps.append(step)
         if stage.leaves_data:
             self.made[f"${stage.name}"] = step
+        if not stage.leaves_model:
             return
         facts = stage.module.facts(stage.config) if model is None else self.facts_after(stage, model.facts)
         self.models[stage.name] = _Model(step.produces, fingerprint, facts)
 
-    def needs(self, stage: Stage, model: _Model | None) -> _model.Needs:
+    def needs(self, stage: Stage, models: Sequence[_Model | None]) -> _model.Needs:
+        """What it needs with the model that takes most."""
         needs = getattr(stage.module, "needs", None)
-        found: _model.Needs = needs(stage.config, model.facts if model is not None else None) if needs else _NOTHING
-        return found
+        found = [needs(stage.config, model.facts if model is not None else None) for model in models] if needs else []
+        return max(found, key=lambda one: one.memory, default=_NOTHING)
 
     def facts_after(self, stage: Stage, facts: _model.Facts) -> _model.Facts:
         after = getattr(stage.module, "facts_after", None)
@@ -274,13 +294,20 @@ class _Placer:
         return replace(changed, source=f"the model of `{stage.name}`", template=template)
 
     def starting(self, stage: Stage) -> _Model | None:
-        if stage.model is None:
-            return None
-        if stage.model.startswith("$"):
-            return self.models.get(stage.model[1:])
-        if stage.model not in self.bases:
-            self.bases[stage.model] = self.base(stage.model, stage)
-        return self.bases[stage.model]
+        return self.model(stage.model, stage) if stage.model is not None else None
+
+    def compared(self, stage: Stage) -> dict[str, _Model]:
+        """The models that it compares; one that cannot be placed was noted where that was found."""
+        found = {name: self.model(model, stage) for name, model in stage.compared.items()}
+        return {name: model for name, model in found.items() if model is not None}
+
+    def model(self, model: str, stage: Stage) -> _Model | None:
+        """The model of an earlier stage as `$name`, or one that no stage makes."""
+        if model.startswith("$"):
+            return self.models.get(model[1:])
+        if model not in self.bases:
+            self.bases[model] = self.base(model, stage)
+        return self.bases[model]
 
     def other_models(self, stage: Stage) -> dict[str, _Model]:
         """The models that its settings name besides the one it starts from; a missing one is noted."""
@@ -314,17 +341,19 @@ class _Placer:
 
     def problem(self, stage: Stage, setting: str, text: str) -> None:
         document = self.plan.pipeline.document
-        key = ("stages", stage.name, *setting.split(".")) if setting else ("stages", stage.name)
+        words = [int(word) if word.isdigit() else word for word in setting.split(".") if word]
+        key: Key = ("stages", stage.name, *words)
         from_top = setting == "template" or (setting == "model" and not (stage.model or "").startswith("$"))
         if from_top and key not in document.keys and (setting,) in document.keys:
             key = (setting,)
         self.plan.problems.append(f"{document.value_place(key)}: stage `{stage.name}`: {text}")
 
-    def check(self, stage: Stage, model: _Model | None) -> None:
+    def check(self, stage: Stage, model: _Model | None, compared: Mapping[str, _Model]) -> None:
         """What can be known to fail before the first stage starts: the data, and what the stage itself knows."""
         for source in _sources(stage.config):
             self.check_data(source)
         self.check_held_out(stage)
+        self.check_unseen(stage)
         self.check_tools(stage, model)
         if stage.leaves_data and any(self.names(source)[0] in self.with_tools for source in _sources(stage.config)):
             self.with_tools.add(f"${stage.name}")
@@ -333,6 +362,9 @@ class _Placer:
             config = stage.config if model is None else stage.config.model_copy(update={"model": model.folders})
             for setting, text in check(config, model.facts if model else None):
                 self.problem(stage, setting, text)
+            for other in compared.values():
+                for setting, text in check(config, other.facts):
+                    self.problem(stage, setting, text)
 
     def files(self, source: _rows.Source) -> list[Path]:
         """Where its data lies; empty when it is not there, which `check_data` tells."""
@@ -371,6 +403,16 @@ class _Placer:
             if text is not None:
                 self.problem(stage, "eval_size", text)
 
+    def check_unseen(self, stage: Stage) -> None:
+        """What models are measured on should not be what they were trained or calibrated with."""
+        measured = {self.digest(self.files(source)): source for source in _sources(stage.config) if stage.compared}
+        for step in self.plan.steps if measured else ():
+            seen = {self.digest(self.files(source)) for source in _sources(step.stage.config)} - {None}
+            if step.stage.model is not None and step.stage.leaves_model:
+                for source in (measured[digest] for digest in measured.keys() & seen):
+                    text = f"`{stage.name}` measures on data `{self.names(source)[0]}`, which `{step.name}` reads too"
+                    self.plan.notes.append(f"{text}; its figures say little about new rows")
+
     def names(self, source: _rows.Source) -> list[str]:
         """What a data source is called in the file; what a stage leaves is called `$stage`."""
         declared = self.plan.pipeline.data.items()
@@ -402,7 +444,10 @@ class _Placer:
 
     def recipe(self, stage: Stage) -> dict[str, Any]:
         """What the stage does, in values that can be compared: settings, and the content of its data by hash."""
-        recipe = stage.config.model_dump(mode="json", exclude={"model"})
+        exclude = {"model", *getattr(stage.module, "NO_RECIPE", ())}
+        recipe = stage.config.model_dump(mode="json", exclude=exclude)
+        if read := _read_files(stage):
+            recipe["files"] = self.hashes.of(read)
         if isinstance(recipe.get("trainer"), dict):
             # With the best checkpoint loaded at the end, when to save decides which one that can be.
             best = recipe["trainer"].get("load_best_model_at_end")
@@ -500,8 +545,8 @@ class _Placer:
         found = list(self.differences(stage, {key: old.get(key) for key in ("recipe", "versions")}, content, ""))
         if found:
             return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
-        source = (stage.model or "")[1:]
-        above = next((step for step in self.plan.steps if step.name == source and step.state != "done"), None)
+        sources = [model[1:] for model in (stage.model or "", *stage.compared.values())]
+        above = next((step for step in self.plan.steps if step.name in sources and step.state != "done"), None)
         return f"`{above.name}` above it will run" if above else "the model it starts from changed"
 
     def differences(self, stage: Stage, old: Any, new: Any, path: str) -> Iterator[str]:
@@ -541,6 +586,22 @@ def has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate says to a finished step: a sentence with its place, the figure, the bound and the evidence."""
+
+    passed: bool
+    text: str
+
+
+def verdicts(step: Step, plan: Plan) -> list[Verdict]:
+    """What the gates of a finished step say. They are judged anew by every run: a bound is no part of a recipe."""
+    judge = getattr(step.stage.module, "verdicts", None)
+    found = judge(step.stage.config, step.folder) if judge is not None else []
+    places = (plan.pipeline.document.value_place(("stages", step.name, "gates", n)) for n in range(len(found)))
+    return [Verdict(one.passed, f"{place}: {one.text}") for one, place in zip(found, places, strict=False)]
+
+
 def begin(step: Step, plan: Plan) -> dict[str, Any]:
     """What the unfinished folder of a step says of itself: enough to run it, and to see later what has changed."""
     return {
@@ -559,7 +620,7 @@ def begin(step: Step, plan: Plan) -> dict[str, Any]:
 def stands_on(step: Step) -> list[str]:
     """Names of the folders in `saves` that it reads: what it starts from, rows, and other models."""
     others = [getattr(step.config, setting) for setting in _other_models(step.stage)]
-    folders = [Path(folder).resolve() for folder in (*getattr(step.config, "model", []), *step.data, *others)]
+    folders = [Path(folder).resolve() for folder in (*_folders(step.config), *step.data, *others)]
     return sorted({folder.name for folder in folders if folder.parent == step.folder.parent.resolve()})
 
 
@@ -576,17 +637,31 @@ def check_unchanged(step: Step, hashes: Hashes, *, read: bool = False) -> None:
     for path, digest in step.files.items():
         if found.get(str(Path(path))) != digest:
             raise StageFailed(f"stage `{step.name}`: `{path}` changed while the run was going on; run again")
-    for folder in [*map(Path, getattr(step.config, "model", [])), *step.data]:
+    for folder in [*map(Path, _folders(step.config)), *step.data]:
         if folder.parent != step.folder.parent:
             continue
         record = artifact.read(folder)
         damage = artifact.damage(folder, record, hashes, thorough=read) if record else "its record is gone"
         if damage is not None:
-            how = "whose rows it reads" if folder in step.data else "which it starts from"
+            how = "which it starts from" if str(folder) in getattr(step.config, "model", []) else "which it compares"
+            how = "whose rows it reads" if folder in step.data else how
             raise StageFailed(
                 f"stage `{step.name}`: `{folder}`, {how}, is damaged ({damage}); "
                 "nothing was read from it; run again to make it anew"
             )
+
+
+def _folders(config: BaseModel) -> list[str]:
+    """The folders of the model that it starts from, and of those that it compares."""
+    compared = getattr(config, "compare", None)
+    named = compared.values() if isinstance(compared, dict) else ()
+    return list(dict.fromkeys([*getattr(config, "model", []), *(folder for folders in named for folder in folders)]))
+
+
+def _read_files(stage: Stage) -> list[Path]:
+    """Files that a stage reads besides models and data."""
+    read = getattr(stage.module, "read_files", None)
+    return list(read(stage.config)) if read is not None else []
 
 
 def _uses_model(stage: Stage) -> bool:
@@ -608,6 +683,8 @@ def _with_made(config: Any, made: Mapping[str, Step]) -> Any:
         return config.model_copy(update={"path": str(rows.folder / _rows.MADE)}) if rows is not None else config
     if isinstance(config, list):
         return [_with_made(item, made) for item in config]
+    if isinstance(config, dict):
+        return {name: _with_made(item, made) for name, item in config.items()}
     if not isinstance(config, BaseModel):
         return config
     return config.model_copy(
@@ -619,7 +696,7 @@ def _sources(config: BaseModel) -> Iterator[_rows.Source]:
     """Every data source in a stage's config, and those that these are compared with."""
     for name in type(config).model_fields:
         value = getattr(config, name)
-        for item in value if isinstance(value, list) else [value]:
+        for item in value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]:
             if isinstance(item, _rows.Source):
                 yield from (item, *item.others.values())
             elif isinstance(item, BaseModel):
@@ -630,7 +707,7 @@ def versions(use: str) -> dict[str, str]:
     """Everything installed that computes, and our own stage's version."""
     from pipeline.config import module
 
-    libraries = (*LIBRARIES, *{"quantize": ["gptqmodel"], "select": ["numpy"]}.get(use, []))
+    libraries = (*LIBRARIES, *COMPUTES.get(use, []))
     found = {f"stage {use}": str(module(use).VERSION), "python": ".".join(platform.python_version_tuple()[:2])}
     return found | {library: _version(library) for library in libraries}
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.plan import Plan, Step
+from stages import evaluate
 
 MARKS = {"waiting": "·", "running": "▸", "done": "✓", "ran": "✓", "failed": "✗"}
 
@@ -69,6 +71,8 @@ class View:
         kind = event["kind"]
         if kind == "total":
             row.total, row.step = event["steps"], event["step"]
+            if "batch" not in event:
+                return
             rows = event["batch"] * event["accumulation"] * event["processes"]
             row.note = (
                 f"batch {event['batch']} × {event['accumulation']} accumulation × {event['processes']} "
@@ -174,6 +178,23 @@ def result_table(planned: Plan, records: Sequence[Mapping[str, Any]], ran: Mappi
 def key_figure(step: Step, record: Mapping[str, Any]) -> str:
     """The figure that the stage itself calls its key figure."""
     return str(step.stage.module.figure(record["metrics"]))
+
+
+def evaluation_table(folder: Path) -> Table:
+    """The figures of an evaluation, a column for each model; why there is none stands in its place."""
+    found = evaluate.table(folder)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("metric", "data", *found["models"]):
+        table.add_column(column, overflow="fold", max_width=32)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for one in found["figures"]:
+        cell = f"({one['why']})" if one["value"] is None else f"{one['value']:.4g}"
+        rows.setdefault((one["metric"], one["data"]), {})[one["model"]] = cell
+    for (metric, data), cells in rows.items():
+        said = [cells.get(model, "(not measured)") for model in found["models"]]
+        repeated = [cell if cell not in said[:place] or cell[0] != "(" else "″" for place, cell in enumerate(said)]
+        table.add_row(metric, data, *map(Text, repeated))
+    return table
 
 
 def _label(step: Step) -> str:

@@ -24,7 +24,7 @@ from typing import IO, Any, Protocol
 
 from pipeline import artifact, content, plan, secret, worker
 from pipeline.artifact import SPEC
-from pipeline.errors import Busy, Interrupted, StageFailed
+from pipeline.errors import Busy, GateClosed, Interrupted, StageFailed
 from stages import _events
 from stages._processes import end_with_parent
 
@@ -38,6 +38,7 @@ PRELOAD = [
     "trl.trainer.dpo_trainer",
     "transformers.models.auto.modeling_auto",
 ]
+GATES = "gates.json"  # what the gates of a config's last run said
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # models are fetched before the first stage, by the runner
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -71,8 +72,10 @@ def run(planned: plan.Plan, view: View) -> list[dict[str, Any]]:
         StageFailed: a stage ended without a result.
         Interrupted: a signal came; running again goes on.
         Busy: another run is at work on the same stage.
+        GateClosed: a gate said no, and the plan does not ignore gates.
     """
     records = []
+    gates = _Gates(planned)
     content.clear_torn(planned.saves)
     _claim(planned)
     for step in planned.steps:
@@ -85,10 +88,45 @@ def run(planned: plan.Plan, view: View) -> list[dict[str, Any]]:
                 _tidy(step)
                 view.step(step, "done")
             else:
-                record = _run_step(step, planned, view, stop)
+                record = _run_step(step, planned, view, stop, gates)
             artifact.link(step.folder, step.link)
             records.append(record)
+            gates.judge(step)
     return records
+
+
+class _Gates:
+    """What the gates of this run have said; kept in `gates.json` beside the links."""
+
+    def __init__(self, planned: plan.Plan) -> None:
+        self.planned, self.said = planned, []  # type: plan.Plan, list[dict[str, Any]]
+        self.ignored: list[str] = []
+
+    def judge(self, step: plan.Step) -> None:
+        """Go on, or stop the run.
+
+        Raises:
+            GateClosed: a gate says no, and gates are not ignored.
+        """
+        verdicts = plan.verdicts(step, self.planned)
+        if not verdicts:
+            return
+        closed = [verdict.text for verdict in verdicts if not verdict.passed]
+        self.said += [
+            {"stage": step.name, "folder": step.folder.name, "passed": verdict.passed, "text": verdict.text}
+            for verdict in verdicts
+        ]
+        file = self.planned.saves / self.planned.pipeline.name / GATES
+        content = {"ignored": self.planned.ignore_gates, "gates": self.said}
+        file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        if self.planned.ignore_gates:
+            self.ignored += closed
+        elif closed:
+            raise GateClosed(
+                "\n".join([f"the gates of `{step.name}` say no, and nothing after it was run:", *closed])
+                + f"\nall figures are in {step.link}; change what made them worse, or the gate, or go on all the same "
+                "with `--ignore-gates`"
+            )
 
 
 def _claim(planned: plan.Plan) -> None:
@@ -131,7 +169,7 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, previous)
 
 
-def _run_step(step: plan.Step, planned: plan.Plan, view: View, stop: _Stop) -> dict[str, Any]:
+def _run_step(step: plan.Step, planned: plan.Plan, view: View, stop: _Stop, gates: _Gates) -> dict[str, Any]:
     """Run one step to its finished folder, and hold its lock until that has its name."""
     began, clock = time.time(), time.monotonic()
     hashes = planned.hashes
@@ -163,6 +201,7 @@ def _run_step(step: plan.Step, planned: plan.Plan, view: View, stop: _Stop) -> d
             "stands_on": plan.stands_on(step),
             "metrics": metrics,
             "inexact_after_a_stop": step.inexact,
+            "ignored_gates": list(gates.ignored),
             "versions": plan.versions(step.stage.use),
             "machine": {
                 "host": platform.node(),

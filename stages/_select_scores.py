@@ -1,18 +1,17 @@
 """What models say of rows: the loss of answers, rewards, embeddings, and answers of their own.
 
-Rows go through in batches of about the same length, the longest first, so that too little memory shows at once; no
-gradient, and never more than `batch_tokens` tokens, or one row, on the device. Sums are made on the CPU in the rows'
-order: the same rows give the same figures.
+Rows go through in batches of at most `batch_tokens` tokens, as `_inference` says.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import StageError
-from stages import _model, _rows, _template, _trainer
+from stages import _inference, _model, _rows, _template, _trainer
 from stages._events import emit
+from stages._inference import each, losses, positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
-CHUNK = 256  # positions whose float32 logits are in memory at once; a row of 250,000 logits takes 1 MB
 PROBE = "A question."
 
 
@@ -43,25 +41,8 @@ class Settings(Protocol):
     def batch_tokens(self) -> int: ...
 
 
-def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices of rows in batches, the longest first; rows × the longest of them is at most `tokens`, or one row."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        count = max(1, tokens // max(1, lengths[order[start]]))
-        yield order[start : start + count]
-        start += count
-
-
-def _each(lengths: Sequence[int], tokens: int, out: Path, doing: str, act: Callable[[list[int]], None]) -> None:
-    """Call `act` with every batch, and tell how far it is, ten times at most."""
-    done, told = 0, 0
-    for batch in batches(lengths, tokens):
-        act(batch)
-        done += len(batch)
-        if done * 10 // len(lengths) > told:
-            told = done * 10 // len(lengths)
-            emit(out, "note", text=f"{doing} {done:,} of {len(lengths):,}")
+def _progress(out: Path, doing: str, count: int) -> Callable[[int], None]:
+    return lambda done: emit(out, "note", text=f"{doing} {done:,} of {count:,}")
 
 
 # The stage's own model
@@ -86,11 +67,6 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _positions(model: Any) -> int:
-    """How many tokens a model takes; those without such a limit take any number."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 10**9)
-
-
 # Losses of answers
 
 
@@ -105,7 +81,7 @@ def answer_losses(
     `max_length` or the model's positions.
     """
     model, tokenizer = _own(config)
-    limit = min(config.max_length, _positions(model))
+    limit = min(config.max_length, positions(model))
     start = opening(tokenizer)
     texts: list[tuple[Ids, Ids]] = []
     owners: list[tuple[int, int]] = []  # the row of each text, and whether the answer is alone
@@ -124,13 +100,7 @@ def answer_losses(
             owners.append((index, 1))
         texts.append((ids, whole))
         owners.append((index, 0))
-    found = [0.0] * len(texts)
-
-    def act(batch: list[int]) -> None:
-        for place, loss in zip(batch, summed_losses(model, [texts[place] for place in batch]), strict=True):
-            found[place] = loss
-
-    _each([len(ids) for ids, _ in texts], config.batch_tokens, out, "scored texts:", act)
+    found = losses(model, texts, config.batch_tokens, _progress(out, "scored texts:", len(texts)))
     sums = [[0.0] * len(rows), [0.0] * len(rows)]
     for (index, alone), loss in zip(owners, found, strict=True):
         sums[alone][index] += loss
@@ -168,59 +138,23 @@ def _answers(labels: Sequence[int]) -> list[range]:
     return [places for places in found if places]
 
 
-def summed_losses(model: Any, texts: Sequence[tuple[Ids, Ids]]) -> list[float]:
-    """The sum over each text's labelled tokens of their cross-entropy in nats, in float32 and summed in float64."""
-    import torch
-
-    width = max(len(ids) for ids, _ in texts)
-    ids = torch.zeros(len(texts), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, _template.IGNORED)
-    for line, (tokens, wanted) in enumerate(texts):
-        ids[line, : len(tokens)], mask[line, : len(tokens)] = torch.tensor(tokens), 1
-        labels[line, : len(wanted)] = torch.tensor(wanted)
-    targets = labels[:, 1:]
-    lines, places = (targets != _template.IGNORED).nonzero(as_tuple=True)
-    sums = torch.zeros(len(texts), dtype=torch.float64)
-    with torch.inference_mode():
-        seen = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        logits = model(**seen, use_cache=False).logits
-        for start in range(0, len(lines), CHUNK):
-            line, place = lines[start : start + CHUNK], places[start : start + CHUNK]
-            right = targets[line, place].to(model.device)
-            loss = torch.nn.functional.cross_entropy(logits[line, place].float(), right, reduction="none")
-            sums.index_add_(0, line, loss.double().cpu())
-    return [float(total) for total in sums]
-
-
 # Answers of the model's own
 
 
 def answers(config: Settings, rows: Sequence[_rows.Row], out: Path) -> list[str | None]:
     """The likeliest answer (greedy) to each conversation up to its last answer; None where the prompt is too long."""
-    import torch
-
     model, tokenizer = _own(config)
     _model.set_stop_tokens(model, tokenizer)
-    tokenizer.padding_side = "left"
-    limit = min(config.max_length, _positions(model) - 1)
+    limit = min(config.max_length, positions(model) - 1)
     prompts = [_template.render(tokenizer, row["messages"][:-1], prompt=True, tools=row.get("tools")) for row in rows]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     asked = [index for index, prompt in enumerate(ids) if len(prompt) <= limit]
     found: list[str | None] = [None] * len(rows)
-
-    def act(batch: list[int]) -> None:
-        lines = [asked[place] for place in batch]
-        given = tokenizer.pad({"input_ids": [ids[index] for index in lines]}, return_tensors="pt").to(model.device)
-        width = given["input_ids"].shape[1]
-        longest = min(config.max_new_tokens, _positions(model) - width)
-        with torch.inference_mode():
-            told = model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=longest)
-        for index, text in zip(lines, tokenizer.batch_decode(told[:, width:], skip_special_tokens=True), strict=True):
-            found[index] = text.strip()
-
-    if asked:
-        lengths = [len(ids[index]) + config.max_new_tokens for index in asked]
-        _each(lengths, config.batch_tokens, out, "answered questions:", act)
+    told = _progress(out, "answered questions:", len(asked))
+    given, how = [ids[index] for index in asked], {"max_new_tokens": config.max_new_tokens}
+    made = _inference.answers(model, tokenizer, given, config.batch_tokens, told, settings=how)
+    for index, text in zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+        found[index] = text.strip()
     return found
 
 
@@ -258,7 +192,12 @@ def rewards(config: Settings, rows: Sequence[_rows.Row], out: Path) -> tuple[lis
             found[index] = score
 
     if rows:
-        _each([len(one["input_ids"]) for one in encoded], config.batch_tokens, out, "scored rows:", act)
+        each(
+            [len(one["input_ids"]) for one in encoded],
+            config.batch_tokens,
+            act,
+            _progress(out, "scored rows:", len(rows)),
+        )
     return found, cut
 
 
@@ -289,7 +228,7 @@ def _padded(tokenizer: Any) -> Any:
 
 def _reach(model: Any, tokenizer: Any) -> int:
     """How many tokens a model and its tokenizer say they take."""
-    return min(_positions(model), int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**9 else 10**9)
+    return min(positions(model), int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**9 else 10**9)
 
 
 def _for_scorer(tokenizer: Any, row: _rows.Row, limit: int | None = None) -> dict[str, Ids]:
@@ -335,7 +274,9 @@ def embeddings(
         means = hidden.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         points[batch] = means.cpu().numpy()
 
-    _each([len(one["input_ids"]) for one in encoded], config.batch_tokens, out, "placed rows:", act)
+    each(
+        [len(one["input_ids"]) for one in encoded], config.batch_tokens, act, _progress(out, "placed rows:", len(rows))
+    )
     return points, cut
 
 

@@ -182,16 +182,17 @@ def test_a_mistake_in_a_stage_names_its_place_the_word_and_what_is_wanted(projec
         (
             "../x:",
             "8:3: there is no stage `../x` (a second of a kind is `../x: {use: KIND}`); "
-            "there is `dpo`, `init`, `merge`, `pt`, `quantize`, `select`, `sft`",
+            "there is `dpo`, `evaluate`, `init`, `merge`, `pt`, `quantize`, `select`, `sft`",
         ),
         (
             "_trainer:",
             "8:3: there is no stage `_trainer` (a second of a kind is `_trainer: {use: KIND}`); "
-            "there is `dpo`, `init`, `merge`, `pt`, `quantize`, `select`, `sft`",
+            "there is `dpo`, `evaluate`, `init`, `merge`, `pt`, `quantize`, `select`, `sft`",
         ),
         (
             "x: {use: ../x}",
-            "8:12: there is no stage `../x`; there is `dpo`, `init`, `merge`, `pt`, `quantize`, `select`, `sft`",
+            "8:12: there is no stage `../x`; "
+            "there is `dpo`, `evaluate`, `init`, `merge`, `pt`, `quantize`, `select`, `sft`",
         ),
     ],
 )
@@ -268,10 +269,10 @@ def load_here(*assignments):
             "  h: {path: a.jsonl, format: text, clean: [{contamination: {against: [h, gg]}}]}\n"
             "stages: {merge: {model: ./m}}\n",
             [
-                "x.yaml:2:36: data `f`: there is no cleaning step `nonsense`; there is `contamination`, "
+                "x.yaml:2:65: data `f`: `min` is `x`; it wants a whole number",
+                "x.yaml:2:70: data `f`: there is no cleaning step `nonsense`; there is `contamination`, "
                 "`exact_duplicates`, `html`, `language`, `length`, `near_duplicates`, `personal_data`, "
                 "`repeated_lines`, `whitespace`, `width`",
-                "x.yaml:2:65: data `f`: `min` is `x`; it wants a whole number",
                 "x.yaml:3:49: data `g`: `max_dropped` is `2`; it wants a number less than or equal to 1",
                 "x.yaml:3:52: data `g`: there is no setting `others`; remove it",
                 "x.yaml:4:36: data `h`: `contamination` against itself drops every row",

@@ -12,7 +12,7 @@ from planned import TOP, pretend
 from pipeline import artifact, config, plan
 from pipeline.content import Hashes
 from pipeline.errors import StageError, StageFailed
-from stages import _rows, _select_points, _select_scores, select
+from stages import _inference, _rows, _select_points, _select_scores, select
 
 CHAIN = (
     TOP
@@ -298,7 +298,7 @@ def test_car_joins_the_best_of_all_with_the_best_of_each_cluster(given, tmp_path
 
 
 def test_batches_hold_the_longest_rows_first_and_no_more_than_they_may():
-    assert list(_select_scores.batches([3, 9, 5, 3, 20], 10)) == [[4], [1], [2, 0], [3]]
+    assert list(_inference.batches([3, 9, 5, 3, 20], 10)) == [[4], [1], [2, 0], [3]]
 
 
 # The rows that it leaves

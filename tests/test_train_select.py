@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import artifact, cli
 from pipeline.errors import StageError
-from stages import _generate, _model, _rows, _select_scores, _template, select
+from stages import _generate, _inference, _model, _rows, _select_scores, _template, select
 
 pytestmark = pytest.mark.train
 
@@ -84,7 +84,7 @@ class Certain:
 def test_ifd_of_a_model_that_can_be_computed_by_hand():
     # Answer 2, 3 after question 1: ln 4/3 a token. Alone: ln 4 a token. IFD = ln(4/3) / ln 4 = 0.2075.
     no = _template.IGNORED
-    given, alone = _select_scores.summed_losses(Certain(), [([0, 1, 2, 3], [no, no, 2, 3]), ([0, 2, 3], [no, 2, 3])])
+    given, alone = _inference.summed_losses(Certain(), [([0, 1, 2, 3], [no, no, 2, 3]), ([0, 2, 3], [no, 2, 3])])
     assert (given, alone) == pytest.approx((2 * math.log(4 / 3), 2 * math.log(4)))
     assert select.ifd([given / 2], [alone / 2]) == pytest.approx([0.20752], abs=1e-5)
 
@@ -94,10 +94,8 @@ def test_every_answer_of_a_conversation_counts_and_its_end_of_turn_does_not(tiny
 
     folder, seen = tiny("llama"), []
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    real = _select_scores.summed_losses
-    monkeypatch.setattr(
-        _select_scores, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1]
-    )
+    real = _inference.summed_losses
+    monkeypatch.setattr(_inference, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1])
     row = talk("头疼怎么办？", "多休息。", "还疼呢？", "去看医生。")
     given, alone = _select_scores.answer_losses(settings(folder, UNREAD), [row], tmp_path)
     shown = [
