@@ -325,7 +325,7 @@ class _Checker:
         """Sources by their names, for a stage whose result speaks of them; a list of prompts stays what it is."""
         if key[-1] == "prompts" and isinstance(written, list):
             if wrong := [text for text in written if not isinstance(text, str) or not text.strip()]:
-                self.at_value(key, f"stage `{stage}`: a prompt is `{shown(wrong[0])}`; it wants text")
+                self.at_value(key, f"stage `{stage}`: a prompt is `{settings.shown(wrong[0])}`; it wants text")
             return [str(text) for text in written]
         if key[-1] == "prompts" and not isinstance(written, str):
             self.at_value(key, f"stage `{stage}`: `prompts` is a name of declared data, or a list of questions")
