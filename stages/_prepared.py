@@ -151,8 +151,11 @@ def _make(
         limit, cut = recipe["max_length"], recipe["cut"]
         made = _processes.mapped(sequences(tokenizer, limit, cut, len(config.data)), drawn.chunks(), processes, FEW)
         totals = _written(made, part / "train.arrow", len(config.data))
-        _check_dropped(config, totals, args.max_length)
-        account = _account_of(drawn, totals)
+        whole = _account.Tokens()
+        for total in totals:
+            whole.add(total)
+        check_dropped(config, whole, args.max_length)
+        account = _account_of(drawn, totals, whole)
         if drawn.held:
             made = map(sequences(tokenizer, recipe["held_max_length"], cut, 1), drawn.held_chunks())
             account["held_out"] = _written(made, part / "held.arrow", 1)[0].rows
@@ -186,24 +189,24 @@ def sequences(
         encoded = _account.encode(tokenizer, [placed.row for _, placed, _ in trained])
         for (_, placed, copies), row in zip(trained, encoded, strict=True):
             if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
-                for name, values in [*_columns(row, limit, cut)] * copies:
-                    columns.setdefault(name, _Column()).add(values)
+                for example in examples(row, limit, cut) * copies:
+                    for name, values in example.items():
+                        columns.setdefault(name, _Column()).add(values)
         return _batch(columns), totals
 
     return work
 
 
-def _columns(row: list[_account.Encoded], limit: int | None, cut: bool) -> Iterator[tuple[str, list[int]]]:
-    """A row's values, each with its column."""
+def examples(row: list[_account.Encoded], limit: int | None, cut: bool) -> list[dict[str, list[int]]]:
+    """What a trainer gets of a row; all of `cut` rows is in the loss, and labels that are not given are the ids."""
     ids, labels = row[0]
     if len(row) == 2:  # chosen and rejected, after the same prompt
         start = next(place for place, label in enumerate(labels) if label != _template.IGNORED)
-        yield from (("prompt_ids", ids[:start]), ("chosen_ids", ids[start:]), ("rejected_ids", row[1][0][start:]))
-    elif cut:  # all of it is in the loss, and labels that are not given are the ids
+        return [{"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": row[1][0][start:]}]
+    if cut:
         length = limit or len(ids)
-        yield from (("input_ids", ids[start : start + length]) for start in range(0, len(ids), length))
-    else:
-        yield from (("input_ids", ids[:limit]), ("labels", labels[:limit]))
+        return [{"input_ids": ids[start : start + length]} for start in range(0, len(ids), length)]
+    return [{"input_ids": ids[:limit], "labels": labels[:limit]}]
 
 
 class _Column:
@@ -254,28 +257,25 @@ def _dataset(file: Path) -> "Dataset":
     return Dataset.from_file(str(file))
 
 
-def _check_dropped(config: _trainer.TrainingConfig, totals: list[_account.Tokens], max_length: int | None) -> None:
+def check_dropped(config: _trainer.TrainingConfig, total: _account.Tokens, max_length: int | None) -> None:
     """
     Raises:
         StageError: more rows would train nothing than the data sets allow.
     """
-    kept, lost = sum(total.rows for total in totals), sum(total.untrained for total in totals)
-    if not kept:
-        raise StageError(f"all {lost} rows lose their answer at `max_length` {max_length}; raise it")
+    rows = total.rows + total.untrained
+    if not total.rows:
+        raise StageError(f"all {rows} rows lose their answer at `max_length` {max_length}; raise it")
     allowed = max(source.max_dropped for source in config.data)
-    if lost > allowed * (kept + lost):
-        first = next(place for total in totals for place in total.first)
+    if total.untrained > allowed * rows:
         raise StageError(
-            f"{lost:,} of {kept + lost:,} rows lose their answer at `max_length` {max_length}, the first at {first}; "
-            f"that is more than `max_dropped` {allowed:g} of them; raise `max_length`, or `max_dropped` of the data"
+            f"{total.untrained:,} of {rows:,} rows lose their answer at `max_length` {max_length}, the first at "
+            f"{total.first[0]}; that is more than `max_dropped` {allowed:g} of them; raise `max_length`, or "
+            "`max_dropped` of the data"
         )
 
 
-def _account_of(drawn: _drawn.Drawn, totals: list[_account.Tokens]) -> dict[str, Any]:
+def _account_of(drawn: _drawn.Drawn, totals: list[_account.Tokens], whole: _account.Tokens) -> dict[str, Any]:
     """The account of the stage, with that of each data set under `data`."""
-    whole = _account.Tokens()
-    for total in totals:
-        whole.add(total)
     for entry, total in zip(drawn.account, totals, strict=True):
         if total.untrained:
             entry["trained_rows"] -= total.untrained

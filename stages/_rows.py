@@ -190,18 +190,24 @@ def load(source: Source) -> tuple[list[Placed], _clean.Account]:
     return list(kept(source, done)), done
 
 
-def kept(source: Source, done: _clean.Account) -> Iterator[Placed]:
+def kept(source: Source, done: _clean.Account, early: int | None = None) -> Iterator[Placed]:
     """What `load` gives, row by row; `done` is the whole account once the last is out.
 
     No more than a row is held in memory, unless `clean` compares rows.
 
     Raises:
-        StageError: more rows are bad than `max_dropped` allows; names the first. It comes after the last row.
+        StageError: more rows are bad than `max_dropped` allows; names the first. It comes after the last row, and with
+            `early` after that many, too.
     """
     read = Account()
 
     def good() -> Iterator[Placed]:
-        yield from _normalised(source, 3, read)
+        for placed in _normalised(source, 3, read):
+            yield placed
+            if early and read.read >= early and read.bad > source.max_dropped * read.read:
+                raise errors.StageError(
+                    f"{read.bad:,} of the first {read.read:,} rows are bad: {'; '.join(read.first)}"
+                )
         if read.problems:
             raise errors.StageError("; ".join(read.problems))
 
@@ -228,7 +234,7 @@ def account(source: Source, limit: int = 3, keep: Callable[[Row], None] = lambda
 
 def _normalised(source: Source, limit: int, done: Account) -> Iterator[Placed]:
     """The good rows; `done` is the account once the last is out."""
-    found: list[str] = []
+    found = done.first
     seen: dict[str, None] = {}  # the file's columns, in their order
     left: Counter[str] = Counter()  # rows that hold a placeholder
     filled: set[str] = set()
@@ -257,7 +263,6 @@ def _normalised(source: Source, limit: int, done: Account) -> Iterator[Placed]:
         more = done.bad - len(found)
         found[-1] += f" — and {more:,} more bad row{'s' if more > 1 else ''}"
     unfilled = [] if stopped else _unfilled(source, left, filled, done)
-    done.first = found
     allowed = done.bad <= source.max_dropped * done.read
     done.problems = _absent(source, list(seen))[:limit] or ([] if allowed else found) + stopped + unfilled
 

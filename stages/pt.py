@@ -14,7 +14,7 @@ needs = _trainer.needs
 facts_after = _trainer.facts_after
 
 
-class Config(_trainer.TrainingConfig):
+class Config(_supervised.Config):
     """Settings of `pt`; `trainer:` takes TRL's SFTConfig. `packing: true` unless said otherwise."""
 
 
@@ -24,7 +24,7 @@ def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
     if config.trainer.get("packing", True) and config.trainer.get("packing_strategy") == "bfd":
         text = "`bfd` cuts off what is longer than `max_length`; `bfd_split` and `wrapped` lose no token"
         problems.append(("trainer.packing_strategy", text))
-    problems += _packing.check(config.trainer, facts, packing=True, wraps=True)
+    problems += _supervised.check(config) + _packing.check(config.trainer, facts, packing=True, wraps=True)
     return problems
 
 

@@ -15,14 +15,14 @@ needs = _trainer.needs
 facts_after = _trainer.facts_after
 
 
-class Config(_trainer.TrainingConfig):
+class Config(_supervised.Config):
     """Settings of `sft`; `trainer:` takes TRL's SFTConfig."""
 
 
 def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
     """Problems that are known before the first stage starts."""
     problems = _trainer.check(config, facts, FORMATS, chat=True)
-    problems += _packing.check(config.trainer, facts, packing=False, wraps=False)
+    problems += _supervised.check(config) + _packing.check(config.trainer, facts, packing=False, wraps=False)
     return problems
 
 

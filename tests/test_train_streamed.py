@@ -1,0 +1,99 @@
+"""Streamed rows: trained on as they are read, kept nowhere, and a stopped run ends with the same bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import Interrupted, StageError
+from stages import _rows, _streamed, pt, sft
+
+pytestmark = pytest.mark.train
+
+ASKED = {"max_steps": 6, "max_length": 200, "per_device_train_batch_size": 4}
+
+
+def write(path: Path, count: int, word: str = "第") -> _rows.Source:
+    rows = [{"instruction": f"{word}{number}个问题？", "output": f"多休息{number}天。"} for number in range(count)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return _rows.Source(path=str(path), format="alpaca")
+
+
+def answers(done) -> list[str]:
+    """What the rows of the stream say, in their order."""
+    tokenizer = done.trainer.processing_class
+    words = (tokenizer.decode([label for label in row["labels"] if label >= 0]) for row in done.trainer.train_dataset)
+    return [text.removesuffix(tokenizer.eos_token) for text in words]
+
+
+def test_every_row_streams_once_and_nothing_is_kept(tiny, train, tmp_path):
+    source = write(tmp_path / "a.jsonl", 300)
+    done = train(sft, [tiny("llama")], source, streaming=True, trainer=ASKED)
+    assert sorted(answers(done)) == sorted(f"多休息{number}天。" for number in range(300))
+    assert answers(done) != [f"多休息{number}天。" for number in range(300)]
+    assert not (done.out.parent / ".prepared").exists()
+    assert done.metrics["steps"] == 6
+    assert done.metrics["streamed"]["rows"] >= 24
+
+
+@pytest.mark.parametrize("stage", [sft, pt], ids=["sft", "pt packed"])
+def test_a_stopped_stream_ends_with_the_same_bytes(tiny, train, rows, tmp_path, at, stop, stage):
+    data = write(tmp_path / "a.jsonl", 40) if stage is sft else rows("text", 40)
+    asked = {"streaming": True, "trainer": {**ASKED, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}}
+    whole = train(stage, [tiny("llama")], data, **asked)
+    out = tmp_path / "saves" / "stage"
+    out.parent.mkdir()
+    with pytest.raises(Interrupted, match=r"^stopped at step 3 of 6$"):
+        train(stage, [tiny("llama")], data, out=out, callback=at(3, "on_step_end", stop), **asked)
+    again = train(stage, [tiny("llama")], data, out=out, **asked)
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole.out / "adapter_model.safetensors").read_bytes()
+    assert again.metrics == whole.metrics
+
+
+def test_weights_draw_without_end(tiny, train, tmp_path):
+    few, many = write(tmp_path / "a.jsonl", 5, "甲"), write(tmp_path / "b.jsonl", 50, "乙")
+    config = sft.Config(model=["m"], data=[few, many], weights=[1, 3], streaming=True, trainer={"max_steps": 1})
+    drawn = [
+        row["messages"][0]["content"][0] for _, (_, row) in zip(range(2000), _streamed._mixed(config), strict=False)
+    ]
+    assert 0.22 < drawn.count("甲") / 2000 < 0.28
+
+
+def test_held_out_rows_are_prepared_and_rows_like_them_are_not_trained_on(tiny, train, tmp_path):
+    long = "头疼了三天，应该怎么办才好？请详细说明一下。"
+    data, held = write(tmp_path / "a.jsonl", 20), tmp_path / "held.jsonl"
+    with open(data.path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"instruction": long, "output": "多喝水，多休息。"}) + "\n")
+    held.write_text(json.dumps({"instruction": long, "output": "多喝水，多休息！"}), encoding="utf-8")
+    source = _rows.Source(path=str(held), format="alpaca")
+    done = train(sft, [tiny("llama")], data, streaming=True, eval_data=[source], trainer=ASKED)
+    assert "多喝水，多休息。" not in answers(done)
+    assert len(answers(done)) == 20
+    assert done.metrics["eval_loss"] > 0
+
+
+def test_too_many_bad_rows_stop_a_stream_early(tiny, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(_streamed, "_CHECKED", 10)
+    data = write(tmp_path / "a.jsonl", 200)
+    path = Path(data.path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(['{"instruction": "a"}', *lines]), encoding="utf-8")
+    with pytest.raises(StageError) as caught:
+        train(sft, [tiny("llama")], data, streaming=True, trainer=ASKED)
+    assert str(caught.value) == (
+        f"1 of the first 10 rows are bad: {path}:1: the row has no `output`; alpaca rows need `instruction` and "
+        "`output` (map other names with `columns:`)"
+    )
+
+
+def test_what_a_stream_cannot_do_is_said_before(tmp_path):
+    data = _rows.Source(path="a.jsonl", format="alpaca", clean=["html", "near_duplicates"])
+    asked = {"model": ["m"], "data": [data], "streaming": True, "eval_size": 0.1}
+    assert _streamed.check(sft.Config(**asked)) == [
+        ("trainer.max_steps", "a stream has no known length; set `max_steps`"),
+        ("eval_size", "rows of a stream cannot be held out before they are read; name others with `eval_data`"),
+        (
+            "streaming",
+            "`near_duplicates` compares all rows, which a stream never has together; take it out of `clean`",
+        ),
+    ]
