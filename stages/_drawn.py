@@ -135,6 +135,9 @@ def _drawn(config: _trainer.TrainingConfig, spool: "_Spool", processes: int) -> 
         spool.extend(Placed(number, *placed) for placed in _rows.kept(source, done))
         account.append(_entry(source, done))
         parts.append(slice(first, spool.rows))
+    if not spool.rows:
+        lost = "; ".join(told(entry | {"trained_rows": 0, "held_out": 0, "like_held_out": 0}) for entry in account)
+        raise StageError(f"no row is left to train on: {lost}")
     drawn = Drawn(spool, array("L", [1]) * spool.rows, [], account)
     held = hold_out(spool.rows, config.eval_size, config.seed)
     if held:

@@ -88,6 +88,15 @@ def test_held_out_rows_that_leave_nothing_are_refused(tmp_path):
         read([data], tmp_path, eval_data=[data])
 
 
+def test_cleaning_that_leaves_nothing_says_so(tmp_path):
+    data = source(tmp_path / "a.jsonl", different(3, 3), clean=[{"length": {"min": 5000}}])
+    with pytest.raises(StageError) as caught:
+        read([data], tmp_path)
+    assert str(caught.value) == (
+        f"no row is left to train on: {data.path}: 3 rows read, 0 to train on, 3 dropped (shorter than 5000 characters)"
+    )
+
+
 def test_cleaning_and_bad_rows_are_in_the_account_and_told(tmp_path):
     texts = different(60, 4)
     path = tmp_path / "a.jsonl"
