@@ -19,7 +19,8 @@ Logged = dict[str, float]
 SPEED = "tokens_per_second"
 CLOCK = re.compile(r"time\Z|_per_second\Z|runtime\Z|preparation_time\Z")  # differs from run to run
 LOSSES = re.compile(r"loss\Z|eval_(.+_)?loss\Z")
-CURVES = (  # title, names of what is in it, logarithmic
+HELD = "held out "
+CURVES = (  # title, names of what is in it
     ("loss", LOSSES),
     ("rewards", re.compile(r"(eval_)?rewards/(chosen|rejected|margins)\Z")),
     ("reward accuracy", re.compile(r"(eval_)?rewards/accuracies\Z")),
@@ -93,14 +94,14 @@ def curves(rows: Sequence[Logged]) -> dict[str, dict[str, list[tuple[float, floa
 def _said(name: str) -> str:
     held = name.startswith("eval_")
     word = name.removeprefix("eval_").removeprefix("rewards/").replace("_", " ")
-    return f"held out {word}" if held else word
+    return HELD + word if held else word
 
 
 def svg(title: str, series: Mapping[str, Sequence[tuple[float, float]]], key: str) -> str:
     """A curve as an SVG element for a page; `key` keeps its ids apart from those of other curves."""
     text = io.StringIO()
     with _style(INK, GRID, **{"svg.fonttype": "none", "svg.hashsalt": key}):
-        _draw(title, series, SERIES, (4.6, 2.5)).savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        _draw(title, series, SERIES, (3.9, 2.5)).savefig(text, format="svg", transparent=True, metadata={"Date": None})
     found = text.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", found[found.index("<svg") :], flags=re.DOTALL)
     found = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', found)
@@ -126,7 +127,7 @@ def _style(ink: str, grid: str, **more: Any) -> Any:
 
     inked = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "text.color")
     plain = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True}
-    sizes = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False}
+    sizes = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False}
     return matplotlib.rc_context({**dict.fromkeys(inked, ink), "grid.color": grid, **plain, **sizes, **more})
 
 
@@ -138,16 +139,19 @@ def _draw(
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
+    kinds = list(dict.fromkeys(name.removeprefix(HELD) for name in series))
     for number, (name, points) in enumerate(series.items()):
-        colour = colours[number % len(colours)]
-        held = name.startswith("held out")
-        mark = "o" if held or len(points) < 12 else ""
+        held = name.startswith(HELD)
+        place = kinds.index(name.removeprefix(HELD)) if len(kinds) > 1 else number  # one colour a kind, held out dashed
+        colour = colours[place % len(colours)]
         steps, values = zip(*points, strict=True)
-        line = "--" if held else "-"
-        axes.plot(steps, values, line, marker=mark, markersize=3.5, color=colour, label=name, linewidth=1.5)
+        mark = "o" if held or len(points) < 12 else ""
+        axes.plot(steps, values, "--" if held else "-", marker=mark, markersize=3, color=colour, label=name)
     axes.set_title(title)
     axes.set_xlabel("step")
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if len(series) > 1 or title == "loss":
-        axes.legend(fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    if len(series) > 1:
+        figure.legend(loc="outside lower center", ncols=min(len(series), 3), fontsize=8, columnspacing=1)
     return figure

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
+from pipeline import artifact, secret
 from pipeline.config import folder_name
 from pipeline.errors import ConfigError, nearest
-from pipeline.report import flat, hide
+from pipeline.report import flat
 from stages import evaluate
 
 ABSENT = "(none)"
@@ -159,12 +159,12 @@ def text(found: Difference) -> str:
     for one in found.answers:
         lines += [f"  {one.data}, row {one.row}, {one.model}: {_short(one.prompt)}"]
         lines += [f"    A: {_short(one.a)}", f"    B: {_short(one.b)}"]
-    return hide("\n".join(lines))
+    return secret.mask("\n".join(lines))
 
 
 def as_json(found: Difference) -> str:
     """The difference for scripts."""
-    return hide(json.dumps(asdict(found), ensure_ascii=False, indent=1))
+    return secret.mask(json.dumps(asdict(found), ensure_ascii=False, indent=1))
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
