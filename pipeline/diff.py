@@ -153,7 +153,9 @@ def text(found: Difference) -> str:
     ):
         lines += ["", f"{title}: {len(rows) or 'none'} differ{'' if len(rows) != 1 else 's'}{same}"]
         if rows:
-            lines += _table([("stage", "name", "A", "B"), *((r.stage, r.name, _short(r.a), _short(r.b)) for r in rows)])
+            lines += _table(
+                [("stage", "name", "A", "B"), *((row.stage, row.name, *_both(row.a, row.b)) for row in rows)]
+            )
     if found.answers or found.same_answers:
         lines += ["", f"answers: {len(found.answers)} of {len(found.answers) + found.same_answers} differ"]
     for one in found.answers:
@@ -175,10 +177,19 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _short(value: Any) -> str:
+def _both(a: Any, b: Any) -> tuple[str, str]:
+    """Two different values with as many digits as show the difference."""
+    for digits in (4, 6, 9):
+        both = _short(a, digits), _short(b, digits)
+        if both[0] != both[1]:
+            return both
+    return _short(a, 17), _short(b, 17)
+
+
+def _short(value: Any, digits: int = 4) -> str:
     """A value on one line."""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.{digits}g}"
     word = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     word = " ".join(word.split())
     return word if len(word) <= _LONGEST else f"{word[: _LONGEST - 1]}…"

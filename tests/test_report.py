@@ -242,6 +242,26 @@ def test_nothing_has_run_yet(made):
         assert words in found
 
 
+def test_a_stage_that_is_not_finished_shows_how_far_it_came(made):
+    made.write("z.yaml", CONFIG.replace("r: 8", "r: 4"))
+    part = build("z.yaml")["pt"].part
+    part.mkdir()
+    lines = [json.dumps({"time": 0, **event}) for event in EVENTS[:4]]
+    (part / "events.jsonl").write_text("\n".join([*lines, '{"kind": "lo']), encoding="utf-8")  # being written
+    assert made.call("report", "z.yaml", "--curves", "curves")[0] == 0
+    text = Page(Path("saves/z/report.html").read_text(encoding="utf-8")).text
+    assert "1 of 4 stages done" in text
+    assert "pt (not run yet) " in text
+    assert Path("curves/pt/metrics.csv").read_text(encoding="utf-8").endswith("\n5,,3.0,5e-05,1000\n")
+
+
+def test_a_folder_that_two_configs_use_says_so(made):
+    made.write("z.yaml", CONFIG)
+    for step in build("z.yaml").values():
+        artifact.link(step.folder, step.link) if step.state == "done" else None
+    assert "nothing it depends on has changed also used by z" in Page(page(made)).text
+
+
 def test_curves_leave_out_what_was_done_again_and_what_a_clock_says(made):
     rows = charts.history(build()["pt"].folder)
     assert charts.curves(rows)["loss"] == {
@@ -323,6 +343,14 @@ def test_a_diff_for_scripts(two):
     assert found["settings"] == [{"stage": "pt", "name": "lora.r", "a": 8, "b": 16}]
     assert [(one["name"], one["a"], one["b"]) for one in found["figures"]][-1] == ("eval_loss", 2.25, 2.0)
     assert [(one["model"], one["a"], one["b"]) for one in found["answers"]] == [("pt", "Rest & water", "Sleep")]
+
+
+def test_a_small_difference_shows(two):
+    step = build("y.yaml")["pt"]
+    record = json.loads((step.folder / "record.json").read_text(encoding="utf-8"))
+    record["metrics"]["eval_loss"] = 2.2500001
+    (step.folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "pt        eval_loss                      2.25   2.2500001" in two.call("diff", "x", "y")[1]
 
 
 def test_a_run_with_itself(made):
