@@ -230,6 +230,13 @@ def test_secrets_stay_out(made, monkeypatch):
     assert "12345" not in found
 
 
+def test_a_gate_that_says_no(made):
+    made.write("x.yaml", CONFIG.replace("versus: init, max_increase: 6%", "max: 10"))
+    text = Page(page(made)).text
+    assert "✗ no x.yaml:12:13: perplexity of `pt` on `consult` is 18.38" in text
+    assert "a gate of `evaluate` says no, and `run` stops after it" in text
+
+
 def test_nothing_has_run_yet(made):
     found = Page(page(made, "--saves", "other")).text
     assert "0 of 4 stages done" in found
