@@ -68,11 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         ("validate", _validate, "check the config, the data and the models; run nothing"),
         ("data", _data, "show what the data comes to, and rows as the model sees them, with what is in the loss"),
         ("status", _status, "show what the stages of a config, or of all, have come to"),
+        ("report", _report, "write one HTML page of a run: data, curves, figures, answers, gates, lineage"),
+        ("diff", _diff, "show what differs between two runs: settings, figures, answers"),
         ("gc", _gc, "remove finished and unfinished work that no config refers to; asks first"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        if name != "gc":
+        if name == "diff":
+            sub.add_argument("a", metavar="A", help="a YAML file, its name in DIR, or a folder such as saves/tiny")
+            sub.add_argument("b", metavar="B", help="another")
+        elif name != "gc":
             sub.add_argument("config", type=Path, nargs="?" if name == "status" else None, help="a YAML file")
         sub.add_argument("--saves", type=Path, default=Path("saves"), metavar="DIR", help="outputs (default: saves)")
         if name == "data":
@@ -80,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows to show (default: 3)")
         if name == "gc":
             sub.add_argument("--yes", action="store_true", help="remove without asking")
-        if name not in ("status", "gc"):
+        if name == "report":
+            sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR/CONFIG/report.html)")
+            help_text = "also write loss.png and metrics.csv of each training stage, in CURVES/STAGE/"
+            sub.add_argument("--curves", type=Path, metavar="CURVES", help=help_text)
+        if name not in ("status", "gc", "diff"):
             sub.add_argument(
                 "--set",
                 action="append",
@@ -284,6 +293,34 @@ def _status(arguments: argparse.Namespace) -> int:
         print(f"nothing{of} in {arguments.saves} yet; `pipeline run CONFIG` fills it")
         return 0
     _print_table(rows)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pipeline import plan, report
+
+    planned = _planned(arguments)
+    plan.check(planned)
+    out = arguments.out or arguments.saves / planned.pipeline.name / "report.html"
+    if out.is_dir():
+        raise ConfigError([f"--out {out}: is a folder; name a file, such as {out / 'report.html'}"])
+    page = report.page(planned, arguments.assignments)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    written = [out, *(report.write_curves(planned, arguments.curves) if arguments.curves else [])]
+    if arguments.json:
+        print(json.dumps({"written": [str(path) for path in written]}, ensure_ascii=False))
+        return 0
+    for path in written:
+        print(path)
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from pipeline import diff
+
+    found = diff.compare(arguments.a, arguments.b, arguments.saves)
+    print(diff.as_json(found) if arguments.json else diff.text(found))
     return 0
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import StageError
 from stages import _clean, _mix, _processes, _rows, _trainer
 
 _ROWS, _CHARACTERS = 256, 500_000  # the most of a chunk
-_IN_MEMORY = 64 * 1024 * 1024  # bytes of rows that need no file
+_IN_MEMORY = 8 * 1024 * 1024  # bytes of rows that need no file
 _COMPARED = 20_000  # rows that are compared with the held-out ones at one time
 
 

@@ -69,7 +69,8 @@ from pipeline.content import Hashes
 from stages import _checkpoint
 
 found = {{}}
-for words in (["--help"], ["status"], ["status", "x.yaml", "--json"], ["validate", "x.yaml"], ["plan", "x.yaml"]):
+alone = [[name, "x.yaml"] for name in ("validate", "plan", "report")]
+for words in (["--help"], ["status"], ["status", "x.yaml", "--json"], *alone):
     try:
         code = main(words)
     except SystemExit as leave:
@@ -79,7 +80,7 @@ print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    commands = ["--help", "status", "status x.yaml --json", "validate x.yaml", "plan x.yaml"]
+    commands = ["--help", "status", "status x.yaml --json", "validate x.yaml", "plan x.yaml", "report x.yaml"]
     assert found == {command: [0, []] for command in commands}
 
 
@@ -92,6 +93,8 @@ def test_help_names_every_command(project):
         "validate",
         "data",
         "status",
+        "report",
+        "diff",
         "gc",
     ]
 
