@@ -73,7 +73,9 @@ def prepare(
     train = _dataset(folder / "train.arrow")
     held = _dataset(folder / "held.arrow") if account["held_out"] else None
     if "packed" not in account:
-        there = [length for batch in train.data.to_batches() for length in lengths(batch)]
+        there = array("L")
+        for batch in train.data.to_batches():
+            there.extend(lengths(batch))
         account["padding"] = _account.padding(there, args.per_device_train_batch_size)
     return Prepared(train, held, account)
 
