@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import stages
 from pipeline import settings
+from pipeline.card import Card
 from pipeline.document import Document, Key, read
 from pipeline.errors import ConfigError, StageError, nearest
 from stages import _model, _template
@@ -21,7 +22,7 @@ from stages._clean import Contamination
 from stages._rows import Source
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}\Z")  # becomes a folder name
-ROOT = ("model", "template", "data", "stages", "launch", "seed", "question")
+ROOT = ("model", "template", "data", "stages", "launch", "seed", "question", "card")
 NONE_YET = Source.model_construct(
     path="?", format="text"
 )  # stands in for data that could not be read, so that checking goes on
@@ -80,6 +81,7 @@ class Pipeline:
     data: Mapping[str, Source]
     stages: Sequence[Stage]
     question: str | None
+    card: Card
 
     @property
     def name(self) -> str:
@@ -137,6 +139,7 @@ class _Checker:
         self.read_data(root.get("data"))
         template = self.read_template(root.get("template"))
         launch = self.model(Launch, root.get("launch") or {}, ("launch",), "`launch`") or Launch()
+        card = self.model(Card, root.get("card") or {}, ("card",), "`card`") or Card()
         self.place_evaluations(root)
         written = root.get("stages")
         if not isinstance(written, dict) or not written:
@@ -150,7 +153,7 @@ class _Checker:
             self.at_key(("model",), f"`model` is not used: stage `{first.name}` makes a model; remove one of the two")
         if self.problems:
             raise ConfigError(in_order(self.problems))
-        return Pipeline(self.path, self.document, self.data, self.stages, root.get("question"))
+        return Pipeline(self.path, self.document, self.data, self.stages, root.get("question"), card)
 
     def at_key(self, key: Key, text: str) -> None:
         self.problems.append(f"{self.document.key_place(key)}: {text}")

@@ -458,6 +458,8 @@ class _Placer:
             recipe["trainer"] = {key: value for key, value in recipe["trainer"].items() if key not in ignored}
         if stage.launch.processes > 1:
             recipe["processes"] = stage.launch.processes  # the order of rows and of sums depends on it
+        if recipe.get("early_stopping") is None:  # it came later: records made before still compare equal
+            recipe.pop("early_stopping", None)
         recipe.pop("question", None)
         return {key: self.content(value) for key, value in recipe.items()}
 

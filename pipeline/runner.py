@@ -17,12 +17,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from pipeline import artifact, content, plan, secret, worker
+from pipeline import artifact, card, content, plan, secret, worker
 from pipeline.artifact import SPEC
 from pipeline.errors import Busy, GateClosed, Interrupted, StageFailed
 from stages import _events
@@ -74,7 +74,7 @@ def run(planned: plan.Plan, view: View) -> list[dict[str, Any]]:
         Busy: another run is at work on the same stage.
         GateClosed: a gate said no, and the plan does not ignore gates.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     gates = _Gates(planned)
     content.clear_torn(planned.saves)
     _claim(planned)
@@ -88,7 +88,9 @@ def run(planned: plan.Plan, view: View) -> list[dict[str, Any]]:
                 _tidy(step)
                 view.step(step, "done")
             else:
-                record = _run_step(step, planned, view, stop, gates)
+                there = zip(planned.steps, records, strict=False)
+                before = [card.Made(above, known.get("metrics", {})) for above, known in there]
+                record = _run_step(step, planned, view, stop, gates, before)
             artifact.link(step.folder, step.link)
             records.append(record)
             gates.judge(step)
@@ -169,7 +171,9 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, previous)
 
 
-def _run_step(step: plan.Step, planned: plan.Plan, view: View, stop: _Stop, gates: _Gates) -> dict[str, Any]:
+def _run_step(
+    step: plan.Step, planned: plan.Plan, view: View, stop: _Stop, gates: _Gates, before: Sequence[card.Made]
+) -> dict[str, Any]:
     """Run one step to its finished folder, and hold its lock until that has its name."""
     began, clock = time.time(), time.monotonic()
     hashes = planned.hashes
@@ -190,6 +194,9 @@ def _run_step(step: plan.Step, planned: plan.Plan, view: View, stop: _Stop, gate
             for name in (worker.LOG, _events.FILE):
                 secret.mask_file(step.part / name)
         plan.check_unchanged(step, hashes)
+        versions = plan.versions(step.stage.use)
+        if getattr(step.stage.module, "CARD", False):
+            card.write(step.part, step, metrics, planned, before, versions)
         secret.forbid(step.part, step.name)
         record = {
             "stage": step.name,
@@ -202,7 +209,7 @@ def _run_step(step: plan.Step, planned: plan.Plan, view: View, stop: _Stop, gate
             "metrics": metrics,
             "inexact_after_a_stop": step.inexact,
             "ignored_gates": list(gates.ignored),
-            "versions": plan.versions(step.stage.use),
+            "versions": versions,
             "machine": {
                 "host": platform.node(),
                 "system": platform.platform(),

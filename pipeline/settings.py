@@ -100,6 +100,7 @@ _TRAINER_MOVED = _by_name(
         "the stage's `model`": "model_name_or_path",
         "the stage's `data`": "dataset",
         "the stage's `eval_size`": "val_size",
+        "the stage's `early_stopping`": "early_stopping_steps early_stopping_patience",
         "the one beside the stage's `model`": "tokenizer",
         "`template`, at the top of the file": "template",
         "always on": "save_safetensors",

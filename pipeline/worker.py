@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import secret
+from pipeline import secret, tracking
 from pipeline.errors import Interrupted, PipelineError
 from stages._events import LAUNCHED, emit
 from stages._processes import end_with_parent
@@ -63,7 +63,8 @@ def _hold(out: Path) -> TextIO:
 def _run(spec: dict[str, Any], out: Path) -> int:
     try:
         stage = importlib.import_module(f"stages.{spec['use']}")
-        metrics = stage.run(stage.Config.model_validate(spec["config"]), out)
+        config = tracking.group(spec, out)
+        metrics = stage.run(stage.Config.model_validate(config), out)
         emit(out, "done", metrics=metrics)
         return 0
     except Interrupted as error:

@@ -110,7 +110,8 @@ def locate(model: str, *, download: bool) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
-    wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]}
+    kinds = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]  # the last one for its license
+    wanted = {"revision": revision, "allow_patterns": kinds}
     refusal: Exception | None = None
     if download:  # first, since a snapshot on this machine may lack files that nobody asked for yet
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.errors import Interrupted, StageError
+from pipeline.errors import Interrupted, StageError, nearest
 from stages import _checkpoint, _model, _resume, _rows, _template
 from stages._events import emit, main_process
 
@@ -35,6 +35,18 @@ UNFOLDABLE = (
 )
 
 SAVE_STEPS = 0.1  # a share of all steps: a killed run loses a tenth at most
+LOGGING_STEPS = 10  # TRL's default, and how often it evaluates unless `eval_steps` says otherwise
+# What TRL measures on held-out rows, and `metric_for_best_model` can name.
+MEASURED = ("loss", "mean_token_accuracy", "entropy", "aux_loss")
+MEASURED_OF_PAIRS = tuple(
+    f"{figure}/{of}"
+    for figure, them in {
+        "rewards": ("accuracies", "margins", "chosen", "rejected"),
+        "logps": ("chosen", "rejected"),
+        "logits": ("chosen", "rejected"),
+    }.items()
+    for of in them
+)
 
 # Settings that TRL and PEFT take at any value, and that fail late or train nothing when they are not positive.
 POSITIVE = {
@@ -72,6 +84,8 @@ class TrainingConfig(BaseModel):
     """PEFT's LoraConfig; without it the whole model is trained."""
     trainer: dict[str, Any] = {}
     """TRL's own settings."""
+    early_stopping: int | None = Field(default=None, gt=0)
+    """Stop after so many evaluations in a row that are no better than the best one."""
     template: str | None = None
     """The chat template's text; without it the model keeps its own."""
     seed: int = Field(default=42, ge=0, lt=2**32)
@@ -114,16 +128,62 @@ def check(config: TrainingConfig, facts: _model.Facts, formats: Sequence[str], *
                 "evaluation needs held-out rows; add `eval_size: 0.05` or `eval_data: NAME`",
             )
         )
-    if config.trainer.get("load_best_model_at_end") and config.trainer.get("eval_strategy", "no") == "no":
-        problems.append(
-            ("trainer.load_best_model_at_end", "the best is found by evaluating; add `eval_strategy: steps`")
-        )
+    problems += _check_best(config, (*MEASURED, *MEASURED_OF_PAIRS) if "preference" in formats else MEASURED)
     problems += _check_values(config)
     if config.lora is not None:
         problems += _check_targets(config.lora, facts) + _check_foldable(config.lora, facts)
     if chat or config.template:
         problems += check_template(config.template, facts)
     return problems
+
+
+def _check_best(config: TrainingConfig, measured: Sequence[str]) -> list[_model.Problem]:
+    """The best model is chosen among checkpoints, by a figure that is measured when they are written."""
+    problems: list[_model.Problem] = []
+    trainer, best = config.trainer, config.trainer.get("load_best_model_at_end")
+    evaluates = trainer.get("eval_strategy", "no")
+    if config.early_stopping is not None and evaluates == "no":
+        text = "it counts evaluations; add `eval_strategy: steps` and `eval_steps: 50` to `trainer`"
+        problems.append(("early_stopping", text))
+    if config.early_stopping is not None and not best:
+        text = "the last model would be kept, which is not the best; add `load_best_model_at_end: true` to `trainer`"
+        problems.append(("early_stopping", text))
+    if best and evaluates == "no":
+        text = "the best is found by evaluating; add `eval_strategy: steps`"
+        problems.append(("trainer.load_best_model_at_end", text))
+    metric = trainer.get("metric_for_best_model")
+    bare = str(metric).removeprefix("eval_")
+    if metric is not None and bare not in measured:
+        text = f"`{metric}` is not measured here{nearest(bare, measured)}"
+        problems.append(("trainer.metric_for_best_model", text))
+    saves = {**saving(trainer), **trainer}["save_strategy"]
+    if best and evaluates != "no" and saves not in ("best", evaluates):
+        text = f"is `{saves}`, and with `load_best_model_at_end` it saves when it evaluates; write `{evaluates}`"
+        problems.append(("trainer.save_strategy", f"`save_strategy` {text}, or leave it out"))
+    elif best and saves == evaluates == "steps":
+        problems += _check_save_steps(trainer)
+    return problems
+
+
+def _check_save_steps(trainer: Mapping[str, Any]) -> list[_model.Problem]:
+    """Every checkpoint that could be the best must have been evaluated: transformers' own rule."""
+    step = trainer.get("eval_steps") or trainer.get("logging_steps") or LOGGING_STEPS
+    save = {**saving(trainer), **trainer}["save_steps"]
+    if (step < 1) == (save < 1) and round(save * 1_000_000) % round(step * 1_000_000) == 0:
+        return []
+    text = f"{save} is no multiple of `eval_steps`, {step}, as `load_best_model_at_end` needs; write {step}"
+    return [("trainer.save_steps", f"{text}, or leave it out")]
+
+
+def saving(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """When to save unless the user says it: at each tenth, or where the best is wanted whenever it evaluates."""
+    usual = {"save_strategy": "steps", "save_steps": SAVE_STEPS}
+    if not trainer.get("load_best_model_at_end"):
+        return usual
+    if trainer.get("eval_strategy") == "epoch":
+        return {**usual, "save_strategy": "epoch"}
+    evaluates = trainer.get("eval_steps") or trainer.get("logging_steps") or LOGGING_STEPS
+    return {**usual, "save_steps": evaluates if evaluates >= 1 else SAVE_STEPS}
 
 
 def _check_values(config: TrainingConfig) -> list[_model.Problem]:
@@ -327,7 +387,8 @@ def _is_targeted(module: str, lora: Mapping[str, Any]) -> bool:
 
 def _checkpoints(trainer: Mapping[str, Any]) -> int:
     """How many lie on the disk at one time: those that are kept, and the one that is being written."""
-    strategy, step = trainer.get("save_strategy", "steps"), trainer.get("save_steps", SAVE_STEPS)
+    settings = {**saving(trainer), **trainer}
+    strategy, step = settings["save_strategy"], settings["save_steps"]
     steps = int(trainer.get("max_steps") or 0)
     if strategy in ("no", "best"):
         return 0
@@ -348,8 +409,8 @@ def inexact(config: TrainingConfig) -> str | None:
     tests/test_train_resume.py shows both on a CPU. Nothing is promised for another device or another number of
     processes than the run began on.
     """
-    usual = {"save_strategy": "steps", "save_steps": SAVE_STEPS, "eval_steps": config.trainer.get("logging_steps", 10)}
-    settings = {**usual, **config.trainer}
+    evaluates = config.trainer.get("logging_steps", LOGGING_STEPS)
+    settings = {**saving(config.trainer), "eval_steps": evaluates, **config.trainer}
     between = settings["save_strategy"] == "steps" and settings["eval_steps"] != settings["save_steps"]
     if settings.get("load_best_model_at_end") and between:
         return (
@@ -386,7 +447,7 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         "logging_nan_inf_filter": False,  # transformers would log a NaN loss as 0
         "use_cpu": not gpu,
         "bf16": has_bf16() and not config.trainer.get("fp16"),
-        "save_steps": SAVE_STEPS,
+        **saving(config.trainer),
         "dataloader_pin_memory": gpu,
     }
     theirs = {
@@ -437,7 +498,7 @@ def train(trainer: "Trainer", config: TrainingConfig, out: Path) -> dict[str, An
     checkpoint, notes = _checkpoint.newest_whole(checkpoints, with_best=trainer.args.load_best_model_at_end)
     for note in notes:
         emit(out, "note", text=note)
-    progress = _Progress(trainer, out, keep=int(config.trainer.get("save_total_limit") or 2))
+    progress = _Progress(trainer, out, int(config.trainer.get("save_total_limit") or 2), config.early_stopping)
     trainer.add_callback(progress.callback())
     before = _evaluate_before(trainer, out, resumed=checkpoint is not None)
     if checkpoint is None:
@@ -445,11 +506,13 @@ def train(trainer: "Trainer", config: TrainingConfig, out: Path) -> dict[str, An
     else:
         trainer.args.eval_on_start = False
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if progress.stopped:
+    early = progress.no_better()  # the evaluation below would count as one more
+    if progress.stopped and not early:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     _save(trainer, config, out)
-    return _metrics(trainer, before, after)
+    stopped = {"stopped_early": early} if config.early_stopping is not None else {}
+    return {**_metrics(trainer, before, after), **stopped}
 
 
 def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[str, float]:
@@ -468,14 +531,19 @@ def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[st
 
 
 class _Progress:
-    """Reports steps, seals checkpoints, stops on SIGTERM and on a loss that is not finite."""
+    """Reports steps, seals checkpoints, stops on SIGTERM, early, and on a loss that is not finite."""
 
-    def __init__(self, trainer: Any, out: Path, keep: int) -> None:
+    def __init__(self, trainer: Any, out: Path, keep: int, patience: int | None) -> None:
+        from transformers import EarlyStoppingCallback
+
         self.out, self.keep = out, keep
         self.checkpoints = Path(trainer.args.output_dir)
         self.rest = _resume.Rest(trainer)
         self.asked = self.stopped = self.to_save = False
         self.shown = 0.0
+        self.early = EarlyStoppingCallback(patience) if patience is not None else None
+        if self.early is not None:
+            trainer.add_callback(self.early)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
 
     def callback(self) -> "TrainerCallback":
@@ -487,6 +555,7 @@ class _Progress:
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 emit(progress.out, "total", steps=state.max_steps, step=state.global_step, **_batch(args))
                 progress.rest.load(progress.newest(state))
+                progress.recall(state)
                 if state.best_model_checkpoint is not None:  # the folder may have moved since
                     best = progress.checkpoints / Path(state.best_model_checkpoint).name
                     state.best_model_checkpoint = str(best)
@@ -508,6 +577,17 @@ class _Progress:
 
         return Callback()
 
+    def recall(self, state: Any) -> None:
+        """Count on from the checkpoint; transformers' own way would also bring back what the loop was about to do."""
+        if self.early is not None:
+            known = state.stateful_callbacks.get(type(self.early).__name__, {}).get("attributes", {})
+            self.early.early_stopping_patience_counter = known.get("early_stopping_patience_counter", 0)
+
+    def no_better(self) -> bool:
+        """Has it stopped early? That goes before a stop by the user: there is nothing to go on with."""
+        early = self.early
+        return early is not None and early.early_stopping_patience_counter >= early.early_stopping_patience
+
     def step(self, args: Any, state: Any, control: Any) -> None:
         from transformers.trainer_utils import SaveStrategy
 
@@ -525,7 +605,7 @@ class _Progress:
         if _is_whole(state.epoch):
             control.should_save |= self.to_save
             self.to_save = False
-        elif self.stopped:
+        elif self.stopped and not self.no_better():
             control.should_log = control.should_evaluate = control.should_save = False
 
     def newest(self, state: Any) -> Path:
@@ -544,7 +624,7 @@ class _Progress:
                 )
 
     def save(self, state: Any, model: Any) -> None:
-        """Seal the newest checkpoint. The one of the last step is not: going on from it would do a step too many."""
+        """Seal the newest checkpoint. The last one is not: going on from it would do a step too many."""
         newest = self.newest(state)
         self.rest.save(newest)
         _wait_for_all()  # every process writes its random state and its sums
@@ -553,7 +633,8 @@ class _Progress:
         except StageError:
             shutil.rmtree(newest, ignore_errors=True)
             raise
-        if main_process() and newest.is_dir() and state.global_step < state.max_steps:
+        last = state.global_step >= state.max_steps or self.no_better()
+        if main_process() and newest.is_dir() and not last:
             _checkpoint.seal(newest)
             _checkpoint.rotate(self.checkpoints, self.keep, state.best_model_checkpoint)
         _wait_for_all()
@@ -628,6 +709,8 @@ def _metrics(trainer: "Trainer", before: Mapping[str, float], after: Mapping[str
     metrics: dict[str, Any] = {"steps": trainer.state.global_step, **_batch(trainer.args)}
     if logs:
         metrics |= {"loss_first": logs[0], "loss_last": logs[-1]}
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+        metrics["best_step"] = trainer.state.best_global_step
     kept = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_mean_token_accuracy")
     for key in kept:
         if key in before and key in after:
@@ -635,10 +718,18 @@ def _metrics(trainer: "Trainer", before: Mapping[str, float], after: Mapping[str
     return metrics
 
 
+def best(metrics: Mapping[str, Any]) -> str:
+    """Which step was kept, where that is not simply the last, as a clause."""
+    if "best_step" not in metrics:
+        return ""
+    stopped = f", stopped early at step {metrics['steps']}" if metrics.get("stopped_early") else ""
+    return f"{stopped}, best at step {metrics['best_step']}"
+
+
 def figure(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     if "eval_loss" in metrics:
-        return f"held-out loss {metrics['eval_loss_before']:.3f} → {metrics['eval_loss']:.3f}"
+        return f"held-out loss {metrics['eval_loss_before']:.3f} → {metrics['eval_loss']:.3f}{best(metrics)}"
     if "loss_last" in metrics:
         return f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
     return f"{metrics['steps']} steps"

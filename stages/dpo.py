@@ -54,7 +54,7 @@ def loss_at_zero(loss_type: str, beta: float) -> float | None:
 def figure(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     if "eval_rewards/accuracies" in metrics:
-        return f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}"
+        return f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}{_trainer.best(metrics)}"
     return _trainer.figure(metrics)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 1
+CARD = True  # the runner adds a model card
 
 
 class Config(BaseModel):

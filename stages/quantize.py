@@ -23,6 +23,7 @@ from stages import _generate, _model, _rows
 from stages._events import emit
 
 VERSION = 1
+CARD = True  # the runner adds a model card
 SETTINGS = {"": "gptqmodel.quantization.config:GPTQConfig"}
 
 MEASURED = 64  # rows for perplexity

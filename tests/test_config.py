@@ -282,8 +282,8 @@ def load_here(*assignments):
         (
             "a: 1\nstages: {merge: {model: ./m}}\nstages:\n",
             [
-                "x.yaml:1:1: there is no `a` here; there is `data`, `launch`, `model`, `question`, `seed`, `stages`, "
-                "`template`",
+                "x.yaml:1:1: there is no `a` here; there is `card`, `data`, `launch`, `model`, `question`, `seed`, "
+                "`stages`, `template`",
                 "x.yaml:3:1: `stages` is here twice; it stands in line 2 already",
             ],
         ),
@@ -351,8 +351,8 @@ def test_what_is_assigned_on_the_command_line_is_checked_like_the_file(project):
     text = TOP + "  sft: {data: consult}\n"
     words = ["sft.trainer.lerning_rate=1", "sft.seed=x", "dop.data=prefer", "stages.dpo.data=prefer"]
     assert project(text, *(word for value in words for word in ("--set", value))) == refused(
-        "--set dop.data: there is no `dop` here; there is `data`, `launch`, `model`, `question`, `seed`, `stages`, "
-        "`template`",
+        "--set dop.data: there is no `dop` here; there is `card`, `data`, `launch`, `model`, `question`, `seed`, "
+        "`stages`, `template`",
         "--set sft.trainer.lerning_rate: stage `sft`: SFTConfig has no setting `lerning_rate`; did you mean "
         "`learning_rate`?",
         "--set sft.seed: stage `sft`: `seed` is `x`; it wants a whole number",

@@ -86,6 +86,33 @@ def refused(*problems):
             ],
         ),
         (
+            "pt: {data: books, eval_size: 1, early_stopping: 3}",
+            [
+                "8:51: stage `pt`: it counts evaluations; add `eval_strategy: steps` and `eval_steps: 50` to `trainer`",
+                "8:51: stage `pt`: the last model would be kept, which is not the best; add "
+                "`load_best_model_at_end: true` to `trainer`",
+            ],
+        ),
+        (
+            "pt: {data: books, eval_size: 1, trainer: {eval_strategy: steps, load_best_model_at_end: true, "
+            "save_steps: 25, metric_for_best_model: eval_los}}",
+            [
+                "8:109: stage `pt`: 25 is no multiple of `eval_steps`, 10, as `load_best_model_at_end` needs; write "
+                "10, or leave it out",
+                "8:136: stage `pt`: `eval_los` is not measured here; did you mean `loss`?",
+            ],
+        ),
+        (
+            "pt: {data: books, eval_size: 1, early_stopping: 2, trainer: {eval_strategy: epoch, save_strategy: steps, "
+            "load_best_model_at_end: true, metric_for_best_model: rewards/margins}}",
+            [
+                "8:101: stage `pt`: `save_strategy` is `steps`, and with `load_best_model_at_end` it saves when it "
+                "evaluates; write `epoch`, or leave it out",
+                "8:161: stage `pt`: `rewards/margins` is not measured here; there is `aux_loss`, `entropy`, `loss`, "
+                "`mean_token_accuracy`",
+            ],
+        ),
+        (
             "pt: {data: consult}\n  sft: {data: [prefer, consult]}\n  dpo: {data: books}",
             [
                 "8:14: stage `pt`: `consult.jsonl` has format `alpaca`; this stage reads `text`",
@@ -299,7 +326,7 @@ def test_a_model_that_brings_its_own_code_is_used_without_it_or_not_at_all(proje
 
 
 def test_when_to_save_counts_when_the_best_checkpoint_is_taken(project):
-    best = "{learning_rate: 5e-5, load_best_model_at_end: true, eval_strategy: steps, save_steps: 5}"
+    best = "{learning_rate: 5e-5, load_best_model_at_end: true, eval_strategy: steps, eval_steps: 5, save_steps: 5}"
     text = CHAIN.replace("{learning_rate: 5e-5, logging_steps: 10}", best).replace(
         "    data: consult\n", "    data: consult\n    eval_data: consult\n"
     )

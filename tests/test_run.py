@@ -168,6 +168,20 @@ def test_training_lowers_the_held_out_loss_and_the_reference_is_proved(finished)
     assert record(saves, "merge")["metrics"]["logit_difference"] <= 1e-4
 
 
+@pytest.mark.parametrize("stage", ["merge", "quantize"])
+def test_a_finished_model_has_a_card_that_the_hub_can_read_and_that_is_hashed(finished, stage):
+    from huggingface_hub import ModelCard
+
+    config, saves = finished
+    card = ModelCard.load((saves / "small" / stage / "README.md").resolve())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert set(card.data.tags) >= {"pt", "sft", "dpo"}
+    assert f"| sft | held-out loss | {record(saves, 'sft')['metrics']['eval_loss_before']:.4g} |" in card.text
+    assert str(config.parent) not in card.content
+    assert str(ROOT) not in card.content
+    assert "README.md" in record(saves, stage)["files"]
+
+
 def test_the_four_bit_folder_answers_with_three_lines_of_plain_transformers(finished):
     _, saves = finished
     code = (

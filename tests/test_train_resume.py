@@ -54,6 +54,26 @@ RUNS = {
             **{"save_strategy": "epoch", "load_best_model_at_end": True, "learning_rate": 0.5},
         },
     ),
+    "stopped early": (
+        sft,
+        6,
+        {
+            "eval_size": 2,
+            **EVALUATED,
+            **{"save_strategy": "steps", "load_best_model_at_end": True, "early_stopping": 2, "max_steps": 8},
+            **{"metric_for_best_model": "loss", "greater_is_better": True},  # so that the first is the best one
+        },
+    ),
+    "stopped early after an epoch": (
+        sft,
+        6,
+        {
+            "eval_size": 2,
+            "eval_strategy": "epoch",
+            **{"save_strategy": "epoch", "load_best_model_at_end": True, "early_stopping": 1, "max_steps": 8},
+            **{"metric_for_best_model": "loss", "greater_is_better": True},
+        },
+    ),
     "a rate that follows the loss": (
         sft,
         6,
@@ -146,7 +166,7 @@ def go(small, data, train):
 
     def run(name, out, callback=None, **trainer):
         stage, count, settings = RUNS[name]
-        own = {key: settings[key] for key in ("lora", "eval_size", "seed") if key in settings}
+        own = {key: settings[key] for key in ("lora", "eval_size", "seed", "early_stopping") if key in settings}
         trainer = {"max_steps": 4, **{key: settings[key] for key in settings if key not in own}, **trainer}
         return train(stage, [small], data(stage, count), out=out, callback=callback, trainer=trainer, **own)
 
@@ -165,16 +185,17 @@ def is_time(key):
     return key.endswith(("_runtime", "_per_second", "_time"))
 
 
+EARLY = "stopped early"
 EXACT = [name for name in RUNS if name != "without a best"]
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_stop_at_any_step_leaves_no_trace(go, tmp_path, at, stop, name):
     whole = result(go(name, folder(tmp_path, "whole")))
-    steps = whole[1]["steps"]
+    steps, asked = whole[1]["steps"], RUNS[name][2].get("max_steps", 4)
 
     def stopped(out, step):
-        with pytest.raises(Interrupted, match=rf"^stopped at step {step} of {steps}$"):
+        with pytest.raises(Interrupted, match=rf"^stopped at step {step} of {asked}$"):
             go(name, out, at(step, "on_step_end", stop))
         assert _checkpoint.newest_whole(out / "checkpoints")[0].name == f"checkpoint-{step}"
 
@@ -204,6 +225,22 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_leaves_no_trace(go, t
         go(name, out, at(3, "on_step_end", kill), **saved)
     assert _checkpoint.newest_whole(out / "checkpoints")[0].name == "checkpoint-2"
     assert result(go(name, out, **saved)) == whole
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_save"])
+@pytest.mark.parametrize(("name", "best", "last"), [(EARLY, 1, 3), (f"{EARLY} after an epoch", 2, 4)])
+def test_nothing_is_added_after_a_run_that_has_stopped_early(go, tmp_path, at, stop, event, name, best, last):
+    def kill(model):
+        raise Killed
+
+    whole = result(go(name, folder(tmp_path, "whole")))
+    metrics = whole[1]
+    assert (metrics["stopped_early"], metrics["best_step"], metrics["steps"]) == (True, best, last)
+    assert result(go(name, folder(tmp_path, "asked"), at(last, event, stop))) == whole  # it was done
+    out = folder(tmp_path, "killed")
+    with pytest.raises(Killed):
+        go(name, out, at(last, event, kill))
+    assert result(go(name, out)) == whole
 
 
 # What cannot be promised
@@ -237,6 +274,8 @@ def test_a_stop_between_two_checkpoints_adds_a_candidate_for_the_best_and_the_us
         ({"eval_strategy": "steps", "logging_steps": 5, "save_steps": 5, "load_best_model_at_end": True}, None),
         ({"eval_strategy": "steps", "eval_steps": 0.1, "load_best_model_at_end": True}, None),
         ({"eval_strategy": "steps", "eval_steps": 0.05, "load_best_model_at_end": True}, SAID),
+        ({"eval_strategy": "steps", "load_best_model_at_end": True}, None),
+        ({"eval_strategy": "epoch", "load_best_model_at_end": True}, None),
         ({"eval_strategy": "steps", "save_steps": 20, "load_best_model_at_end": True}, SAID),
         ({"train_sampling_strategy": "group_by_length"}, None),
         (

@@ -1,0 +1,39 @@
+"""All stages of a run under one name in whatever `report_to` names, unless the user says otherwise.
+
+transformers' integrations take a run's name and trackio's project from the trainer's settings, the rest from the
+environment. TensorBoard's files differ from run to run, so they lie beside the artifacts and never in one.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TENSORBOARD = "tensorboard"  # the folder beside a config's links
+
+
+def environment(spec: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """What the trackers read; `out` is the stage's unfinished folder in `saves`."""
+    name = spec["of"]
+    # A folder for each recipe: with other settings a stage is another curve.
+    curve = out.parent / name / TENSORBOARD / f"{spec['stage']}-{spec['fingerprint'][:12]}"
+    return {
+        "TENSORBOARD_LOGGING_DIR": str(curve.resolve()),
+        "WANDB_PROJECT": name,
+        "WANDB_RUN_GROUP": name,
+        "MLFLOW_EXPERIMENT_NAME": name,
+        "SWANLAB_PROJECT": name,
+        "TRACKIO_PROJECT": name,
+    }
+
+
+def group(spec: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Set the environment for this process; the stage's settings with a name for its run."""
+    for variable, value in environment(spec, out).items():
+        os.environ.setdefault(variable, value)
+    config: dict[str, Any] = spec["config"]
+    if "trainer" not in config:
+        return config
+    project = os.environ["TRACKIO_PROJECT"]  # trackio itself does not look at it when it is told a project
+    names = {"run_name": f"{spec['of']}/{spec['stage']}", "project": project}
+    return {**config, "trainer": {**names, **config["trainer"]}}

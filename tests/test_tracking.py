@@ -1,0 +1,52 @@
+"""Every stage of a run reports under one name, and what the user has set stays."""
+
+import os
+from pathlib import Path
+
+import pytest
+from planned import CHAIN
+
+from pipeline import config, plan, tracking
+
+OUT = Path("saves/sft-0123456789ab.part")
+VARIABLES = {
+    "WANDB_PROJECT": "x",
+    "WANDB_RUN_GROUP": "x",
+    "MLFLOW_EXPERIMENT_NAME": "x",
+    "SWANLAB_PROJECT": "x",
+    "TRACKIO_PROJECT": "x",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """Nothing set, and nothing left set."""
+    for name in (*VARIABLES, "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def specs(project):
+    project.write("x.yaml", CHAIN)
+    planned = plan.build(config.load(Path("x.yaml")), Path("saves"))
+    return {step.name: plan.begin(step, planned) for step in planned.steps}
+
+
+def test_all_stages_of_a_run_have_one_name(project, specs):
+    for name in ("pt", "sft", "dpo"):
+        trainer = tracking.group(specs[name], OUT)["trainer"]
+        assert (trainer["run_name"], trainer["project"]) == (f"x/{name}", "x")
+        assert {variable: os.environ[variable] for variable in VARIABLES} == VARIABLES
+    folder = project.folder / f"saves/x/tensorboard/pt-{specs['pt']['fingerprint'][:12]}"
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(folder)
+    assert tracking.group(specs["merge"], OUT) == specs["merge"]["config"]
+
+
+def test_what_the_user_has_set_stays(specs, monkeypatch):
+    for name in (*VARIABLES, "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.setenv(name, "mine")
+    specs["sft"]["config"]["trainer"]["run_name"] = "first try"
+    trainer = tracking.group(specs["sft"], OUT)["trainer"]
+    assert trainer == {"learning_rate": 5e-5, "logging_steps": 10, "run_name": "first try", "project": "mine"}
+    assert {os.environ[name] for name in (*VARIABLES, "TENSORBOARD_LOGGING_DIR")} == {"mine"}
