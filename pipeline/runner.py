@@ -406,7 +406,7 @@ class _Forked:
 def warm(log: Path) -> None:
     """Start the server that children fork from, if it is not there yet; what its imports print goes to the log."""
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
-    multiprocessing.set_forkserver_preload(["pipeline.worker"] if plan.has_gpu() else PRELOAD)
+    multiprocessing.set_forkserver_preload(["pipeline.server", *(["pipeline.worker"] if plan.has_gpu() else PRELOAD)])
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)

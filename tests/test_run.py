@@ -252,9 +252,12 @@ def test_a_killed_runner_takes_its_stage_with_it_and_the_next_run_ends_with_the_
 
     when_event(saves, "log", 4, kill).join()
     assert first.wait() == -signal.SIGKILL
-    assert run(config, saves, "--until", "sft") == 0
     (pid,) = pids
-    assert not alive(pid)
+    while alive(pid):
+        time.sleep(0.05)
+    (part,) = saves.glob("sft-*.part")
+    assert '"kind": "done"' not in (part / "events.jsonl").read_text(encoding="utf-8")  # it did not end by itself
+    assert run(config, saves, "--until", "sft") == 0
     assert record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"] == expected
 
 
