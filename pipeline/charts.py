@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ def history(folder: Path) -> list[Logged]:
     """The logged figures by step; without what a stopped stage did again after its checkpoint."""
     rows: dict[int, Logged] = {}
     before: tuple[float, float] | None = None  # tokens and time of the log before
-    for event in events(folder):
+    for event in _events.read(folder):
         if event["kind"] == "total":
             rows = {step: row for step, row in rows.items() if step <= event["step"]}
             before = None
@@ -51,23 +50,6 @@ def history(folder: Path) -> list[Logged]:
                     row[SPEED] = (tokens - before[0]) / (time - before[1])
                 before = tokens, time
     return [rows[step] for step in sorted(rows)]
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    """What a stage told; a torn line is left out."""
-    found = []
-    try:
-        lines = (folder / _events.FILE).read_bytes().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "kind" in event:
-            found.append(event)
-    return found
 
 
 def table(rows: Sequence[Logged]) -> str:

@@ -141,11 +141,12 @@ def _figures(row: _Row) -> str:
         parts.append(f"{row.speed:,.0f} tokens/s")
     if row.state == "running" and row.first and row.step > row.first[0]:
         each = (time.time() - row.first[1]) / (row.step - row.first[0])
-        parts.append(f"{_time(each * (row.total - row.step))} left")
+        parts.append(f"{duration(each * (row.total - row.step))} left")
     return ", ".join(parts)
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people, such as `12 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -170,7 +171,7 @@ def result_table(planned: Plan, records: Sequence[Mapping[str, Any]], ran: Mappi
     for step, record in zip(planned.steps, records, strict=True):
         what = {"ran": "ran", "done": "was done already"}[ran[step.name]]
         table.add_row(
-            _label(step), what, _time(record["seconds"]), Text(key_figure(step, record)), Text(str(step.link))
+            _label(step), what, duration(record["seconds"]), Text(key_figure(step, record)), Text(str(step.link))
         )
     return table
 

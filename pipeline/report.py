@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline import artifact, charts, plan, secret
-from stages import evaluate
+from pipeline import artifact, charts, plan, progress, secret
+from stages import _events, evaluate
 
 TEMPLATE = "report.html.jinja"
 SHOWN_ANSWERS = 20  # the rest is in answers.jsonl
@@ -63,7 +63,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "count": lambda value: f"{value:,}", "duration": _duration}
+    environment.filters |= {"figure": _figure, "count": lambda value: f"{value:,}", "duration": progress.duration}
     environment.filters |= {"percent": lambda value: f"{value:.1%}", "bytes": plan.size_of}
     return environment
 
@@ -82,7 +82,7 @@ class _Told:
         drawn = charts.curves(rows)
         speeds = [row[charts.SPEED] for row in rows if charts.SPEED in row]
         metrics = record.get("metrics", {})
-        told = [event["kind"] for event in charts.events(self.folder)]
+        told = [event["kind"] for event in _events.read(self.folder)]
         return {
             "name": step.name,
             "use": step.stage.use,
@@ -215,9 +215,3 @@ def _figure(value: Any) -> str:
 
 def _time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -98,11 +97,8 @@ def held(part: Path) -> str | None:
 def _now(part: Path) -> str:
     """The step of a running stage, as `12 of 400`."""
     last: dict[str, Any] = {}
-    with contextlib.suppress(OSError):
-        for line in (part / _events.FILE).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # the line that is being written
-                event = json.loads(line)
-                last |= {key: event[key] for key in ("step", "steps") if key in event}
+    for event in _events.read(part):
+        last |= {key: event[key] for key in ("step", "steps") if key in event}
     return f"{last['step']} of {last['steps']}" if last.keys() >= {"step", "steps"} else ""
 
 

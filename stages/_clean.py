@@ -258,7 +258,7 @@ def kept(
     """What `apply` gives, row by row; a step that compares rows waits for all. Counts into `account`."""
     through = _each(steps, rows, account)
     for step in steps:
-        if isinstance(step, NearDuplicates | Contamination) or step.step == "exact_duplicates":
+        if compares(step):
             through = _together(step, through, account, others or {})
     for placed, is_changed in through:
         account.kept += 1
@@ -266,10 +266,13 @@ def kept(
         yield placed
 
 
+def compares(step: Step) -> bool:
+    """Does a step look at other rows than the one at hand?"""
+    return step.step in ("exact_duplicates", "near_duplicates", "contamination")
+
+
 def _each(steps: Sequence[Step], rows: Iterable[Placed], account: Account) -> Iterator[tuple[Placed, bool]]:
     """The rows after the steps on single rows, and whether each was changed."""
-    from stages import _clean_text  # its patterns take a while to compile, and every command imports this module
-
     counts = any(isinstance(step, PersonalData) and step.action == "count" for step in steps)
     for place, row in rows:
         account.read += 1
@@ -278,6 +281,8 @@ def _each(steps: Sequence[Step], rows: Iterable[Placed], account: Account) -> It
             account.drop(reason, place)
             continue
         if counts:
+            from stages import _clean_text  # as in `_stepped`
+
             for text in texts(cleaned, system=True):
                 _clean_text.masked(text, found)
         for kind, count in found.items():
@@ -326,7 +331,7 @@ def _settled(row: Row, steps: Sequence[Step]) -> tuple[Row, str, Counter[str]]:
 
 def _stepped(row: Row, step: Step, masked: Counter[str]) -> tuple[Row, str]:
     """The row after one step, and why it is dropped (or nothing); what compares rows does nothing here."""
-    from stages import _clean_text
+    from stages import _clean_text  # its patterns take a while to compile, and every command imports this module
 
     reason = ""
     match step:

@@ -4,10 +4,13 @@ A file and not a pipe, because it works the same for one process, for several st
 several machines on one file system, and because the curves of a run can be read from it later.
 """
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 FILE = "events.jsonl"
 
@@ -18,6 +21,19 @@ LAUNCHED = "PIPELINE_LAUNCHED"  # set for the processes of a launched group, who
 def main_process() -> bool:
     """True in the one process of a launched group that reports and writes files."""
     return LAUNCHED not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def read(out: Path) -> Iterator[dict[str, Any]]:
+    """What a stage told so far; a line that is torn, or being written, is left out."""
+    try:
+        lines = (out / FILE).read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "kind" in event:
+                yield event
 
 
 def emit(out: Path, kind: str, **values: object) -> None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 BUFFER = 10_000  # sequences among which the next is drawn
 _CHUNK = 256  # rows that are tokenized together
 _CHECKED = 1_000  # rows after which too many bad ones stop the run
-_COMPARE = ("exact_duplicates", "near_duplicates", "contamination")
 
 
 def check(config: _trainer.TrainingConfig) -> list[tuple[str, str]]:
@@ -28,7 +27,7 @@ def check(config: _trainer.TrainingConfig) -> list[tuple[str, str]]:
         problems.append(("eval_size", text))
     if config.rows:
         problems.append(("rows", "a stream has no number of rows; remove it, `max_steps` ends the stage"))
-    for step in {step.step for source in config.data for step in source.clean if step.step in _COMPARE}:
+    for step in dict.fromkeys(step.step for source in config.data for step in source.clean if _clean.compares(step)):
         text = f"`{step}` compares all rows, which a stream never has together; take it out of `clean`"
         problems.append(("streaming", text))
     if config.trainer.get("train_sampling_strategy", "random") != "random":

@@ -226,7 +226,7 @@ def encode_all(tokenizer: "PreTrainedTokenizerBase", talks: Sequence[Talk]) -> l
     _refuse_unwritten(tokenizer, *talks)
     special = _marks(tokenizer)
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"\Z\b")
-    render = _renderer(tokenizer, talks[0])
+    render = _renderer(tokenizer, talks[0]) if len(talks) > 1 else functools.partial(_rendered, tokenizer)
     full = [render(messages, tools) for messages, tools in talks]
     ids = token_ids(tokenizer, full)
     marks = [list(pattern.finditer(text)) for text in full]

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.errors import StageError
-from stages import _gates, _generate, _inference, _metrics, _model, _rows, _tasks, _template, _trainer
+from stages import _account, _gates, _generate, _inference, _metrics, _model, _rows, _tasks, _template, _trainer
 from stages._events import emit
 
 VERSION = 1
@@ -381,12 +381,12 @@ def _answer_match(at: _Model, rows: Sequence[_rows.Row]) -> _metrics.Measured:
     """Is a row's last answer likelier after its own question than after that of the next row?"""
     if len(rows) < 2:
         return _metrics.Measured(why="one row has no other question to compare with")
-    asked = [{"prompt": row["messages"][:-1], "answer": row["messages"][-1:]} for row in rows]
+    asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
     swapped = [{**row, "prompt": asked[place - len(rows) + 1]["prompt"]} for place, row in enumerate(asked)]
     texts: Texts = []
     counts = []
-    for pair in zip(asked, swapped, strict=True):
-        both = [_completion(at, row, "answer") for row in pair]
+    for (own,), (other,) in zip(_completions(at, asked), _completions(at, swapped), strict=True):
+        both = [own, other]
         counts.append(min(sum(label != _template.IGNORED for label in labels) for _, labels in both))
         texts += [_with_labels(*one, counts[-1]) for one in both]  # a long question leaves less of the answer
     losses = at.losses(texts)
@@ -414,7 +414,7 @@ def _pairs(
 ) -> dict[str, _metrics.Measured]:
     """Accuracy and margins: log π of the chosen answer less that of the rejected one, in nats."""
     _check_chat(at)
-    texts = [_completion(at, row, side) for row in rows for side in ("chosen", "rejected")]
+    texts = [side for pair in _completions(at, rows) for side in pair]
     found = [-loss for loss in at.losses(texts)]
     counts = [sum(label != _template.IGNORED for label in labels) for _, labels in texts]
     whole: list[tuple[float, float] | None] = []
@@ -451,13 +451,11 @@ def _shares(margins: Sequence[float | None]) -> _metrics.Measured:
     return _values([margin if margin is None or margin != margin else float(margin > 0) for margin in margins])
 
 
-def _completion(at: _Model, row: _rows.Row, side: str) -> tuple[Ids, Ids]:
-    """Prompt and answer, with labels for the answer and its end of turn alone."""
-    tools = row.get("tools")
-    ids, labels = _template.encode(at.tokenizer, [*row["prompt"], *row[side]], tools)
-    prompt = _template.render(at.tokenizer, row["prompt"], prompt=True, tools=tools)
-    given = len(at.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return ids[: at.limit], ([_template.IGNORED] * given + labels[given:])[: at.limit]
+def _completions(at: _Model, rows: Sequence[_rows.Row]) -> list[Texts]:
+    """Prompt and answer of each row, or of both its answers, with labels for the answer and its end of turn alone."""
+    return [
+        [(ids[: at.limit], labels[: at.limit]) for ids, labels in row] for row in _account.encode(at.tokenizer, rows)
+    ]
 
 
 # Answers
