@@ -308,6 +308,20 @@ class _Checker:
 
     def resolve_data(self, fields: Mapping[str, Any], raw: dict[str, Any], key: Key, stage: str) -> None:
         """Wherever a stage has `data` or `eval_data`, names become sources, and their weights a list of its own."""
+        self.split_weights(fields, raw, key, stage)
+        for word in ("data", "eval_data", "prompts"):
+            if word in raw and "compare" in fields:
+                raw[word] = self.named_sources(raw[word], (*key, word), stage)
+            elif word in raw:
+                raw[word] = self.sources(raw[word], (*key, word), stage)
+        for word, value in raw.items():
+            if isinstance(value, dict) and "data" in value and word in fields and word not in ("trainer", "lora"):
+                raw[word] = inner = dict(value)
+                self.split_weights(getattr(fields[word].annotation, "model_fields", {}), inner, (*key, word), stage)
+                inner["data"] = self.sources(inner["data"], (*key, word, "data"), stage)
+
+    def split_weights(self, fields: Mapping[str, Any], raw: dict[str, Any], key: Key, stage: str) -> None:
+        """Names with weights become names, and weights beside them."""
         written = raw.get("data")
         if isinstance(written, dict) and written and "weights" in fields:
             raw["data"] = list(written)
@@ -315,14 +329,6 @@ class _Checker:
         elif "weights" in raw and "weights" in fields:
             text = f"stage `{stage}`: weights stand beside the names; write `data: {{books: 1, general: 5}}`"
             self.at_key((*key, "weights"), text)
-        for word in ("data", "eval_data", "prompts"):
-            if word in raw and "compare" in fields:
-                raw[word] = self.named_sources(raw[word], (*key, word), stage)
-            elif word in raw:
-                raw[word] = self.sources(raw[word], (*key, word), stage)
-        for word, value in raw.items():
-            if isinstance(value, dict) and "data" in value and word not in ("trainer", "lora"):
-                raw[word] = {**value, "data": self.sources(value["data"], (*key, word, "data"), stage)}
 
     def named_sources(self, written: Any, key: Key, stage: str) -> Any:
         """Sources by their names, for a stage whose result speaks of them; a list of prompts stays what it is."""

@@ -1,7 +1,8 @@
 """4-bit GPTQ: a whole model and calibration rows in, a folder that transformers and vLLM load as it is out.
 
-Perplexity is measured on rows that calibration never sees: before with the original, after with the written
-folder in a fresh process, which also answers a question. The same seed gives the same weights, bit for bit.
+What it cost is measured on rows that calibration never sees: the original first, then the written folder in a fresh
+process, which also answers a question, and rounding to nearest beside it. The same seed gives the same weights, bit
+for bit.
 """
 
 import contextlib
@@ -11,18 +12,19 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import StageError
-from stages import _generate, _model, _rows
+from stages import _generate, _metrics, _model, _quality, _rows
 from stages._events import emit
 
-VERSION = 1
+VERSION = 2
 CARD = True  # the runner adds a model card
 SETTINGS = {"": "gptqmodel.quantization.config:GPTQConfig"}
 
@@ -36,6 +38,7 @@ UNREADABLE = ("lm_head", "rotation", "adapter", "activation")
 LAYER = re.compile(r"\.\d+\.(?!.*(embed|\.c_attn|\.c_proj|\.c_fc)).*weight$")  # GPT-2's c_* are transposed
 
 Ids = list[int]
+Sums = Sequence[tuple[float, float]]  # of each row its loss in nats and its tokens
 Losses = dict[str, float | None]  # a module's loss; None where it was only rounded
 
 
@@ -45,7 +48,9 @@ class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: list[_rows.Source] = Field(min_length=1)
-    """Names of declared data; the model's own training data suits best."""
+    """Names of declared data, of each as many rows; with weights, such as `{consult: 3, general: 1}`, these shares."""
+    weights: list[float] = []
+    """Written beside the names."""
     samples: int = Field(default=128, gt=0)
     max_length: int = Field(default=512, gt=1)
     """Longer rows are cut."""
@@ -142,8 +147,8 @@ def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[_m
 def figure(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     smaller = metrics["bytes_before"] / metrics["bytes_after"]
-    before, after, rounded = (metrics[key] for key in ("perplexity_before", "perplexity_after", "fallback"))
-    note = f", {len(rounded)} modules only rounded" if rounded else ""
+    before, after, fallback = (metrics[key] for key in ("perplexity_before", "perplexity_after", "fallback"))
+    note = f", {len(fallback)} modules only rounded" if fallback else ""
     return f"{smaller:.1f} times smaller, perplexity {before:.2f} → {after:.2f}{note}"
 
 
@@ -158,19 +163,26 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         asked = f"{len(calibration)} of {config.calibration.samples} rows to calibrate with"
         emit(out, "note", text=f"data is short: {asked}, {len(held_out)} of {MEASURED} to measure perplexity on")
     emit(out, "note", text=f"measures perplexity on {len(held_out)} rows before")
-    before = _perplexity(folder, held_out)
-    emit(out, "note", text=f"quantizes to {config.bits} bits, calibrated on {len(calibration)} rows")
     work = out / ".gptq"
     shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    before = _before(folder, held_out, work / "original.safetensors")
+    emit(out, "note", text=f"quantizes to {config.bits} bits, calibrated on {len(calibration)} rows")
     losses = _quantize(config, facts, folder, calibration, work)
     _publish(folder, work / "model", out)
+    emit(
+        out,
+        "note",
+        text="a fresh process measures it after, rounds to nearest for comparison, and answers the question",
+    )
+    tried = _tried(config, out, folder, work / "original.safetensors", held_out)
     shutil.rmtree(work)
-    emit(out, "note", text="a fresh process measures perplexity after, and answers the question")
     return {
-        "perplexity_before": before,
+        **_quality_of(config, before, tried, out),
         "question": config.question,
-        **_tried(out, config.question, held_out),
+        "answer": tried["answer"],
         "perplexity_rows": len(held_out),
+        "perplexity_tokens": int(sum(count for _, count in before)),
         "bytes_before": _bytes(folder),
         "bytes_after": _bytes(out),
         **_summary(losses, out),
@@ -180,18 +192,42 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def _encoded(config: Config, folder: Path) -> list[Ids]:
-    """As many different rows as are wanted, in the seed's order, as at most `max_length` token ids."""
+    """As many different rows as are wanted, each at most `max_length` token ids, in the seed's order.
+
+    Every data set has its share of any first part of them; one that is too short is used up and the others fill in.
+    """
     tokenizer = _model.load_tokenizer([str(folder)])
-    rows = [row for source in config.calibration.data for row in _rows.examples(source)]
-    random.Random(config.seed).shuffle(rows)
-    found: dict[tuple[int, ...], None] = {}
+    wanted = config.calibration
+    seen: set[tuple[int, ...]] = set()
+    queues = []
+    for number, source in enumerate(wanted.data):
+        rows = _rows.examples(source)
+        random.Random(f"{config.seed}:{number}").shuffle(rows)
+        queues.append(_different(rows, tokenizer, folder, wanted.max_length, seen))
+    weights = [Fraction(weight) for weight in wanted.weights or [1] * len(queues)]
+    taken = [0] * len(queues)
+    found: list[Ids] = []
+    left = set(range(len(queues)))
+    while left and len(found) < MEASURED + wanted.samples:
+        number = min(left, key=lambda one: ((taken[one] + 1) / weights[one], one))  # who is furthest behind
+        row = next(queues[number], None)
+        if row is None:
+            left.remove(number)
+        else:
+            taken[number] += 1
+            found.append(row)
+    return found
+
+
+def _different(
+    rows: Sequence[_rows.Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
+) -> Iterator[Ids]:
+    """Rows as token ids; none twice, and none of a single token."""
     for row in rows:
-        ids = tokenizer(_text(row, tokenizer, folder), add_special_tokens="text" in row)["input_ids"]
-        if len(ids) > 1:
-            found[tuple(ids[: config.calibration.max_length])] = None
-        if len(found) == MEASURED + config.calibration.samples:
-            break
-    return [list(ids) for ids in found]
+        ids = tokenizer(_text(row, tokenizer, folder), add_special_tokens="text" in row)["input_ids"][:length]
+        if len(ids) > 1 and tuple(ids) not in seen:
+            seen.add(tuple(ids))
+            yield list(ids)
 
 
 def _text(row: _rows.Row, tokenizer: Any, folder: Path) -> str:
@@ -225,12 +261,17 @@ def split(rows: list[Ids], samples: int) -> tuple[list[Ids], list[Ids]]:
     return rows[:measured], rows[measured : measured + samples]
 
 
-def _perplexity(folder: Path, held_out: list[Ids]) -> float:
+def _before(folder: Path, held_out: list[Ids], file: Path) -> Sums:
     model, _ = _generate.load([str(folder)])
-    found, _ = _generate.perplexity(model, held_out)
-    if not math.isfinite(found):
+    losses = _quality.reference(model, held_out, file)
+    if not math.isfinite(found := _perplexity(losses)):
         raise StageError(f"the perplexity of `{folder}` is {found} before quantization; look at the stage before")
-    return found
+    return losses
+
+
+def _perplexity(losses: Sums) -> float:
+    mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
 def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids], work: Path) -> Losses:
@@ -302,20 +343,38 @@ def _publish(folder: Path, made: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def _tried(out: Path, question: str, held_out: list[Ids]) -> dict[str, Any]:
+def _tried(config: Config, out: Path, folder: Path, reference: Path, held_out: list[Ids]) -> dict[str, Any]:
     """What a fresh process gets from the written folder."""
-    asked = [{"role": "user", "content": question}]
-    found = _generate.ask([str(out)], asked, max_new_tokens=64, texts=held_out)
+    asked = [{"role": "user", "content": config.question}]
+    request = {"model": str(out), "original": str(folder), "reference": str(reference), "texts": held_out}
+    found = _generate.fresh("stages._quality", {**request, "messages": asked, "max_new_tokens": 64})
     if found["missing"]:
         names = ", ".join(found["missing"][:5])
         raise StageError(f"transformers cannot load the quantized model: it finds no {names}; quantize all layers")
-    if not math.isfinite(found["perplexity"]):
-        raise StageError(f"the quantized model's perplexity is {found['perplexity']}; use more rows or more `bits`")
-    return {
-        "perplexity_after": found["perplexity"],
-        "perplexity_tokens": found["tokens"],
-        "answer": found["answer"],
-    }
+    return found
+
+
+def _quality_of(config: Config, before: Sums, tried: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """The figures of the quantized model and of plain rounding, both against the original.
+
+    Raises:
+        StageError: the quantized model's perplexity is no number.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("quantized", "rounded"):
+        losses = tried[name]["losses"]
+        original, made = _metrics.Measured(before), _metrics.Measured([tuple(row) for row in losses])
+        change = _metrics.compare("perplexity", made, original, config.seed)
+        found[name] = {"perplexity": _perplexity(losses), "ratio": change["change"], "ratio_ci": change["ci"]}
+        found[name] |= {key: tried[name][key] for key in ("kl", "top1_agreement", "layer_errors")}
+    if not math.isfinite(after := found["quantized"]["perplexity"]):
+        raise StageError(f"the quantized model's perplexity is {after}; use more rows or more `bits`")
+    if math.isfinite(near := found["rounded"]["perplexity"]) and near < after:
+        text = f"plain rounding lost less than GPTQ did (perplexity {near:.2f}, and {after:.2f}): calibrate with more "
+        emit(out, "note", text=text + "and longer rows, of the kind that the model will see")
+    if not math.isfinite(near):
+        found["rounded"] = {"why": "its perplexity is no number"}
+    return {"perplexity_before": _perplexity(before), "perplexity_after": after, **found}
 
 
 def _summary(losses: Losses, out: Path) -> dict[str, Any]:

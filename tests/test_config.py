@@ -86,6 +86,16 @@ stages:
             ],
         ),
         (
+            "quantize: {calibration: {data: {consult: 3, prefer: -1}}}",
+            ["8:55: stage `quantize`: the weight of `prefer` is `-1`; it wants a number above 0"],
+        ),
+        (
+            "quantize: {calibration: {data: consult, weights: [1]}}",
+            [
+                "8:42: stage `quantize`: weights stand beside the names; write `data: {books: 1, general: 5}`",
+            ],
+        ),
+        (
             "sft: {data: consult, weights: [1]}",
             ["8:24: stage `sft`: weights stand beside the names; write `data: {books: 1, general: 5}`"],
         ),

@@ -100,6 +100,68 @@ def build(kind, folder, steps=40):
     return folder
 
 
+def quality(folder, other, made, work):
+    """An original against itself, against another model, and against its own rounding, beside plain torch."""
+    import torch
+
+    from stages import _quality
+
+    texts = [[5, 6, 7, 8, 9, 10], [20, 21, 22], list(range(30, 60))]
+    first, second, near = (_generate.load([str(path)])[0] for path in (folder, other, folder))
+    _quality.rounded(near, made)
+    losses = _quality.reference(first, texts, work / "original.safetensors")
+    found = [_quality.compared(model, texts, work / "original.safetensors") for model in (first, second)]
+    ours = plain(first, second, texts)
+    weight, rounded = (dict(model.named_parameters())["model.layers.1.mlp.down_proj.weight"] for model in (first, near))
+    groups = weight.detach().float().reshape(-1, 32)
+    scale = 2 * groups.abs().amax(dim=1, keepdim=True) / 15
+    expected = scale * (torch.clamp(torch.round(groups / scale) + 8, 0, 15) - 8)
+    return losses, found, ours, float((rounded.detach().float().reshape(-1, 32) - expected).abs().max())
+
+
+def plain(first, second, texts):
+    import torch
+
+    sums, divergence, agreed, errors = [], [], [], []
+    with torch.no_grad():
+        for text in texts:
+            one, two = (model(torch.tensor([text]), output_hidden_states=True) for model in (first, second))
+            log_p, log_q = (torch.log_softmax(out.logits[0, :-1].float(), -1) for out in (one, two))
+            sums.append(-float(log_p.gather(1, torch.tensor(text[1:])[:, None]).sum()))
+            divergence += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
+            agreed += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
+            states = torch.stack(one.hidden_states[1:])[:, 0, :-1], torch.stack(two.hidden_states[1:])[:, 0, :-1]
+            errors.append((states[1] - states[0]).norm(dim=-1) / states[0].norm(dim=-1))
+    mean = torch.cat(errors, dim=1).mean(dim=1)
+    return sums, sum(divergence) / len(divergence), sum(agreed) / len(agreed), mean.tolist()
+
+
+@pytest.mark.train
+def test_what_quantization_cost_is_what_plain_torch_says(done, models, worker, tmp_path):
+    folder, other = models("untied"), models("tied")
+    losses, (same, changed), (sums, kl, agreed, errors), gap = worker(
+        quality, folder, other, done("untied").out, tmp_path
+    )
+    assert [loss for loss, _ in losses] == pytest.approx(sums, abs=1e-4)
+    assert [count for _, count in losses] == [5, 2, 29]
+    assert same["losses"] == losses
+    assert (same["top1_agreement"], same["layer_errors"]) == (1, [0, 0])
+    assert same["kl"] == pytest.approx(0, abs=1e-4)
+    assert changed["kl"] == pytest.approx(kl, rel=1e-3)
+    assert changed["top1_agreement"] == agreed < 1
+    assert changed["layer_errors"] == pytest.approx(errors, rel=1e-4)
+    assert gap < 1e-6
+
+
+def test_positions_are_spread_over_all_texts(monkeypatch):
+    from stages import _quality
+
+    texts = [range(5), range(2), range(9)]
+    assert _quality._places(texts) == [[0, 1, 2, 3], [0], [0, 1, 2, 3, 4, 5, 6, 7]]
+    monkeypatch.setattr(_quality, "POSITIONS", 5)
+    assert _quality._places(texts) == [[0, 2], [], [0, 2, 5]]
+
+
 def sha256(folder):
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
@@ -167,6 +229,14 @@ def test_perplexity_stays_near_and_bytes_shrink(done, kind):
     metrics = done(kind).metrics
     assert metrics["perplexity_before"] < 30
     assert metrics["perplexity_after"] == pytest.approx(metrics["perplexity_before"], rel=0.15)
+    quantized, rounded = metrics["quantized"], metrics["rounded"]
+    assert quantized["perplexity"] == metrics["perplexity_after"]
+    assert quantized["ratio"] == pytest.approx(metrics["perplexity_after"] / metrics["perplexity_before"])
+    assert quantized["ratio_ci"][0] < quantized["ratio"] < quantized["ratio_ci"][1]
+    assert 0 < quantized["kl"] < rounded["kl"] < 0.5
+    assert 0.8 < quantized["top1_agreement"] <= 1
+    assert len(quantized["layer_errors"]) == len(rounded["layer_errors"]) == 2
+    assert all(0 < error < 0.2 for error in quantized["layer_errors"])
     assert metrics["bytes_before"] > 2.5 * metrics["bytes_after"]
     assert metrics["modules"] == (8 if kind == "bloom" else 14)
     assert metrics["fallback"] == []
@@ -240,6 +310,32 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models,
     other = worker(same_weights, config(folder, data, seed=8), folder, tmp_path / "other")
     assert again == sha256(first.out)
     assert other != again
+
+
+def encoded(asked, folder):
+    tokenizer = _model.load_tokenizer([str(folder)])
+    return [tokenizer.decode(ids) for ids in quantize._encoded(asked, folder)]
+
+
+@pytest.mark.train
+def test_calibration_mixes_its_data_in_shares(models, worker, data, tmp_path):
+    texts = tmp_path / "general.jsonl"
+    lines = [json.dumps({"text": f"general number {number}"}) + "\n" for number in range(30)]
+    texts.write_text("".join(lines), encoding="utf-8")
+    general = {"path": str(texts), "format": "text"}
+
+    def shares(samples, **more):
+        calibration = {"data": [data, general], "samples": samples, "max_length": 40, **more}
+        asked = quantize.Config(model=[str(models("tied"))], calibration=calibration, seed=7)
+        drawn = worker(encoded, asked, models("tied"))
+        assert len(set(drawn)) == len(drawn)
+        return ["general" in text for text in drawn]
+
+    even = shares(16)
+    assert len(even) == 16 + 64
+    assert sum(even[:10]) == 5
+    assert sum(even) == 30  # there are no more of them, so the others fill in
+    assert [sum(shares(16, weights=[3, 1])[:count]) for count in (4, 40, 80)] == [1, 10, 20]
 
 
 @pytest.mark.train
@@ -368,7 +464,7 @@ def test_the_command_line_writes_json_alone_and_folds_adapters(models, worker, t
     asked = {"messages": [{"role": "user", "content": "高血压患者第3天应该注意什么？"}], "max_new_tokens": 5}
     done = subprocess.run(
         [sys.executable, "-m", "stages._generate", str(base), str(adapter)],
-        input=json.dumps({**asked, "texts": [[5, 6, 7], [8, 9]]}).encode(),
+        input=json.dumps(asked).encode(),
         stdout=subprocess.PIPE,
         cwd=Path(_generate.__file__).parent.parent,
         check=True,
@@ -376,8 +472,6 @@ def test_the_command_line_writes_json_alone_and_folds_adapters(models, worker, t
     answer = json.loads(done.stdout)
     # A fresh adapter changes nothing, so the chain answers as its base does.
     assert answer["answer"] == worker(respond, base)["answer"] != ""
-    assert answer["tokens"] == 3
-    assert 1 < answer["perplexity"] < math.inf
 
 
 def missing(folder):

@@ -1,0 +1,180 @@
+"""What the settings of `quantize` are worth: one model, many settings, the same held-out rows.
+
+    python benchmarks/quantization.py MODEL DATA OUT [--only NAME,…]
+
+DATA is the folder that `benchmarks/gates.py` writes: calibration draws from `consult` (the domain, in the model's
+template) and `general`; measured is on `consult_held`, `english_held` and `general_held`, which share no row with them.
+Every setting is quantized by the stage itself in a process of its own; one that is in OUT/results.jsonl is not done
+again. Prints the table of docs/quantization.md.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+DOMAIN = {"data": ["consult"], "samples": 128, "max_length": 512}
+MIXED = {**DOMAIN, "data": ["consult", "general"]}
+HELD = {"consult_held": "alpaca", "english_held": "text", "general_held": "text"}
+FORMATS = {"consult": "alpaca", "general": "text"}
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """The studied settings by name: one thing is changed at a time, then what helped is put together."""
+    base: dict[str, Any] = {"group_size": 64, "calibration": MIXED}
+    found = {"g64": base, "g32": {**base, "group_size": 32}, "g16": {**base, "group_size": 16}}
+    return found | {
+        "g64 mse 2.4": {**base, "mse": 2.4},
+        "g32 mse 2.4": {**base, "group_size": 32, "mse": 2.4},
+        "g64 damp 0.01": {**base, "damp_percent": 0.01},
+        "g64 no GAR": {**base, "act_group_aware": False},
+        "g64 desc_act": {**base, "act_group_aware": False, "desc_act": True},
+        "g64 asymmetric": {**base, "sym": False},
+        "g64 GPTAQ": {**base, "gptaq": {"alpha": 0.25}},
+        "g64 FOEM": {**base, "foem": {"beta": 0.2}},
+        "g64 domain only": {**base, "calibration": DOMAIN},
+        "g64 general only": {**base, "calibration": {**DOMAIN, "data": ["general"]}},
+        "g64 32 samples": {**base, "calibration": {**MIXED, "samples": 32}},
+        "g64 256 samples": {**base, "calibration": {**MIXED, "samples": 256}},
+        "g64 length 128": {**base, "calibration": {**MIXED, "max_length": 128}},
+    }
+
+
+def texts(model: str, data: Path, name: str) -> list[list[int]]:
+    from stages import _model, _rows, quantize
+
+    tokenizer = _model.load_tokenizer([model])
+    rows = _rows.examples(_rows.Source(path=str(data / f"{name}.jsonl"), format=HELD[name]))
+    made = (quantize._text(row, tokenizer, Path(model)) for row in rows)
+    return [tokenizer(text, add_special_tokens=False)["input_ids"][:512] for text in made]
+
+
+def compare(model: str, data: Path, folder: Path, made: Path | None, near: Path | None) -> dict[str, Any]:
+    """Leave what the original gives in `folder`; or compare a quantized folder with it, or rounding like one."""
+    from stages import _generate, _quality
+
+    loaded, _ = _generate.load([str(made or model)])
+    if near is not None:
+        _quality.rounded(loaded, near)
+    found = {}
+    for name in HELD:
+        file = folder / f"{name}.safetensors"
+        if made is None and near is None:
+            found[name] = {"losses": _quality.reference(loaded, texts(model, data, name), file)}
+        else:
+            found[name] = _quality.compared(loaded, texts(model, data, name), file)
+    return found
+
+
+def quantized(model: str, data: Path, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    from stages import quantize
+
+    def source(name: str) -> dict[str, Any]:
+        return {"path": str(data / f"{name}.jsonl"), "format": FORMATS[name]}
+
+    calibration = {**asked["calibration"], "data": [source(name) for name in asked["calibration"]["data"]]}
+    out.mkdir(parents=True)
+    return quantize.run(quantize.Config(model=[model], **{**asked, "calibration": calibration}), out)
+
+
+def step(*arguments: object) -> Any:
+    """One of the functions above, in a process of its own."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            __file__,
+            "--step",
+            json.dumps([str(part) if isinstance(part, Path) else part for part in arguments]),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_step(name: str, model: str, data: str, *rest: Any) -> Any:
+    if name == "quantize":
+        return quantized(model, Path(data), Path(rest[0]), rest[1])
+    folder, made, near = rest
+    return compare(model, Path(data), Path(folder), made and Path(made), near and Path(near))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--step"]:
+        print("\n" + json.dumps(run_step(*json.loads(sys.argv[2]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "data", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--only", help="names of settings, separated by commas")
+    parser.add_argument("--table", action="store_true", help="only print what there is")
+    asked = parser.parse_args()
+    model, data, out = str(asked.model.resolve()), asked.data.resolve(), asked.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    wanted = settings() if asked.only is None else {name: settings()[name] for name in asked.only.split(",")}
+    for name, setting in wanted.items() if not asked.table else ():
+        if not (out / "original.json").exists():
+            (out / "original.json").write_text(json.dumps(step("compare", model, data, out, None, None)))
+        if any(row["name"] == name for row in done):
+            continue
+        made, start = out / "made", time.perf_counter()
+        shutil.rmtree(made, ignore_errors=True)
+        row: dict[str, Any] = {"name": name, "settings": setting, "stage": step("quantize", model, data, made, setting)}
+        row["seconds"] = time.perf_counter() - start
+        row["quantized"] = step("compare", model, data, out, made, None)
+        plain = f"{setting['group_size']}/{setting.get('sym', True)}/{setting.get('mse', 0)}"
+        same = next((old["rounded"] for old in done if old["plain"] == plain), None)
+        row["rounded"], row["plain"] = same or step("compare", model, data, out, None, made), plain
+        done.append(row)
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(line(row, json.loads((out / "original.json").read_text())), flush=True)
+    print_table(done, json.loads((out / "original.json").read_text()))
+
+
+def line(row: dict[str, Any], original: dict[str, Any]) -> str:
+    from stages import _metrics
+
+    cells = [row["name"]]
+    for name in HELD:
+        for kind in ("quantized", "rounded"):
+            values, before = row[kind][name]["losses"], original[name]["losses"]
+            change = _metrics.compare(
+                "perplexity",
+                _metrics.Measured(list(map(tuple, values))),
+                _metrics.Measured(list(map(tuple, before))),
+                42,
+            )
+            low, high = change["ci"]
+            cells.append(f"{change['change'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})")
+    both = [row[kind]["consult_held"] for kind in ("quantized", "rounded")]
+    cells += [f"{one['kl']:.4f}" for one in both] + [f"{one['top1_agreement']:.1%}" for one in both]
+    cells += [f"{row['stage']['bytes_after'] / 1e6:.1f}", f"{row['seconds']:.0f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def print_table(done: list[dict[str, Any]], original: dict[str, Any]) -> None:
+    names = ("gptqmodel", "transformers", "torch")
+    print(f"Python {platform.python_version()}, {', '.join(f'{name} {metadata.version(name)}' for name in names)}\n")
+    heads = [f"{name}{kind}" for name in HELD for kind in ("", ", rounded")]
+    heads += ["KL", "rounded", "top-1", "rounded", "MB", "seconds"]
+    print("| setting | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 1))
+    for row in done:
+        print(line(row, original))
+
+
+if __name__ == "__main__":
+    main()
