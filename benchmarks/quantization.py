@@ -21,8 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-DOMAIN = {"data": ["consult"], "samples": 128, "max_length": 512}
+DOMAIN = {"data": ["consult"], "samples": 64, "max_length": 512}
 MIXED = {**DOMAIN, "data": ["consult", "general"]}
+ROWS = 40  # of each held-out file
 HELD = {"consult_held": "alpaca", "english_held": "text", "general_held": "text"}
 FORMATS = {"consult": "alpaca", "general": "text"}
 
@@ -30,22 +31,17 @@ FORMATS = {"consult": "alpaca", "general": "text"}
 def settings() -> dict[str, dict[str, Any]]:
     """The studied settings by name: one thing is changed at a time, then what helped is put together."""
     base: dict[str, Any] = {"group_size": 64, "calibration": MIXED}
-    found = {"g64": base, "g32": {**base, "group_size": 32}, "g16": {**base, "group_size": 16}}
-    return found | {
-        "g64 mse 2.4": {**base, "mse": 2.4},
-        "g32 mse 2.4": {**base, "group_size": 32, "mse": 2.4},
-        "g64 damp 0.01": {**base, "damp_percent": 0.01},
-        "g64 no GAR": {**base, "act_group_aware": False},
-        "g64 desc_act": {**base, "act_group_aware": False, "desc_act": True},
-        "g64 asymmetric": {**base, "sym": False},
-        "g64 GPTAQ": {**base, "gptaq": {"alpha": 0.25}},
-        "g64 FOEM": {**base, "foem": {"beta": 0.2}},
-        "g64 domain only": {**base, "calibration": DOMAIN},
-        "g64 general only": {**base, "calibration": {**DOMAIN, "data": ["general"]}},
-        "g64 32 samples": {**base, "calibration": {**MIXED, "samples": 32}},
-        "g64 256 samples": {**base, "calibration": {**MIXED, "samples": 256}},
-        "g64 length 128": {**base, "calibration": {**MIXED, "max_length": 128}},
-    }
+    found = {"group 64": {}, "group 32": {"group_size": 32}, "mse 2.4": {"mse": 2.4}}
+    found |= {"group 32, mse 2.4": {"group_size": 32, "mse": 2.4}, "no GAR": {"act_group_aware": False}}
+    found |= {"desc_act": {"act_group_aware": False, "desc_act": True}, "damp 0.01": {"damp_percent": 0.01}}
+    found |= {"damp 0.1": {"damp_percent": 0.1}, "domain only": {"calibration": DOMAIN}}
+    found |= {"general only": {"calibration": {**DOMAIN, "data": ["general"]}}}
+    found |= {"16 samples": {"calibration": {**MIXED, "samples": 16}}}
+    found |= {"128 samples": {"calibration": {**MIXED, "samples": 128}}}
+    found |= {"length 128": {"calibration": {**MIXED, "max_length": 128}}}
+    found |= {"GPTAQ": {"gptaq": {"alpha": 0.25}}, "FOEM": {"foem": {"beta": 0.2}}, "asymmetric": {"sym": False}}
+    found |= {"group 16": {"group_size": 16}}
+    return {name: base | changed for name, changed in found.items()}
 
 
 def texts(model: str, data: Path, name: str) -> list[list[int]]:
@@ -53,7 +49,7 @@ def texts(model: str, data: Path, name: str) -> list[list[int]]:
 
     tokenizer = _model.load_tokenizer([model])
     rows = _rows.examples(_rows.Source(path=str(data / f"{name}.jsonl"), format=HELD[name]))
-    made = (quantize._text(row, tokenizer, Path(model)) for row in rows)
+    made = (quantize._text(row, tokenizer, Path(model)) for row in rows[:ROWS])
     return [tokenizer(text, add_special_tokens=False)["input_ids"][:512] for text in made]
 
 
@@ -75,14 +71,23 @@ def compare(model: str, data: Path, folder: Path, made: Path | None, near: Path 
 
 
 def quantized(model: str, data: Path, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    from stages import quantize
+    """What the stage does, without its own measuring."""
+    from stages import _model, quantize
 
     def source(name: str) -> dict[str, Any]:
         return {"path": str(data / f"{name}.jsonl"), "format": FORMATS[name]}
 
     calibration = {**asked["calibration"], "data": [source(name) for name in asked["calibration"]["data"]]}
+    config = quantize.Config(model=[model], **{**asked, "calibration": calibration})
+    _, rows = quantize.split(quantize._encoded(config, Path(model)), config.calibration.samples)
+    work = out / "work"
     out.mkdir(parents=True)
-    return quantize.run(quantize.Config(model=[model], **{**asked, "calibration": calibration}), out)
+    start = time.perf_counter()
+    losses = quantize._quantize(config, _model.facts(Path(model)), Path(model), rows, work)
+    seconds = time.perf_counter() - start
+    quantize._publish(Path(model), work / "model", out)
+    found = quantize._summary(losses, out) | {"seconds": seconds, "bytes_after": quantize._bytes(out)}
+    return found | {"calibration_tokens": sum(map(len, rows))}
 
 
 def step(*arguments: object) -> Any:
@@ -130,10 +135,9 @@ def main() -> None:
             (out / "original.json").write_text(json.dumps(step("compare", model, data, out, None, None)))
         if any(row["name"] == name for row in done):
             continue
-        made, start = out / "made", time.perf_counter()
+        made = out / "made"
         shutil.rmtree(made, ignore_errors=True)
         row: dict[str, Any] = {"name": name, "settings": setting, "stage": step("quantize", model, data, made, setting)}
-        row["seconds"] = time.perf_counter() - start
         row["quantized"] = step("compare", model, data, out, made, None)
         plain = f"{setting['group_size']}/{setting.get('sym', True)}/{setting.get('mse', 0)}"
         same = next((old["rounded"] for old in done if old["plain"] == plain), None)
@@ -162,7 +166,7 @@ def line(row: dict[str, Any], original: dict[str, Any]) -> str:
             cells.append(f"{change['change'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})")
     both = [row[kind]["consult_held"] for kind in ("quantized", "rounded")]
     cells += [f"{one['kl']:.4f}" for one in both] + [f"{one['top1_agreement']:.1%}" for one in both]
-    cells += [f"{row['stage']['bytes_after'] / 1e6:.1f}", f"{row['seconds']:.0f}"]
+    cells += [f"{row['stage']['bytes_after'] / 1e6:.1f}", f"{row['stage']['seconds']:.0f}"]
     return "| " + " | ".join(cells) + " |"
 
 

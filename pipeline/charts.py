@@ -79,11 +79,13 @@ def _said(name: str) -> str:
     return HELD + word if held else word
 
 
-def svg(title: str, series: Mapping[str, Sequence[tuple[float, float]]], key: str) -> str:
+def svg(title: str, series: Mapping[str, Sequence[tuple[float, float]]], key: str, along: str = "step") -> str:
     """A curve as an SVG element for a page; `key` keeps its ids apart from those of other curves."""
     text = io.StringIO()
     with _style(INK, GRID, **{"svg.fonttype": "none", "svg.hashsalt": key}):
-        _draw(title, series, SERIES, (3.9, 2.5)).savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        _draw(title, series, SERIES, (3.9, 2.5), along).savefig(
+            text, format="svg", transparent=True, metadata={"Date": None}
+        )
     found = text.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", found[found.index("<svg") :], flags=re.DOTALL)
     found = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', found)
@@ -100,7 +102,9 @@ def png(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> byte
     """A curve as a picture, the same bytes for the same figures."""
     picture = io.BytesIO()
     with _style("#222222", "#dddddd"):
-        _draw(title, series, PRINTED, (8, 4.5)).savefig(picture, format="png", dpi=120, metadata={"Software": None})
+        _draw(title, series, PRINTED, (8, 4.5), "step").savefig(
+            picture, format="png", dpi=120, metadata={"Software": None}
+        )
     return picture.getvalue()
 
 
@@ -114,7 +118,11 @@ def _style(ink: str, grid: str, **more: Any) -> Any:
 
 
 def _draw(
-    title: str, series: Mapping[str, Sequence[tuple[float, float]]], colours: Sequence[str], size: tuple[float, float]
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    colours: Sequence[str],
+    size: tuple[float, float],
+    along: str,
 ) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -130,7 +138,7 @@ def _draw(
         mark = "o" if held or len(points) < 12 else ""
         axes.plot(steps, values, "--" if held else "-", marker=mark, markersize=3, color=colour, label=name)
     axes.set_title(title)
-    axes.set_xlabel("step")
+    axes.set_xlabel(along)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))

@@ -106,6 +106,7 @@ class _Told:
                 for title, series in drawn.items()
             ],
             "evaluation": self._evaluation(),
+            "quality": self._quality(metrics),
             "gates": [{"passed": verdict.passed, "text": verdict.text} for verdict in plan.verdicts(step, self.planned)]
             if self.record is not None
             else [],
@@ -117,6 +118,23 @@ class _Told:
         own = self.planned.pipeline.name
         same = [link for link in links if link.is_symlink() and link.resolve() == self.step.folder.resolve()]
         return sorted(link.parent.name for link in same if link.parent.name != own)
+
+    def _quality(self, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What quantization cost, and what rounding would have cost."""
+        if "quantized" not in metrics:
+            return None
+        named = ((f"{self.step.name}, GPTQ", metrics["quantized"]), ("rounded", metrics["rounded"]))
+        errors = {
+            name: list(enumerate(one["layer_errors"], 1)) for name, one in named if one.get("layer_errors") is not None
+        }
+        return {
+            "before": metrics["perplexity_before"],
+            "models": [(name, {**one, **_change(one)}) for name, one in named],
+            "chart": Markup(charts.svg("error of each layer's output", errors, f"{self.step.name}-layers", "layer")),
+            "rows": metrics["perplexity_rows"],
+            "tokens": metrics["perplexity_tokens"],
+            "fallback": metrics["fallback"],
+        }
 
     def _evaluation(self) -> dict[str, Any] | None:
         if self.record is None or self.step.stage.use != "evaluate":
@@ -131,6 +149,14 @@ class _Told:
             "asked": len(answers),
             "level": found["bootstrap"]["level"],
         }
+
+
+def _change(one: Mapping[str, Any]) -> dict[str, str | None]:
+    """A ratio and its interval as percentages more or less."""
+    if one.get("ratio") is None:
+        return {"change": "–", "ci": None}
+    ends = [f"{end - 1:+.1%}" for end in one["ratio_ci"] or ()]
+    return {"change": f"{one['ratio'] - 1:+.1%}", "ci": " to ".join(ends) or None}
 
 
 def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:

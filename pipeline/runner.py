@@ -189,14 +189,14 @@ def _run_step(
         spec.replace(step.part / SPEC)
         view.step(step, "running")
         try:
-            metrics = _follow(step, view, stop)
+            done = _follow(step, view, stop)
         finally:
             for name in (worker.LOG, _events.FILE):
                 secret.mask_file(step.part / name)
         plan.check_unchanged(step, hashes)
         versions = plan.versions(step.stage.use)
         if getattr(step.stage.module, "CARD", False):
-            card.write(step.part, step, metrics, planned, before, versions)
+            card.write(step.part, step, done["metrics"], planned, before, versions)
         secret.forbid(step.part, step.name)
         record = {
             "stage": step.name,
@@ -206,7 +206,7 @@ def _run_step(
             "inputs": dict(step.inputs),
             "model": step.produces,
             "stands_on": plan.stands_on(step),
-            "metrics": metrics,
+            "metrics": done["metrics"],
             "inexact_after_a_stop": step.inexact,
             "ignored_gates": list(gates.ignored),
             "versions": versions,
@@ -218,6 +218,7 @@ def _run_step(
             },
             "started": round(began, 3),
             "seconds": round(time.monotonic() - clock, 3),
+            "memory": done["memory"],
         }
         artifact.finish(step.part, step.folder, record, hashes)
         hashes.save()
@@ -319,8 +320,7 @@ def _ask_to_stop(child: Child, events: "_Events", step: plan.Step, view: View, *
 
 def _result(step: plan.Step, code: int | None, last: dict[str, dict[str, Any]], asked: bool) -> dict[str, Any]:
     if code == 0 and "done" in last:
-        metrics: dict[str, Any] = last["done"]["metrics"]
-        return metrics
+        return last["done"]
     last = json.loads(secret.mask(json.dumps(last, ensure_ascii=False)))
     log = f"its log is {step.part / worker.LOG}"
     if "interrupted" in last or (asked and "error" not in last):

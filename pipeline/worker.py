@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from pipeline import secret, tracking
 from pipeline.errors import Interrupted, PipelineError
 from stages._events import LAUNCHED, emit
-from stages._processes import end_with_parent
+from stages._processes import end_with_parent, most_memory
 
 LOG = "log.txt"
 OUT_OF_MEMORY = "out of memory; "
@@ -65,7 +65,7 @@ def _run(spec: dict[str, Any], out: Path) -> int:
         stage = importlib.import_module(f"stages.{spec['use']}")
         config = tracking.group(spec, out)
         metrics = stage.run(stage.Config.model_validate(config), out)
-        emit(out, "done", metrics=metrics)
+        emit(out, "done", metrics=metrics, memory=most_memory())
         return 0
     except Interrupted as error:
         emit(out, "interrupted", text=str(error))

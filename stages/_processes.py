@@ -2,11 +2,13 @@
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -24,6 +26,20 @@ def end_with_parent() -> None:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def most_memory() -> dict[str, int | None]:
+    """The most bytes that were resident at one time in this process, or in a child of it that has ended (`host`), and
+    that torch kept on the GPU (`gpu`; None without one)."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    used = [resource.getrusage(who).ru_maxrss * scale for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    status = Path("/proc/self/status")
+    if status.exists():  # after a fork, getrusage's figure begins with the parent's
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        used[0] = int(line.split()[1]) * 1024
+    torch: Any = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {"host": max(used), "gpu": int(torch.cuda.max_memory_reserved()) if on_gpu else None}
 
 
 def mapped(work: Callable[[Item], Made], items: Iterable[Item], processes: int, few: int = 0) -> Iterator[Made]:

@@ -92,7 +92,7 @@ stages:
         (
             "quantize: {calibration: {data: consult, weights: [1]}}",
             [
-                "8:42: stage `quantize`: weights stand beside the names; write `data: {books: 1, general: 5}`",
+                "8:43: stage `quantize`: weights stand beside the names; write `data: {books: 1, general: 5}`",
             ],
         ),
         (
@@ -148,7 +148,7 @@ stages:
                 "8:37: stage `quantize`: `bits` is `5`; it wants 2, 3, 4 or 8",
                 "8:45: stage `quantize`: `sym` is `3`; GPTQConfig wants true or false",
                 "8:86: stage `quantize`: `samples` is `0`; it wants a number greater than 0",
-                "8:89: stage `quantize` has no setting `row`; there is `data`, `max_length`, `samples`",
+                "8:89: stage `quantize` has no setting `row`; there is `data`, `max_length`, `samples`, `weights`",
             ],
         ),
         (

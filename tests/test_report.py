@@ -209,6 +209,50 @@ def test_what_the_page_tells(made):
     assert [words for words in TOLD if words not in text] == []
 
 
+QUALITY = {
+    "perplexity_before": 20.0,
+    "perplexity_after": 21.0,
+    "quantized": {"perplexity": 21.0, "ratio": 1.05, "ratio_ci": [1.04, 1.0625], "kl": 0.0345, "top1_agreement": 0.914}
+    | {"layer_errors": [0.01, 0.02]},
+    "rounded": {"perplexity": 24.0, "ratio": 1.2, "ratio_ci": [1.125, 1.25], "kl": 0.125, "top1_agreement": 0.875}
+    | {"layer_errors": [0.03, 0.05]},
+    "perplexity_rows": 64,
+    "perplexity_tokens": 12345,
+    **{"bytes_before": 8, "bytes_after": 2, "fallback": []},
+}
+
+
+@pytest.fixture
+def quantized(project):
+    stages = "stages:\n  init: {architecture: bloom, data: books}\n  quantize: {calibration: {data: books}}\n"
+    project.write("x.yaml", planned.TOP + stages)
+
+    def made(metrics, **record):
+        steps = build()
+        pretend(steps["init"], {"parameters": 659200, "vocab_size": 2048})
+        pretend(steps["quantize"], metrics, **record)
+        assert main(["report", "x.yaml"]) == 0
+        return Page(Path(project.capsys.readouterr().out.splitlines()[0]).read_text(encoding="utf-8")).text
+
+    return made
+
+
+def test_what_quantization_cost(quantized):
+    text = quantized(QUALITY, memory={"host": 3 * 10**9, "gpu": 10**9})
+    assert "the original 20 – – – quantize, GPTQ 21 +5.0% +4.0% to +6.2% 0.0345 91.4%" in text
+    assert "rounded 24 +20.0% +12.5% to +25.0% 0.125 87.5%" in text
+    assert "On 64 rows (12,345 tokens)" in text
+    assert "Every module was calibrated." in text
+    assert "error of each layer's output" in text
+    assert "3.0 GB GPU 1.0 GB" in text
+
+
+def test_what_quantization_could_not_do(quantized):
+    text = quantized({**QUALITY, "rounded": {"why": "its perplexity is no number"}, "fallback": ["a.b", "c.d"]})
+    assert "rounded its perplexity is no number" in text
+    assert "2 modules could not be calibrated and were only rounded: a.b, c.d." in text
+
+
 def test_every_fingerprint_and_file_is_there(made):
     found = page(made)
     for step in build().values():
