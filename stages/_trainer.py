@@ -193,6 +193,9 @@ def _check_values(config: TrainingConfig) -> list[_model.Problem]:
         for name in names:
             if isinstance(values.get(name), int | float) and values[name] <= 0:
                 problems.append((f"{part}.{name}", f"`{name}` is {values[name]}; it must be above 0"))
+    dropout = (config.lora or {}).get("lora_dropout", 0)
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        problems.append(("lora.lora_dropout", f"`lora_dropout` is {dropout}; it is a share: at least 0 and below 1"))
     for name, packages in NEEDS.items():
         value = config.trainer.get(name)
         for word in value if isinstance(value, list) else [value]:

@@ -36,6 +36,10 @@ def refused(*problems):
             ],
         ),
         (
+            "pt: {data: books, lora: {lora_dropout: 2}}",
+            ["8:42: stage `pt`: `lora_dropout` is 2; it is a share: at least 0 and below 1"],
+        ),
+        (
             "pt: {data: books, lora: {target_modules: '.*(q|v)_proj'}}",
             [
                 "8:44: stage `pt`: `.*(q|v)_proj` matches no linear layer of the model that `init` makes; it has "
