@@ -30,7 +30,7 @@ COMMON = {
     "per_device_train_batch_size": 4,
     "learning_rate": 5e-4,
 }
-DPO = {"num_train_epochs": 2, "learning_rate": 2e-4, "per_device_train_batch_size": 2, "logging_steps": 2}
+DPO = {"max_length": 640, "learning_rate": 3e-4, "per_device_train_batch_size": 2, "logging_steps": 2}
 
 
 def write(folder: Path, toyhom: Path, dpo_zh: Path, c4: Path) -> None:
@@ -48,7 +48,7 @@ def write(folder: Path, toyhom: Path, dpo_zh: Path, c4: Path) -> None:
     held, consult, books = talks[:80], talks[80:400], talks[400:640]
     answers = [talk["output"] for talk in consult]
     shuffled = [{**talk, "output": answers[place - 1]} for place, talk in enumerate(consult)]
-    pairs = [pair for pair in json.loads(dpo_zh.read_text(encoding="utf-8")) if _size(pair) <= 400]
+    pairs = [pair for pair in json.loads(dpo_zh.read_text(encoding="utf-8")) if _size(pair) <= 300]
     chance.shuffle(pairs)
     texts = [json.loads(line)["text"][:800] for line in c4.read_text(encoding="utf-8").splitlines()]
     files = {
@@ -56,8 +56,8 @@ def write(folder: Path, toyhom: Path, dpo_zh: Path, c4: Path) -> None:
         "consult": consult,
         "shuffled": shuffled,
         "books": [{"text": talk["instruction"] + "\n" + talk["output"]} for talk in books],
-        "prefer_held": pairs[:24],
-        "prefer": pairs[24:],
+        "prefer_held": pairs[:14],
+        "prefer": pairs[14:],
         "general": [{"text": text} for text in texts[40:]],
         "english_held": [{"text": text} for text in texts[:40]],
     }
@@ -81,7 +81,8 @@ def config(model: str, data: Path, *, sft: str = "consult") -> dict[str, Any]:
     formats |= {"consult_held": "alpaca", "prefer_held": "preference", "general_held": "text", "english_held": "text"}
     declared = {name: {"path": str(data / f"{name}.jsonl"), "format": form} for name, form in formats.items()}
     declared["consult"]["path"] = str(data / f"{sft}.jsonl")
-    measured = ["consult_held", "general_held", "prefer_held", "english_held"]
+    declared["consult_held"]["max_samples"] = 32
+    measured = ["consult_held", "general_held", "prefer_held"]
     return {
         "model": model,
         "question": "高血压患者平时饮食要注意什么？",
@@ -93,11 +94,11 @@ def config(model: str, data: Path, *, sft: str = "consult") -> dict[str, Any]:
                 "data": "prefer",
                 "eval_size": 0.1,
                 "lora": {"r": 8, "lora_alpha": 16},
-                "trainer": {**COMMON, **DPO, "max_length": 768, "gradient_accumulation_steps": 2},
+                "trainer": {**COMMON, **DPO},
             },
             "merge": None,
             "quantize": {"group_size": 32, "calibration": {"data": ["consult", "general"]}},
-            "evaluate": {"data": measured, "max_length": 768, "gates": gates},
+            "evaluate": {"data": measured, "max_length": 640, "gates": gates},
         },
     }
 

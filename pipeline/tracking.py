@@ -5,10 +5,13 @@ environment. TensorBoard's files differ from run to run, so they lie beside the 
 """
 
 import os
+import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ENDS = {"wandb": "finish", "mlflow": "end_run", "swanlab": "finish", "trackio": "finish"}
 TENSORBOARD = "tensorboard"  # the folder beside a config's links
 
 
@@ -37,3 +40,18 @@ def group(spec: Mapping[str, Any], out: Path) -> dict[str, Any]:
     project = os.environ["TRACKIO_PROJECT"]  # trackio itself does not look at it when it is told a project
     names = {"run_name": f"{spec['of']}/{spec['stage']}", "project": project}
     return {**config, "trainer": {**names, **config["trainer"]}}
+
+
+def finish(spec: Mapping[str, Any]) -> None:
+    """End the trackers' runs, so that nothing they hold is lost.
+
+    They wait for Python's exit handlers, which a process forked by `multiprocessing` leaves without calling. What goes
+    wrong is in the log and costs no stage.
+    """
+    named = spec["config"].get("trainer", {}).get("report_to") or []
+    for name, end in ENDS.items():
+        if name in sys.modules and (name in named or "all" in named):  # a name, or a list of them
+            try:
+                getattr(sys.modules[name], end)()
+            except Exception:
+                traceback.print_exc()

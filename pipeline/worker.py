@@ -44,6 +44,7 @@ def main(spec_file: str) -> None:
         os.environ.pop(name, None)
     emit(out, "start", pid=os.getpid())
     code = _run(spec, out)
+    tracking.finish(spec)
     held.close()
     sys.exit(code)
 

@@ -1,7 +1,9 @@
 """Every stage of a run reports under one name, and what the user has set stays."""
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from planned import CHAIN
@@ -50,3 +52,25 @@ def test_what_the_user_has_set_stays(specs, monkeypatch):
     trainer = tracking.group(specs["sft"], OUT)["trainer"]
     assert trainer == {"learning_rate": 5e-5, "logging_steps": 10, "run_name": "first try", "project": "mine"}
     assert {os.environ[name] for name in (*VARIABLES, "TENSORBOARD_LOGGING_DIR")} == {"mine"}
+
+
+@pytest.mark.parametrize("report_to", ["wandb", ["tensorboard", "wandb"], "all"])
+def test_a_tracker_that_is_used_ends_its_run_and_may_fail(report_to, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: ended.append("wandb")))
+    tracking.finish({"config": {"trainer": {"report_to": report_to}}})
+    assert ended == ["wandb"]
+
+    def lost():
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lost))
+    tracking.finish({"config": {"trainer": {"report_to": report_to}}})
+    assert "ConnectionError: no network" in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_only_installed_is_left_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace())
+    for trainer in ({}, {"report_to": "none"}, {"report_to": []}, {"report_to": ["wandb"]}):
+        tracking.finish({"config": {"trainer": trainer}})
+    tracking.finish({"config": {"shard_size": "2GB"}})
