@@ -32,7 +32,7 @@ def settings() -> dict[str, dict[str, Any]]:
     """The studied settings by name: one thing is changed at a time, then what helped is put together."""
     base: dict[str, Any] = {"group_size": 64, "calibration": MIXED}
     found = {"group 64": {}, "group 32": {"group_size": 32}, "mse 2.4": {"mse": 2.4}}
-    found |= {"group 32, mse 2.4": {"group_size": 32, "mse": 2.4}, "no GAR": {"act_group_aware": False}}
+    found |= {"group 32 + mse 2.4": {"group_size": 32, "mse": 2.4}, "no GAR": {"act_group_aware": False}}
     found |= {"desc_act": {"act_group_aware": False, "desc_act": True}, "damp 0.01": {"damp_percent": 0.01}}
     found |= {"damp 0.1": {"damp_percent": 0.1}, "domain only": {"calibration": DOMAIN}}
     found |= {"general only": {"calibration": {**DOMAIN, "data": ["general"]}}}
@@ -41,6 +41,8 @@ def settings() -> dict[str, dict[str, Any]]:
     found |= {"length 128": {"calibration": {**MIXED, "max_length": 128}}}
     found |= {"GPTAQ": {"gptaq": {"alpha": 0.25}}, "FOEM": {"foem": {"beta": 0.2}}, "asymmetric": {"sym": False}}
     found |= {"group 16": {"group_size": 16}}
+    fine = {"group_size": 32, "mse": 2.4, "calibration": {**MIXED, "samples": 256}}
+    found |= {"group 32 + mse 2.4 + 256 samples": fine, "the same + desc_act": {**fine, **found["desc_act"]}}
     return {name: base | changed for name, changed in found.items()}
 
 
