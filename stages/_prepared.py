@@ -152,7 +152,7 @@ def _make(
     processes = getattr(args, "dataset_num_proc", None) or _processes.cores()
     with _drawn.draw(config, part, processes) as drawn:
         limit, cut = recipe["max_length"], recipe["cut"]
-        made = _processes.mapped(sequences(tokenizer, limit, cut, len(config.data)), drawn.chunks(), processes, FEW)
+        made = _processes.mapped(sequences(tokenizer, limit, cut, len(config.data)), drawn.chunks, processes, FEW)
         totals = _written(made, part / "train.arrow", len(config.data))
         whole = _account.Tokens()
         for total in totals:
