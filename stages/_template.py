@@ -400,12 +400,13 @@ def _renderer(tokenizer: "PreTrainedTokenizerBase", tried: Talk) -> Callable[...
     compiled = _compiled(tokenizer.chat_template)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     given = {**compiled.globals, **special, "tools": None, "documents": None}
+    environment, name, blocks = compiled.environment, compiled.name, compiled.blocks
 
     def fast(messages: list[Message], tools: Tools | None, *, prompt: bool = False) -> str:
         # `Template.render` would copy the globals each time, which takes as long as the template itself.
         names = {**given, "messages": messages, "add_generation_prompt": prompt}
         try:
-            return "".join(compiled.root_render_func(compiled.new_context(names, shared=True)))
+            return "".join(compiled.root_render_func(environment.context_class(environment, names, name, blocks)))
         except TemplateError:
             return slow(messages, tools, prompt=prompt)
 
