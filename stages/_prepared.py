@@ -11,6 +11,7 @@ import json
 import shutil
 import struct
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,14 +188,14 @@ def sequences(
 
     def work(chunk: _drawn.Chunk) -> tuple["pa.RecordBatch | None", list[_account.Tokens]]:
         totals = [_account.Tokens() for _ in range(data)]
-        columns: dict[str, _Column] = {}
+        columns: defaultdict[str, _Column] = defaultdict(_Column)
         trained = list(chunk.trained())
         encoded = _account.encode(tokenizer, [placed.row for _, placed, _ in trained])
         for (_, placed, copies), row in zip(trained, encoded, strict=True):
             if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
                 for example in examples(row, limit, cut) * copies:
                     for name, values in example.items():
-                        columns.setdefault(name, _Column()).add(values)
+                        columns[name].add(values)
         return _batch(columns), totals
 
     return work
