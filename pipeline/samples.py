@@ -76,7 +76,7 @@ def _seen(data: str, source: _rows.Source, step: Step, folder: Path | None, rows
         lengths.extend(more)
         first += begun[: rows - len(first)]
     whole.padding = _account.padding(lengths, settings.get("per_device_train_batch_size", BATCH))
-    shown = [_account.pieces(tokenizer, *one) for row in _account.encode(tokenizer, first) for one in row]
+    shown = [_account.pieces(tokenizer, one) for row in _account.encode(tokenizer, first) for one in row]
     return Seen(data, step.name, account, whole, shown)
 
 

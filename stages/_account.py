@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from stages import _rows, _template
@@ -15,14 +16,14 @@ _SHOWN = 3  # places named of dropped rows
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[_rows.Row]) -> list[list[Encoded]]:
-    """Token ids and labels of normalised rows of one shape: one of a text or conversation, two of a pair (chosen,
+    """Normalised rows of one shape as tokens: one sequence of a text or conversation, two of a pair (chosen,
     rejected)."""
     if not rows:
         return []
     if "text" in rows[0]:
         texts = _template.token_ids(tokenizer, [row["text"] for row in rows], special=True)
         ended = [[*ids, tokenizer.eos_token_id] for ids in texts]
-        return [[(ids, ids)] for ids in ended]
+        return [[Encoded(ids, [(0, len(ids))])] for ids in ended]
     if "messages" in rows[0]:
         talks = [(row["messages"], row.get("tools")) for row in rows]
         return [[encoded] for encoded in _template.encode_all(tokenizer, talks)]
@@ -33,20 +34,18 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[_rows.Row]) -> l
     encoded = _template.encode_all(tokenizer, talks)
     each = len(answers)
     return [
-        [_answered(*one, start) for one in encoded[number * each : (number + 1) * each]]
+        [_answered(one, start) for one in encoded[number * each : (number + 1) * each]]
         for number, start in enumerate(starts)
     ]
 
 
-def _answered(ids: list[int], labels: list[int], start: int) -> Encoded:
+def _answered(whole: Encoded, start: int) -> Encoded:
     """A prompt of `start` tokens and its answer, all of which is in the loss up to its end of turn.
 
     Answers of earlier turns are given, and what a template writes after the end of turn is not the model's to say.
     """
-    end = len(labels)
-    while labels[end - 1] == _template.IGNORED:
-        end -= 1
-    return ids[:end], [_template.IGNORED] * start + ids[start:end]
+    _, end = whole.trained[-1]
+    return Encoded(whole.ids[:end], [(start, end)])
 
 
 @dataclass
@@ -72,18 +71,20 @@ class Tokens:
     def count(self, row: Sequence[Encoded], max_length: int | None, *, cut: bool, place: str, copies: int) -> bool:
         """Count a row; False when it would train no token. `cut`: what is too long is cut into pieces, none lost; else
         it keeps its start."""
-        kept = [(ids, labels) if cut else (ids[:max_length], labels[:max_length]) for ids, labels in row]
-        trained = [len(labels) - labels.count(_template.IGNORED) for _, labels in kept]
-        self.longest = max(self.longest, *(len(ids) for ids, _ in row))
+        lengths = [len(ids) for ids, _ in row]
+        self.longest = max(self.longest, *lengths)
+        room = self.longest if cut or max_length is None else max_length
+        kept = [min(length, room) for length in lengths]
+        trained = [sum(max(0, min(end, room) - begin) for begin, end in found) for _, found in row]
         if not all(trained):
             self.untrained += copies
             self.first += [place][: _SHOWN - len(self.first)]
             return False
         self.rows += copies
-        self.sequences += copies * sum(-(-len(ids) // (max_length or len(ids))) for ids, _ in kept)
-        self.tokens += copies * sum(len(ids) for ids, _ in kept)
+        self.sequences += copies * sum(-(-length // (max_length or length)) for length in kept)
+        self.tokens += copies * sum(kept)
         self.trained += copies * sum(trained)
-        self.truncated += copies * any(len(ids) > len(short) for (ids, _), (short, _) in zip(row, kept, strict=True))
+        self.truncated += copies * (kept != lengths)
         return True
 
     def add(self, other: "Tokens") -> None:
@@ -108,13 +109,9 @@ def padding(lengths: Sequence[int], batch: int) -> float:
     return 1 - sum(lengths) / int((longest * sizes).sum())
 
 
-def pieces(tokenizer: "PreTrainedTokenizerBase", ids: list[int], labels: list[int]) -> list[tuple[str, bool]]:
+def pieces(tokenizer: "PreTrainedTokenizerBase", encoded: Encoded) -> list[tuple[str, bool]]:
     """The text of a sequence in stretches, each with whether it is in the loss."""
-    found: list[tuple[str, bool]] = []
-    start = 0
-    marks = [label != _template.IGNORED for label in labels]
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or marks[end] != marks[start]:
-            found.append((str(tokenizer.decode(ids[start:end])), marks[start]))
-            start = end
-    return found
+    ids, trained = encoded
+    edges = [0, *(edge for stretch in trained for edge in stretch), len(ids)]
+    stretches = [(ids[begin:end], bool(number % 2)) for number, (begin, end) in enumerate(pairwise(edges))]
+    return [(str(tokenizer.decode(stretch)), in_loss) for stretch, in_loss in stretches if stretch]

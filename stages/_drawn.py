@@ -1,7 +1,7 @@
 """The rows of a training stage: read, cleaned, a part held out, the rest kept apart from it and drawn by weights.
 
-They wait in a file, so that memory does not grow with their number. What compares the rows of a data set with each
-other, as `near_duplicates` does, still needs all of them at once.
+Where all are taken, they go on as they are read; else they wait in a file, so that memory does not grow with their
+number. What compares the rows of a data set with each other, as `near_duplicates` does, needs all of them at once.
 """
 
 import pickle
@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -51,18 +52,11 @@ class Chunk(NamedTuple):
 class Drawn:
     """What a training stage reads: rows to train on, rows held out, and the account of every data set."""
 
-    spool: "_Spool"
-    copies: "array[int]"
-    """How often each row of the spool is trained on: not at all when it is held out or too much like a held-out one."""
+    chunks: Iterator[Chunk]
+    """The rows to train on, in the order of the data sets; they may still have to be read."""
     held: list[_rows.Row]
     account: list[dict[str, Any]]
-
-    def chunks(self) -> Iterator[Chunk]:
-        """The rows to train on, in the order of the data sets."""
-        first = 0
-        for size, rows in self.spool:
-            yield Chunk(first, rows, self.copies[first : first + size].tolist())
-            first += size
+    """Whole once the last chunk is out."""
 
     def held_chunks(self) -> Iterator[Chunk]:
         """The rows that are held out."""
@@ -70,15 +64,15 @@ class Drawn:
 
     def train(self) -> Iterator[_rows.Row]:
         """The rows to train on, each as often as it is drawn."""
-        for chunk in self.chunks():
+        for chunk in self.chunks:
             for _, placed, copies in chunk.trained():
                 yield from [placed.row] * copies
 
 
-def chunks(rows: Iterable[Placed], first: int = 0) -> Iterator[Chunk]:
-    """Rows in chunks of a size that is worth handing to another process; `first` is the number of the first."""
+def chunks(rows: Iterable[Placed]) -> Iterator[Chunk]:
+    """Rows in chunks of a size that is worth handing to another process."""
     waiting: list[Placed] = []
-    characters = 0
+    first = characters = 0
     for row in rows:
         waiting.append(row)
         characters += sum(map(len, _clean.texts(row.row, system=True)))
@@ -94,25 +88,20 @@ def _chunk(rows: list[Placed], first: int) -> Chunk:
 
 
 class _Spool:
-    """Rows in a file without a name, in chunks."""
+    """Rows in a file without a name, in chunks, and how often each is trained on."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], rows: Iterable[Placed]) -> None:
         self.file = file
-        self.sizes: list[tuple[int, int]] = []
-        self.rows = 0
+        self.sizes = [(len(chunk.copies), file.write(chunk.rows)) for chunk in chunks(rows)]
+        self.rows = sum(rows for rows, _ in self.sizes)
+        self.copies = array("L", [1]) * self.rows
 
-    def extend(self, rows: Iterable[Placed]) -> None:
-        for chunk in chunks(rows, self.rows):
-            self.sizes.append((len(chunk.copies), self.file.write(chunk.rows)))
-            self.rows += len(chunk.copies)
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """How many rows each chunk has, and the rows."""
-        start = 0
+    def __iter__(self) -> Iterator[Chunk]:
+        first = start = 0
         for rows, size in self.sizes:
             self.file.seek(start)
-            yield rows, self.file.read(size)
-            start += size
+            yield Chunk(first, self.file.read(size), self.copies[first : first + rows].tolist())
+            first, start = first + rows, start + size
 
 
 @contextmanager
@@ -122,42 +111,55 @@ def draw(config: _trainer.TrainingConfig, folder: Path, processes: int = 1) -> I
     Rows that are near duplicates of a held-out one are not trained on, or it would measure what was learnt by heart.
 
     Raises:
-        StageError: more rows are bad than a data set allows, or nothing would be left to train on.
+        StageError: more rows are bad than a data set allows, or nothing would be left to train on; it may come with
+            the last chunk.
     """
+    account: list[dict[str, Any]] = []
+    rows = _read(config, account)
+    if not (config.weights or config.eval_size or config.eval_data):
+        yield Drawn(chunks(rows), [], account)
+        return
     with tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder)) as file:
-        yield _drawn(config, _Spool(file), processes)
+        spool = _Spool(file, rows)
+        ends = list(accumulate((entry["kept"] for entry in account), initial=0))
+        parts = [slice(*ends) for ends in pairwise(ends)]
+        held = _keep_apart(config, spool, account, parts, processes)
+        if config.weights:
+            _weigh(config, spool, account, parts)
+        yield Drawn(iter(spool), held, account)
 
 
-def _drawn(config: _trainer.TrainingConfig, spool: "_Spool", processes: int) -> Drawn:
-    account, parts = [], []
+def _read(config: _trainer.TrainingConfig, account: list[dict[str, Any]]) -> Iterator[Placed]:
+    """The rows of all data sets; each one's account comes after its last row."""
     for number, source in enumerate(config.data):
-        done, first = _clean.Account(), spool.rows
-        spool.extend(Placed(number, *placed) for placed in _rows.kept(source, done))
+        done = _clean.Account()
+        for placed in _rows.kept(source, done):
+            yield Placed(number, *placed)
         account.append(_entry(source, done))
-        parts.append(slice(first, spool.rows))
-    if not spool.rows:
-        lost = "; ".join(told(entry | {"trained_rows": 0, "held_out": 0, "like_held_out": 0}) for entry in account)
-        raise StageError(f"no row is left to train on: {lost}")
-    drawn = Drawn(spool, array("L", [1]) * spool.rows, [], account)
-    held = hold_out(spool.rows, config.eval_size, config.seed)
-    if held:
-        drawn.held = [row.row for chunk in drawn.chunks() for number, row, _ in chunk.trained() if number in held]
+    if not any(entry["kept"] for entry in account):
+        raise StageError(f"no row is left to train on: {'; '.join(map(told, account))}")
+
+
+def _keep_apart(
+    config: _trainer.TrainingConfig, spool: _Spool, account: list[dict[str, Any]], parts: list[slice], processes: int
+) -> list[_rows.Row]:
+    """The rows that are held out; neither they nor what is too much like them is trained on."""
+    numbers = hold_out(spool.rows, config.eval_size, config.seed)
+    held = [row.row for chunk in spool for number, row, _ in chunk.trained() if number in numbers] if numbers else []
     for source in config.eval_data:
-        drawn.held += _rows.examples(source)
-    for number in held:
-        drawn.copies[number] = 0
-    alike = _like_held_out(drawn, processes)
-    if len(alike) == spool.rows - len(held):
+        held += _rows.examples(source)
+    for number in numbers:
+        spool.copies[number] = 0
+    alike = _like_held_out(spool, held, processes)
+    if len(alike) == spool.rows - len(numbers):
         raise StageError("every row to train on is a near duplicate of a held-out one; hold out other rows")
     for number in alike:
-        drawn.copies[number] = 0
+        spool.copies[number] = 0
     for entry, part in zip(account, parts, strict=True):
-        entry["trained_rows"] = sum(drawn.copies[part])
+        entry["trained_rows"] = sum(spool.copies[part])
         entry["like_held_out"] = sum(part.start <= number < part.stop for number in alike)
-        entry["held_out"] = part.stop - part.start - entry["trained_rows"] - entry["like_held_out"]
-    if config.weights:
-        _weigh(config, drawn, parts)
-    return drawn
+        entry["held_out"] = entry["kept"] - entry["trained_rows"] - entry["like_held_out"]
+    return held
 
 
 def hold_out(rows: int, eval_size: float, seed: int) -> set[int]:
@@ -171,18 +173,18 @@ def hold_out(rows: int, eval_size: float, seed: int) -> set[int]:
     return set(random.Random(seed).sample(range(rows), _trainer.held_out(eval_size, rows)))
 
 
-def _like_held_out(drawn: Drawn, processes: int) -> set[int]:
+def _like_held_out(spool: _Spool, held: list[_rows.Row], processes: int) -> set[int]:
     """The numbers of the rows to train on that are near duplicates of a held-out one."""
-    if not drawn.held:
+    if not held:
         return set()
 
     def alike(chunks: list[Chunk]) -> set[int]:
         rows = [(number, placed.row) for chunk in chunks for number, placed, _ in chunk.trained()]
-        found = _clean.overlap(drawn.held, [row for _, row in rows])
+        found = _clean.overlap(held, [row for _, row in rows])
         return {rows[pair.training][0] for pair in found}
 
     # The held-out rows are looked at once more with each group.
-    groups = _grouped(drawn.chunks(), max(_COMPARED, 4 * len(drawn.held)))
+    groups = _grouped(iter(spool), max(_COMPARED, 4 * len(held)))
     return set().union(*_processes.mapped(alike, groups, processes, 1))
 
 
@@ -200,22 +202,23 @@ def _grouped(chunks: Iterator[Chunk], rows: int) -> Iterator[list[Chunk]]:
 def _entry(source: _rows.Source, done: _clean.Account) -> dict[str, Any]:
     found = {"path": source.path, "read": done.read, "kept": done.kept, "changed": done.changed}
     dropped = {reason: {"rows": entry.rows, "first": entry.first} for reason, entry in done.dropped.items()}
-    return {**found, "dropped": dropped, "personal_data": done.personal_data}
+    drawn = {"trained_rows": done.kept, "like_held_out": 0, "held_out": 0}
+    return {**found, "dropped": dropped, "personal_data": done.personal_data, **drawn}
 
 
-def _weigh(config: _trainer.TrainingConfig, drawn: Drawn, parts: list[slice]) -> None:
+def _weigh(config: _trainer.TrainingConfig, spool: _Spool, account: list[dict[str, Any]], parts: list[slice]) -> None:
     """Draw from each data set the share that its weight gives it."""
-    there = [[number for number in range(part.start, part.stop) if drawn.copies[number]] for part in parts]
+    there = [[number for number in range(part.start, part.stop) if spool.copies[number]] for part in parts]
     counts = _mix.counts([len(numbers) for numbers in there], config.weights, config.rows)
-    empty = [entry["path"] for entry, numbers in zip(drawn.account, there, strict=True) if not numbers]
+    empty = [entry["path"] for entry, numbers in zip(account, there, strict=True) if not numbers]
     if empty or not sum(counts):
-        path = (empty or [drawn.account[0]["path"]])[0]
+        path = (empty or [account[0]["path"]])[0]
         raise StageError(f"`{path}` has no row left to draw; leave it out of the mixture")
-    drawn.copies = array("L", [0]) * drawn.spool.rows
-    for number, (entry, numbers, count) in enumerate(zip(drawn.account, there, counts, strict=True)):
+    spool.copies = array("L", [0]) * spool.rows
+    for number, (entry, numbers, count) in enumerate(zip(account, there, counts, strict=True)):
         entry["trained_rows"] = count
         for row in _mix.draw(numbers, count, f"{config.seed}:{number}"):
-            drawn.copies[row] += 1
+            spool.copies[row] += 1
 
 
 def told(entry: Mapping[str, Any]) -> str:

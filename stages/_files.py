@@ -300,7 +300,7 @@ def _detected(path: Path) -> str:
 def _mostly_utf8(sample: bytes) -> bool:
     """True for a few broken bytes too: they are a fault of the file and no reason to guess."""
     text = sample.decode("utf-8", "replace")
-    return text.count("\ufffd") * 10 <= sum(char > "\x7f" for char in text)
+    return text.count("\ufffd") * 10 <= len(text) - len(text.encode("ascii", "ignore"))
 
 
 def _chinese(sample: bytes) -> bool:

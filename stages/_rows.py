@@ -239,14 +239,16 @@ def _normalised(source: Source, limit: int, done: Account) -> Iterator[Placed]:
     left: Counter[str] = Counter()  # rows that hold a placeholder
     filled: set[str] = set()
     stopped: list[str] = []
+    normal = _normaliser(source, filled)
     try:
         for place, row in _read(source, ""):
             done.read += 1
             try:
                 if isinstance(row, RowError):
                     raise row
-                seen.update(dict.fromkeys(row))
-                made = _normal(row, source, filled)
+                if not seen.keys() >= row.keys():
+                    seen.update(dict.fromkeys(row))
+                made = normal(row)
                 if source.fill is None:
                     left.update(_placeholders(made))
             except (RowError, RecursionError) as bad:
@@ -283,19 +285,24 @@ def _read(source: Source, name: str) -> Iterator[_files.Placed]:
     yield from islice(chained, source.max_samples)
 
 
-def _normal(row: Row, source: Source, filled: set[str]) -> Row:
-    """The row in our one shape for its format; RowError when it cannot be."""
-    form = _formats.module(source.format)
-    for name in form.NEEDED:
-        if (theirs := source.columns.get(name, name)) not in row:
-            hint = f"{source.format} rows need " + " and ".join(f"`{name}`" for name in form.NEEDED)
-            raise RowError(f"the row has no `{theirs}`; {hint} (map other names with `columns:`)")
-    renamed = _renamed(row, source.columns)
-    if source.fill:
-        named = {name: renamed[name] for name in (*form.NEEDED, *form.OPTIONAL) if name in renamed}
-        renamed = renamed | _filled(named, source.fill, filled)
-    made: Row = form.normal(renamed, source.words)
-    return made
+def _normaliser(source: Source, filled: set[str]) -> Callable[[Row], Row]:
+    """What puts a row in our one shape for its format; RowError when it cannot be."""
+    form, words, columns, fill = _formats.module(source.format), source.words, source.columns, source.fill
+    needed = [columns.get(name, name) for name in form.NEEDED]
+    hint = f"{source.format} rows need " + " and ".join(f"`{name}`" for name in form.NEEDED)
+
+    def normal(row: Row) -> Row:
+        for name in needed:
+            if name not in row:
+                raise RowError(f"the row has no `{name}`; {hint} (map other names with `columns:`)")
+        renamed = _renamed(row, columns) if columns else row
+        if fill:
+            named = {name: renamed[name] for name in (*form.NEEDED, *form.OPTIONAL) if name in renamed}
+            renamed = renamed | _filled(named, fill, filled)
+        made: Row = form.normal(renamed, words)
+        return made
+
+    return normal
 
 
 # Placeholders
@@ -317,12 +324,15 @@ def _word(name: str, fill: Mapping[str, str], used: set[str]) -> str:
     return fill[name]
 
 
-def _placeholders(value: Any) -> set[str]:
+def _placeholders(value: dict[str, Any] | list[Any]) -> set[str]:
     """The names that stand in double braces somewhere in a row."""
-    if isinstance(value, str):
-        return set(_PLACEHOLDER.findall(value)) if "{{" in value else set()
-    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return set().union(*map(_placeholders, entries))
+    found: set[str] = set()
+    for entry in value.values() if isinstance(value, dict) else value:
+        if isinstance(entry, (dict, list)):
+            found |= _placeholders(entry)
+        elif isinstance(entry, str) and "{{" in entry:
+            found.update(_PLACEHOLDER.findall(entry))
+    return found
 
 
 def _unfilled(source: Source, left: Counter[str], filled: set[str], done: Account) -> list[str]:

@@ -57,7 +57,8 @@ def rows(
             chunk = [row for number, row in enumerate(chunk) if number not in alike]
             for (place, _), row in zip(chunk, _account.encode(tokenizer, [row for _, row in chunk]), strict=True):
                 if total.count(row, limit, cut=cut, place=place, copies=1):
-                    yield from _prepared.examples(row, limit, cut)
+                    for example in _prepared.examples(row, limit, cut):
+                        yield {name: values.tolist() for name, values in example.items()}
             if total.rows + total.untrained >= _CHECKED:
                 _prepared.check_dropped(config, total, args.max_length)
 

@@ -454,7 +454,7 @@ def _shares(margins: Sequence[float | None]) -> _metrics.Measured:
 def _completions(at: _Model, rows: Sequence[_rows.Row]) -> list[Texts]:
     """Prompt and answer of each row, or of both its answers, with labels for the answer and its end of turn alone."""
     return [
-        [(ids[: at.limit], labels[: at.limit]) for ids, labels in row] for row in _account.encode(at.tokenizer, rows)
+        [(one.ids[: at.limit], one.labels[: at.limit]) for one in row] for row in _account.encode(at.tokenizer, rows)
     ]
 
 

@@ -181,7 +181,7 @@ def test_a_pair_is_shown_as_two_sequences_with_only_the_answers_in_the_loss(tiny
         "rejected": [{"role": "assistant", "content": "不知道。"}],
     }
     tokenizer = _tokenizer(tiny("llama"))
-    shown = [_account.pieces(tokenizer, *sequence) for sequence in _account.encode(tokenizer, [row])[0]]
+    shown = [_account.pieces(tokenizer, sequence) for sequence in _account.encode(tokenizer, [row])[0]]
     assert [[words for words, in_loss in sample if in_loss] for sample in shown] == [["多休息。</s>"], ["不知道。</s>"]]
 
 

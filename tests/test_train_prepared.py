@@ -153,6 +153,41 @@ def test_several_processes_prepare_the_same_bytes(prepared, monkeypatch):
     assert columns == {name: list(again[name]) for name in ("input_ids", "labels")}
 
 
+@pytest.mark.parametrize("settings", [{}, {"eval_size": 2}, {"weights": [1.0]}], ids=str)
+def test_rows_are_tokenized_while_they_are_read_where_all_are_taken(prepared, monkeypatch, settings):
+    write(prepared.file, 64)
+    monkeypatch.setattr(_drawn, "_ROWS", 16)
+    monkeypatch.setattr(_prepared, "FEW", 0)
+    seen, kept, encode = [], _rows.kept, _account.encode
+
+    def read(*arguments):
+        for placed in kept(*arguments):
+            seen.append("read")
+            yield placed
+
+    def tokenized(*arguments):
+        seen.append("tokenized")
+        return encode(*arguments)
+
+    monkeypatch.setattr(_rows, "kept", read)
+    monkeypatch.setattr(_account, "encode", tokenized)
+    prepared(processes=1, **settings)
+    apart = [*["read"] * 64, *["tokenized"] * (5 if "eval_size" in settings else 4)]
+    assert seen == (apart if settings else [*["read"] * 16, "tokenized"] * 4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_size": 2}], ids=str)
+def test_bad_rows_at_the_end_of_a_file_stop_the_preparation(prepared, monkeypatch, settings):
+    write(prepared.file, 64)
+    with open(prepared.file, "a", encoding="utf-8") as file:
+        file.write('{"instruction": "a"}\n' * 2)
+    monkeypatch.setattr(_drawn, "_ROWS", 16)
+    monkeypatch.setattr(_prepared, "FEW", 0)
+    with pytest.raises(StageError, match=r"rows\.jsonl:65: the row has no `output`; .*\(map other names"):
+        prepared(processes=2, **settings)
+    assert [folder.suffix for folder in entries(prepared.saves)] == [".part"]
+
+
 def _remove(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
