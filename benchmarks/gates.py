@@ -1,24 +1,29 @@
-"""A healthy chain and three broken ones, before the gates of `configs/bloomz_med.yaml`.
+"""A healthy chain of SmolLM2 and three broken ones, before the gates of `configs/bloomz_med.yaml`.
 
     python benchmarks/gates.py MODEL TOYHOM DPO_ZH C4 FOLDER
 
 MODEL is SmolLM2-135M-Instruct, TOYHOM the csv of Toyhom/Chinese-medical-dialogue-data's internal medicine (GB18030),
 DPO_ZH and C4 LLaMA-Factory's `dpo_zh_demo.json` and `c4_demo.jsonl`. FOLDER gets the data, the configs and the runs;
-called again, it goes on. Healthy: PT, SFT, DPO, merge, 4 bits. Broken: an SFT on answers of other questions, a merge
-that lost its adapters, an export to 2 bits. Each must end with exit code 3 and name the gate, the healthy one with 0.
+called again, it goes on. Healthy: PT, SFT, DPO, merge, 4 bits, which must end with exit code 0. Broken: an SFT on the
+answers of other questions, a merge that lost its adapters (the base model), an export to 2 bits; each model takes the
+place of the healthy one in the table, and the gates are asked again. Hours on two cores.
 """
 
 import argparse
 import csv
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 LORA = {"r": 16, "lora_alpha": 32}
 COMMON = {
     "lr_scheduler_type": "cosine",
@@ -72,11 +77,25 @@ def _size(pair: dict[str, Any]) -> int:
     return asked + max(len(pair[side]["value"]) for side in ("chosen", "rejected"))
 
 
-def config(model: str, data: Path, *, sft: str = "consult") -> dict[str, Any]:
-    """The chain, with the gates of `bloomz_med.yaml` as they are."""
-    gates = yaml.safe_load((ROOT / "configs/bloomz_med.yaml").read_text(encoding="utf-8"))["stages"]["evaluate"][
-        "gates"
-    ]
+def gates() -> list[dict[str, Any]]:
+    """Those of `bloomz_med.yaml`, as they are."""
+    text = (ROOT / "configs/bloomz_med.yaml").read_text(encoding="utf-8")
+    return list(yaml.safe_load(text)["stages"]["evaluate"]["gates"])
+
+
+def configs(model: str, data: Path) -> dict[str, dict[str, Any]]:
+    """The healthy chain, and what is needed of the broken ones."""
+    healthy, shuffled, two_bits = (config(model, data, sft=name) for name in ("consult", "shuffled", "consult"))
+    only = {"data": "consult_held", "max_length": 640}
+    stages = shuffled["stages"]
+    stages["sft"]["trainer"] = {**COMMON, "max_steps": 40}
+    shuffled["stages"] = {"pt": stages["pt"], "sft": stages["sft"], "evaluate": {**only, "compare": ["sft"]}}
+    two_bits["stages"]["quantize"] = {**two_bits["stages"]["quantize"], "bits": 2}
+    two_bits["stages"]["evaluate"] = {**only, "compare": ["quantize"]}
+    return {"healthy": healthy, "shuffled": shuffled, "two_bits": two_bits}
+
+
+def config(model: str, data: Path, *, sft: str) -> dict[str, Any]:
     formats = {"books": "text", "consult": "alpaca", "prefer": "preference", "general": "text"}
     formats |= {"consult_held": "alpaca", "prefer_held": "preference", "general_held": "text", "english_held": "text"}
     declared = {name: {"path": str(data / f"{name}.jsonl"), "format": form} for name, form in formats.items()}
@@ -98,7 +117,7 @@ def config(model: str, data: Path, *, sft: str = "consult") -> dict[str, Any]:
             },
             "merge": None,
             "quantize": {"group_size": 32, "calibration": {"data": ["consult", "general"]}},
-            "evaluate": {"data": measured, "max_length": 640, "gates": gates},
+            "evaluate": {"data": measured, "max_length": 640, "gates": gates()},
         },
     }
 
@@ -111,9 +130,43 @@ def main() -> None:
     folder = asked.folder.resolve()
     data = folder / "data"
     write(data, asked.toyhom, asked.dpo_zh, asked.c4)
-    for name, sft in (("healthy", "consult"), ("shuffled", "shuffled")):
-        text = yaml.safe_dump(config(str(asked.model.resolve()), data, sft=sft), allow_unicode=True, sort_keys=False)
+    for name, made in configs(str(asked.model.resolve()), data).items():
+        text = yaml.safe_dump(made, allow_unicode=True, sort_keys=False)
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    codes = {name: run(folder, name) for name in ("healthy", "shuffled", "two_bits")}
+    print("healthy: exit code", codes["healthy"])
+    if codes["healthy"] not in (0, 3) or codes["shuffled"] or codes["two_bits"]:
+        raise SystemExit(f"a run failed: {codes}")
+    healthy = table(folder, "healthy")
+    base = [one for one in healthy["figures"] if one["model"] == "base"]
+    broken = {"answers of other questions": ("sft", table(folder, "shuffled")["figures"])}
+    broken |= {"a merge without its adapters": ("merge", base)}
+    broken |= {"2 bits": ("quantize", table(folder, "two_bits")["figures"])}
+    print("| chain | gate | |\n|---|---|---|")
+    for gate in gates():
+        told("healthy", gate, healthy)
+    for name, (stage, figures) in broken.items():
+        rest = [one for one in healthy["figures"] if one["model"] != stage]
+        mixed = {**healthy, "figures": rest + [{**one, "model": stage} for one in figures], "comparisons": []}
+        for gate in gates():
+            if gate["stage"] == stage:
+                told(name, gate, mixed)
+
+
+def run(folder: Path, name: str) -> int:
+    command = [sys.executable, "-m", "pipeline.cli", "run", f"{name}.yaml"]
+    return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
+
+
+def table(folder: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((folder / f"saves/{name}/evaluate/evaluation.json").read_text(encoding="utf-8")))
+
+
+def told(chain: str, gate: dict[str, Any], figures: dict[str, Any]) -> None:
+    from stages import _gates
+
+    said = _gates.judge(_gates.Gate.model_validate(gate), figures)
+    print(f"| {chain} | {said.text} | {'passed' if said.passed else '**no**'} |")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def _lock(file: IO[str], seconds: float) -> bool:
 
 
 def _follow(step: plan.Step, view: View, stop: _Stop) -> dict[str, Any]:
-    """Start the stage's process and pass on its events until it ends; its metrics.
+    """Start the stage's process and pass on its events until it ends; the last one, `done`.
 
     Raises:
         Interrupted, StageFailed: as `run`.

@@ -6,12 +6,14 @@ environment. TensorBoard's files differ from run to run, so they lie beside the 
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ENDS = {"wandb": "finish", "mlflow": "end_run", "swanlab": "finish", "trackio": "finish"}
+PATIENCE = 60  # seconds
 TENSORBOARD = "tensorboard"  # the folder beside a config's links
 
 
@@ -42,16 +44,26 @@ def group(spec: Mapping[str, Any], out: Path) -> dict[str, Any]:
     return {**config, "trainer": {**names, **config["trainer"]}}
 
 
-def finish(spec: Mapping[str, Any]) -> None:
-    """End the trackers' runs, so that nothing they hold is lost.
+def finish(spec: Mapping[str, Any], code: int) -> None:
+    """End the trackers' runs, so that nothing they hold is lost; with a `code` that is not 0, as failed.
 
     They wait for Python's exit handlers, which a process forked by `multiprocessing` leaves without calling. What goes
-    wrong is in the log and costs no stage.
+    wrong is in the log, and one that takes too long is left behind: neither costs the stage.
     """
     named = spec["config"].get("trainer", {}).get("report_to") or []
     for name, end in ENDS.items():
         if name in sys.modules and (name in named or "all" in named):  # a name, or a list of them
-            try:
-                getattr(sys.modules[name], end)()
-            except Exception:
-                traceback.print_exc()
+            waiting = threading.Thread(target=_end, args=(sys.modules[name], end, code), daemon=True)
+            waiting.start()
+            waiting.join(PATIENCE)
+
+
+def _end(tracker: Any, end: str, code: int) -> None:
+    how: dict[str, dict[str, Any]] = {
+        "wandb": {"exit_code": code},
+        "mlflow": {"status": "FAILED" if code else "FINISHED"},
+    }
+    try:
+        getattr(tracker, end)(**how.get(tracker.__name__, {}))
+    except BaseException:
+        traceback.print_exc()

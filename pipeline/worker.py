@@ -44,7 +44,8 @@ def main(spec_file: str) -> None:
         os.environ.pop(name, None)
     emit(out, "start", pid=os.getpid())
     code = _run(spec, out)
-    tracking.finish(spec)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the stage is over, only trackers are not; asked twice, it is killed
+    tracking.finish(spec, code)
     held.close()
     sys.exit(code)
 

@@ -115,11 +115,9 @@ def serve_one(respond: Callable[[dict[str, Any]], Answer]) -> None:
     os.dup2(2, 1)
     text = sys.stdin.read()
     request = json.loads(text) if text.strip() else {}
-    if sys.argv[1:]:
-        request["model"] = sys.argv[1:]
     with answers:
         json.dump(respond(request), answers, ensure_ascii=False)
 
 
 if __name__ == "__main__":
-    serve_one(respond)
+    serve_one(lambda request: respond(request | ({"model": sys.argv[1:]} if sys.argv[1:] else {})))

@@ -30,16 +30,16 @@ def cores() -> int:
 
 def most_memory() -> dict[str, int | None]:
     """The most bytes that were resident at one time in this process, or in a child of it that has ended (`host`), and
-    that torch kept on the GPU (`gpu`; None without one)."""
+    that this process's torch kept on GPUs (`gpu`; None without one)."""
     scale = 1 if sys.platform == "darwin" else 1024
     used = [resource.getrusage(who).ru_maxrss * scale for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    status = Path("/proc/self/status")
-    if status.exists():  # after a fork, getrusage's figure begins with the parent's
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        used[0] = int(line.split()[1]) * 1024
+    status = Path("/proc/self/status")  # after a fork, getrusage's figure begins with the parent's
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    used[0] = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), used[0])
     torch: Any = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {"host": max(used), "gpu": int(torch.cuda.max_memory_reserved()) if on_gpu else None}
+    kept = sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count()))) if on_gpu else None
+    return {"host": max(used), "gpu": kept}
 
 
 def mapped(work: Callable[[Item], Made], items: Iterable[Item], processes: int, few: int = 0) -> Iterator[Made]:

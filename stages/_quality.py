@@ -13,7 +13,7 @@ and `layer_errors`
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ids = Sequence[int]
-POSITIONS = 2048  # that logits and hidden states are compared at; a vocabulary of 250,000 takes 1 GB
+POSITIONS = 2048  # that are compared; the logits of 250,000 words take 1 GB, 32 hidden states of 4,096 another
 
 
 def reference(model: Any, texts: Sequence[Ids], file: Path) -> list[tuple[float, float]]:
@@ -36,13 +36,23 @@ def reference(model: Any, texts: Sequence[Ids], file: Path) -> list[tuple[float,
     import torch
     from safetensors.torch import save_file
 
-    losses, logits, hidden = [], [], []
-    for text, places in zip(texts, _places(texts), strict=True):
-        loss, found, states = _forward(model, text, places)
+    places = _places(texts)
+    kept: dict[str, Tensor] = {}
+    losses, start = [], 0
+    for text, part in zip(texts, places, strict=True):
+        loss, logits, hidden = _forward(model, text, part)
         losses.append((loss, float(len(text) - 1)))
-        logits.append((found - found.max(dim=-1, keepdim=True).values).half())  # what is likely keeps most digits
-        hidden.append(states)
-    save_file({"logits": torch.cat(logits), "hidden": torch.cat(hidden, dim=1).contiguous()}, file)
+        if not kept:
+            count = sum(map(len, places))
+            kept["logits"] = torch.empty(count, logits.shape[-1], dtype=torch.float16)
+            kept["hidden"] = torch.empty(hidden.shape[0], count, hidden.shape[-1])
+        end = start + len(part)
+        # Less their largest, what is likely keeps most digits.
+        near = logits - logits.max(dim=-1, keepdim=True).values
+        kept["logits"][start:end] = near.clamp(min=torch.finfo(torch.float16).min).half()
+        kept["hidden"][:, start:end] = hidden
+        start = end
+    save_file(kept, file)
     return losses
 
 
@@ -53,7 +63,7 @@ def compared(model: Any, texts: Sequence[Ids], file: Path) -> dict[str, Any]:
         `losses`: as `reference` gives them. `kl`: mean over positions of KL(original ‖ model), in nats.
         `top1_agreement`: share of positions where both find the same token likeliest. `layer_errors`: for each layer,
         the first one's first, the mean over positions of ‖h′ − h‖ / ‖h‖, h the original's hidden state after that
-        layer, which carries the errors of the layers before.
+        layer (for the last one, after the final norm, too); it carries the errors of the layers before.
     """
     import torch
     from safetensors.torch import load_file
@@ -106,45 +116,63 @@ def _forward(model: Any, text: Ids, places: list[int]) -> tuple[float, "Tensor",
         return loss, logits[places].float().cpu(), states
 
 
-def rounded(model: Any, made: Path) -> None:
-    """Round to nearest, in place, every layer that is quantized in `made`: with its bits, groups and grid."""
+def rounded(model: Any, made: Path) -> str | None:
+    """Round to nearest, in place, every layer that is quantized in `made`: with its bits, groups, symmetry and `mse`.
+
+    Groups are of neighbouring inputs, which with `desc_act` those of GPTQ are not. Returns why it cannot be done.
+    """
     import torch
-    from gptqmodel.quantization.quantizer import Quantizer, quantize
     from safetensors import safe_open
     from transformers.pytorch_utils import Conv1D
 
     settings = json.loads((made / "quantize_config.json").read_text(encoding="utf-8"))
-    grid = SimpleNamespace(bits=settings["bits"], sym=settings["sym"], mse=settings["meta"].get("mse", 0.0))
+    modules = dict(model.named_modules())
     for file in sorted(made.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             stored = list(weights.keys())
         for name in (name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")):
-            module = model.get_submodule(name)
-            weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
-            size = settings["group_size"] if settings["group_size"] > 0 else weight.shape[1]
-            groups = weight.float().reshape(-1, size)
-            quantizer = Quantizer(grid)
-            quantizer.configure(perchannel=True)
-            quantizer.find_params(groups, weight=True)
-            near = quantize(groups, quantizer.scale, quantizer.zero, quantizer.maxq, False).reshape(weight.shape)
-            with torch.no_grad():
-                weight.copy_(near)
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None:
+                return f"the original has no module `{name}`"
+            if weight.is_meta:
+                return "the original does not fit into memory whole"
+            matrix = weight.data.T if isinstance(modules[name], Conv1D) else weight.data
+            matrix.copy_(nearest(matrix, settings))
+    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    model.to(getattr(torch, config.get("dtype") or config.get("torch_dtype")))
+    return None
+
+
+def nearest(weight: "Tensor", settings: Mapping[str, Any]) -> "Tensor":
+    """A matrix (outputs × inputs) rounded to nearest, on the grid that GPTQModel lays for the same settings."""
+    import torch
+    from gptqmodel.quantization.quantizer import Quantizer, quantize
+
+    grid = SimpleNamespace(bits=settings["bits"], sym=settings["sym"], mse=settings["meta"].get("mse", 0.0))
+    size = settings["group_size"] if settings["group_size"] > 0 else weight.shape[1]
+    parts = []
+    for group in weight.float().split(size, dim=1):
+        quantizer = Quantizer(grid)
+        quantizer.configure(perchannel=True)
+        quantizer.find_params(group, weight=True)
+        parts.append(quantize(group, quantizer.scale, quantizer.zero, quantizer.maxq, False))
+    return torch.cat(parts, dim=1)
 
 
 def respond(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request, in this process."""
     made, original, texts = Path(request["model"]), request["original"], request["texts"]
-    reference = Path(request["reference"])
+    file = Path(request["reference"])
     model, missing = _generate.load([str(made)])
     if missing:
         return {"missing": missing}
     answer = _generate.generate(model, str(made), request["messages"], request["max_new_tokens"])
-    found = {"missing": missing, "answer": answer, "quantized": compared(model, texts, reference)}
+    found = {"missing": missing, "answer": answer, "quantized": compared(model, texts, file)}
     del model
     gc.collect()
     model, _ = _generate.load([original])
-    rounded(model, made)
-    return {**found, "rounded": compared(model, texts, reference)}
+    why = rounded(model, made)
+    return {**found, "rounded": {"why": why} if why else compared(model, texts, file)}
 
 
 if __name__ == "__main__":

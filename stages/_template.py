@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     trained: list[tuple[int, int]]
-    """The stretches in the loss, in their order: where each begins and ends."""
+    """The stretches in the loss, in their order and apart: where each begins and ends."""
 
     @property
     def labels(self) -> list[int]:
@@ -395,7 +395,7 @@ def _renderer(tokenizer: "PreTrainedTokenizerBase", tried: Talk) -> Callable[...
     from jinja2 import TemplateError
 
     slow = functools.partial(_rendered, tokenizer)
-    if not isinstance(tokenizer.chat_template, str):
+    if not isinstance(tokenizer.chat_template, str) or "strftime_now" in tokenizer.chat_template:
         return slow
     compiled = _compiled(tokenizer.chat_template)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}

@@ -6,6 +6,7 @@ for bit.
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -158,7 +159,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     facts = _model.facts(folder)
     if problems := check(config, facts):
         raise StageError("\n".join(f"`{name}`: {text}" for name, text in problems))
-    held_out, calibration = split(_encoded(config, folder), config.calibration.samples)
+    held_out, calibration = split(_encoded(config, folder), config.calibration.samples, config.seed)
     if len(calibration) < config.calibration.samples or len(held_out) < MEASURED:
         asked = f"{len(calibration)} of {config.calibration.samples} rows to calibrate with"
         emit(out, "note", text=f"data is short: {asked}, {len(held_out)} of {MEASURED} to measure perplexity on")
@@ -170,6 +171,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     emit(out, "note", text=f"quantizes to {config.bits} bits, calibrated on {len(calibration)} rows")
     losses = _quantize(config, facts, folder, calibration, work)
     _publish(folder, work / "model", out)
+    _empty()
     emit(
         out,
         "note",
@@ -245,8 +247,8 @@ def _text(row: _rows.Row, tokenizer: Any, folder: Path) -> str:
     return _template.render(tokenizer, said, tools=row.get("tools"))
 
 
-def split(rows: list[Ids], samples: int) -> tuple[list[Ids], list[Ids]]:
-    """Rows for perplexity and rows for calibration, none in both.
+def split(rows: list[Ids], samples: int, seed: int) -> tuple[list[Ids], list[Ids]]:
+    """Rows for perplexity and rows for calibration, none in both; every data set is in both as far as it goes.
 
     Raises:
         StageError: too few rows.
@@ -257,16 +259,27 @@ def split(rows: list[Ids], samples: int) -> tuple[list[Ids], list[Ids]]:
             f"the calibration data has {len(rows)} different rows, and {least + LEAST} are the least: "
             f"{least} to calibrate with and {LEAST} to measure perplexity on; add data"
         )
-    measured = min(MEASURED, max(LEAST, len(rows) - samples))
-    return rows[:measured], rows[measured : measured + samples]
+    measured = set(random.Random(seed).sample(range(len(rows)), min(MEASURED, max(LEAST, len(rows) - samples))))
+    calibration = [row for number, row in enumerate(rows) if number not in measured]
+    return [rows[number] for number in sorted(measured)], calibration[:samples]
 
 
 def _before(folder: Path, held_out: list[Ids], file: Path) -> Sums:
     model, _ = _generate.load([str(folder)])
     losses = _quality.reference(model, held_out, file)
+    del model
+    _empty()
     if not math.isfinite(found := _perplexity(losses)):
         raise StageError(f"the perplexity of `{folder}` is {found} before quantization; look at the stage before")
     return losses
+
+
+def _empty() -> None:
+    """Give memory back that the next model needs."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _perplexity(losses: Sums) -> float:
@@ -360,21 +373,36 @@ def _quality_of(config: Config, before: Sums, tried: Mapping[str, Any], out: Pat
     Raises:
         StageError: the quantized model's perplexity is no number.
     """
-    found: dict[str, dict[str, Any]] = {}
+    original, found = _metrics.Measured(before), {}
+    measured: dict[str, _metrics.Measured] = {}
     for name in ("quantized", "rounded"):
+        if "why" in tried[name]:
+            found[name] = dict(tried[name])
+            continue
         losses = tried[name]["losses"]
-        original, made = _metrics.Measured(before), _metrics.Measured([tuple(row) for row in losses])
-        change = _metrics.compare("perplexity", made, original, config.seed)
+        measured[name] = _metrics.Measured([tuple(row) for row in losses])
+        change = _metrics.compare("perplexity", measured[name], original, config.seed)
         found[name] = {"perplexity": _perplexity(losses), "ratio": change["change"], "ratio_ci": change["ci"]}
         found[name] |= {key: tried[name][key] for key in ("kl", "top1_agreement", "layer_errors")}
-    if not math.isfinite(after := found["quantized"]["perplexity"]):
+        if not all(map(math.isfinite, (found[name]["perplexity"], found[name]["kl"]))):
+            found[name] = {"why": "its logits are no numbers", "perplexity": found[name]["perplexity"]}
+    after = found["quantized"]["perplexity"]
+    if "why" in found["quantized"]:
         raise StageError(f"the quantized model's perplexity is {after}; use more rows or more `bits`")
-    if math.isfinite(near := found["rounded"]["perplexity"]) and near < after:
-        text = f"plain rounding lost less than GPTQ did (perplexity {near:.2f}, and {after:.2f}): calibrate with more "
-        emit(out, "note", text=text + "and longer rows, of the kind that the model will see")
-    if not math.isfinite(near):
-        found["rounded"] = {"why": "its perplexity is no number"}
+    if "why" in found["rounded"]:
+        found["rounded"].pop("perplexity", None)
+    else:
+        _warn(_metrics.compare("perplexity", measured["quantized"], measured["rounded"], config.seed), out)
     return {"perplexity_before": _perplexity(before), "perplexity_after": after, **found}
+
+
+def _warn(change: Mapping[str, Any], out: Path) -> None:
+    """Tell when plain rounding is better beyond chance."""
+    if change["better"] == 0:
+        low, high = change["ci"]
+        times = f"{change['change']:.3f} times the perplexity, 95 % CI {low:.3f} to {high:.3f}"
+        way = "calibrate with more and longer rows, of the kind that the model will see"
+        emit(out, "note", text=f"GPTQ lost more than plain rounding does ({times}): {way}")
 
 
 def _summary(losses: Losses, out: Path) -> dict[str, Any]:

@@ -153,6 +153,49 @@ def test_what_quantization_cost_is_what_plain_torch_says(done, models, worker, t
     assert gap < 1e-6
 
 
+@pytest.mark.train
+def test_rounding_is_to_the_nearest_of_the_grid(worker):
+    for settings, size in (
+        ({"sym": False}, 4),
+        ({"sym": True}, 8),
+        ({"sym": True}, -1),
+        ({"sym": False, "bits": 2}, 5),
+    ):
+        settings = {"bits": 4, "group_size": size, "meta": {}, **settings}
+        matrix, found = worker(near, settings)
+        for row, made in zip(matrix, found, strict=True):
+            for start in range(0, 12, size if size > 0 else 12):
+                group, rounded = (part[start : start + (size if size > 0 else 12)] for part in (row, made))
+                low, high = min(*group, 0), max(*group, 0)
+                if settings["sym"]:
+                    low, high = -max(-low, high), max(-low, high)
+                step = (high - low) / (2 ** settings["bits"] - 1)
+                assert all(abs(a - b) <= step * 1.01 for a, b in zip(group, rounded, strict=True))
+                assert sum(abs(a - b) <= step * 0.51 for a, b in zip(group, rounded, strict=True)) >= len(group) - 1
+
+
+def near(settings):
+    import torch
+
+    from stages import _quality
+
+    matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    return matrix.tolist(), _quality.nearest(matrix, settings).tolist()
+
+
+@pytest.mark.train
+def test_what_cannot_be_rounded_says_why(done, models, worker, tmp_path):
+    assert worker(rounded_of, models("bloom"), done("untied").out) == (
+        "the original has no module `model.layers.0.mlp.down_proj`"
+    )
+
+
+def rounded_of(folder, made):
+    from stages import _quality
+
+    return _quality.rounded(_generate.load([str(folder)])[0], made)
+
+
 def test_positions_are_spread_over_all_texts(monkeypatch):
     from stages import _quality
 
@@ -297,7 +340,7 @@ def test_config_says_how_it_was_quantized_and_no_more(done, models, kind):
 
 
 def same_weights(asked, folder, out):
-    held_out, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples)
+    held_out, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
     assert not {*map(tuple, held_out)} & {*map(tuple, calibration)}
     quantize._quantize(asked, _model.facts(folder), folder, calibration, out)
     return sha256(out / "model")
@@ -314,7 +357,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models,
 
 def encoded(asked, folder):
     tokenizer = _model.load_tokenizer([str(folder)])
-    return [tokenizer.decode(ids) for ids in quantize._encoded(asked, folder)]
+    rows = quantize._encoded(asked, folder)
+    return [[tokenizer.decode(ids) for ids in part] for part in (rows, *quantize.split(rows, 16, 7))]
 
 
 @pytest.mark.train
@@ -327,8 +371,10 @@ def test_calibration_mixes_its_data_in_shares(models, worker, data, tmp_path):
     def shares(samples, **more):
         calibration = {"data": [data, general], "samples": samples, "max_length": 40, **more}
         asked = quantize.Config(model=[str(models("tied"))], calibration=calibration, seed=7)
-        drawn = worker(encoded, asked, models("tied"))
+        drawn, held_out, calibration = worker(encoded, asked, models("tied"))
         assert len(set(drawn)) == len(drawn)
+        assert any("general" in text for text in held_out)
+        assert any("general" in text for text in calibration)
         return ["general" in text for text in drawn]
 
     even = shares(16)
@@ -345,7 +391,7 @@ def test_memory_or_disk_gives_the_same_weights(done, models, worker, data, tmp_p
 
 
 def losses(asked, folder, work, out):
-    _, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples)
+    _, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
     return quantize._summary(quantize._quantize(asked, _model.facts(folder), folder, calibration, work), out)
 
 
@@ -492,12 +538,12 @@ def test_weights_that_transformers_makes_up_are_named(models, worker, tmp_path):
 def test_rows_to_measure_on_are_never_calibrated_with():
     rows = [[number] for number in range(300)]
     for count in (16, 17, 100, 150, 192, 300):
-        held_out, calibration = quantize.split(rows[:count], 128)
+        held_out, calibration = quantize.split(rows[:count], 128, 7)
         assert 8 <= len(held_out) <= 64
         assert 8 <= len(calibration) <= 128
         assert not [row for row in held_out if row in calibration]
-    assert [len(part) for part in quantize.split(rows, 128)] == [64, 128]
-    assert [len(part) for part in quantize.split(rows[:12], 4)] == [8, 4]
+    assert [len(part) for part in quantize.split(rows, 128, 7)] == [64, 128]
+    assert [len(part) for part in quantize.split(rows[:12], 4, 7)] == [8, 4]
 
 
 def test_the_size_of_the_result_is_told_before():
@@ -558,6 +604,17 @@ def test_what_cannot_work_is_known_before_torch_is_loaded():
 def test_values_that_the_format_does_not_have(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         config("base", {"path": "rows.jsonl", "format": "text"}, **wrong)
+
+
+def test_plain_rounding_that_is_better_is_told(tmp_path):
+    quantize._warn({"better": None, "change": 1.1, "ci": [0.9, 1.2]}, tmp_path)
+    quantize._warn({"better": 1, "change": 0.8, "ci": [0.7, 0.9]}, tmp_path)
+    assert notes(tmp_path) == []
+    quantize._warn({"better": 0, "change": 1.1, "ci": [1.05, 1.2]}, tmp_path)
+    assert notes(tmp_path) == [
+        "GPTQ lost more than plain rounding does (1.100 times the perplexity, 95 % CI 1.050 to 1.200): calibrate with "
+        "more and longer rows, of the kind that the model will see"
+    ]
 
 
 def test_how_gptqmodel_says_that_it_only_rounded():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,23 +55,35 @@ def test_what_the_user_has_set_stays(specs, monkeypatch):
     assert {os.environ[name] for name in (*VARIABLES, "TENSORBOARD_LOGGING_DIR")} == {"mine"}
 
 
-@pytest.mark.parametrize("report_to", ["wandb", ["tensorboard", "wandb"], "all"])
-def test_a_tracker_that_is_used_ends_its_run_and_may_fail(report_to, monkeypatch, capsys):
-    ended = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: ended.append("wandb")))
-    tracking.finish({"config": {"trainer": {"report_to": report_to}}})
-    assert ended == ["wandb"]
+def tracker(name, **ends):
+    return SimpleNamespace(__name__=name, **ends)
 
-    def lost():
+
+@pytest.mark.parametrize("report_to", ["wandb", ["tensorboard", "wandb"], "all"])
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_tracker_that_is_used_ends_its_run(report_to, code, monkeypatch):
+    ended = []
+    monkeypatch.setitem(sys.modules, "wandb", tracker("wandb", finish=lambda exit_code: ended.append(exit_code)))
+    tracking.finish({"config": {"trainer": {"report_to": report_to}}}, code)
+    assert ended == [code]
+
+
+def test_a_tracker_that_fails_or_hangs_costs_no_stage(monkeypatch, capsys):
+    def lost(**_):
         raise ConnectionError("no network")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lost))
-    tracking.finish({"config": {"trainer": {"report_to": report_to}}})
+    hung, began = threading.Event(), threading.Event()
+    monkeypatch.setattr(tracking, "PATIENCE", 0.2)
+    monkeypatch.setitem(sys.modules, "wandb", tracker("wandb", finish=lost))
+    monkeypatch.setitem(sys.modules, "swanlab", tracker("swanlab", finish=lambda: (began.set(), hung.wait())))
+    tracking.finish({"config": {"trainer": {"report_to": ["wandb", "swanlab"]}}}, 0)
+    assert began.is_set()
     assert "ConnectionError: no network" in capsys.readouterr().err
+    hung.set()
 
 
 def test_a_tracker_that_is_only_installed_is_left_alone(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mlflow", tracker("mlflow"))
     for trainer in ({}, {"report_to": "none"}, {"report_to": []}, {"report_to": ["wandb"]}):
-        tracking.finish({"config": {"trainer": trainer}})
-    tracking.finish({"config": {"shard_size": "2GB"}})
+        tracking.finish({"config": {"trainer": trainer}}, 0)
+    tracking.finish({"config": {"shard_size": "2GB"}}, 0)

@@ -113,7 +113,9 @@ def build(folder):
 
 
 def rows(config):
-    return quantize.split(quantize._encoded(config, Path(config.folders[0])), config.calibration.samples)[1]
+    return quantize.split(quantize._encoded(config, Path(config.folders[0])), config.calibration.samples, config.seed)[
+        1
+    ]
 
 
 def prefer(model, tokenizer):
