@@ -116,7 +116,7 @@ def config(model: str, data: Path, *, sft: str) -> dict[str, Any]:
                 "trainer": {**COMMON, **DPO},
             },
             "merge": None,
-            "quantize": {"group_size": 32, "calibration": {"data": ["consult", "general"]}},
+            "quantize": {"calibration": {"data": {"consult": 3, "general": 1}, "samples": 128}},
             "evaluate": {"data": measured, "max_length": 640, "gates": gates()},
         },
     }

@@ -52,7 +52,7 @@ class Calibration(BaseModel):
     """Names of declared data, of each as many rows; with weights, such as `{consult: 3, general: 1}`, these shares."""
     weights: list[float] = []
     """Written beside the names."""
-    samples: int = Field(default=128, gt=0)
+    samples: int = Field(default=256, gt=0)
     max_length: int = Field(default=512, gt=1)
     """Longer rows are cut."""
 
@@ -64,8 +64,11 @@ class Config(BaseModel):
 
     model: str | list[str]
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
+    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 32
     """Weights that share a scale; -1 for a whole row."""
+    mse: float = Field(default=2.4, ge=0)
+    """The exponent of the error that the scale of a group is searched for; 0 takes its largest weight, in half the
+    time."""
     calibration: Calibration
     question: str = "你好，请介绍一下你自己。"
     """Asked of the result in a fresh process."""
@@ -303,7 +306,7 @@ def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids]
         settings["act_group_aware"] = False  # it reorders groups, and refuses when there are none
     settings |= config.model_extra or {}
     try:
-        wanted = GPTQConfig(bits=config.bits, group_size=config.group_size, **settings)
+        wanted = GPTQConfig(bits=config.bits, group_size=config.group_size, mse=config.mse, **settings)
     except (TypeError, ValueError) as error:
         raise StageError(f"GPTQModel refuses the settings of `quantize`: {error}") from None
     # Left to itself, it turns float16 into bfloat16 on a CPU.
