@@ -29,7 +29,8 @@ SHARES = (
     "stop_rate",
 )  # rows say 0 or 1
 LOSSES = ("perplexity", "bits_per_byte")
-TALKS = (*LOSSES, "answer_match")  # of conversations
+MATCHES = ("answer_match", "answer_margin")
+TALKS = (*LOSSES, *MATCHES)  # of conversations
 PREFERENCES = (
     *("preference_accuracy", "preference_accuracy_per_token", "preference_margin", "preference_margin_per_token"),
     *("reward_accuracy", "reward_margin"),

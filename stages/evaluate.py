@@ -19,7 +19,7 @@ from pipeline.errors import StageError
 from stages import _account, _gates, _generate, _inference, _metrics, _model, _rows, _tasks, _template, _trainer
 from stages._events import emit
 
-VERSION = 1
+VERSION = 2
 LEAVES_MODEL = False  # the stage below starts from the model above
 NO_RECIPE = ("gates",)  # settings that judge the result and do not change it
 SCHEMA = 1  # of evaluation.json
@@ -296,7 +296,7 @@ def _measure(
         try:
             values = _pairs(at, name, rows, reference) if form == "preference" else _perplexity(at, rows)
             if form in TALKS:
-                values["answer_match"] = _answer_match(at, rows)
+                values |= _answer_match(at, rows)
         except StageError as error:
             values = dict.fromkeys(metrics, _metrics.Measured(why=str(error)))
         found |= {(metric, name): values[metric] for metric in metrics}
@@ -377,10 +377,11 @@ def _conversation(at: _Model, row: _rows.Row) -> tuple[Texts, int]:
     return [(ids, labels)], sum(len(said.encode()) for said in words)
 
 
-def _answer_match(at: _Model, rows: Sequence[_rows.Row]) -> _metrics.Measured:
-    """Is a row's last answer likelier after its own question than after that of the next row?"""
+def _answer_match(at: _Model, rows: Sequence[_rows.Row]) -> dict[str, _metrics.Measured]:
+    """Is a row's last answer likelier after its own question than after that of the next row, and by how much?"""
     if len(rows) < 2:
-        return _metrics.Measured(why="one row has no other question to compare with")
+        why = _metrics.Measured(why="one row has no other question to compare with")
+        return dict.fromkeys(_metrics.MATCHES, why)
     asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
     swapped = [{**row, "prompt": asked[place - len(rows) + 1]["prompt"]} for place, row in enumerate(asked)]
     texts: Texts = []
@@ -391,7 +392,8 @@ def _answer_match(at: _Model, rows: Sequence[_rows.Row]) -> _metrics.Measured:
         texts += [_with_labels(*one, counts[-1]) for one in both]  # a long question leaves less of the answer
     losses = at.losses(texts)
     margins = [losses[2 * n + 1] - losses[2 * n] if count else None for n, count in enumerate(counts)]
-    return _shares(margins)
+    per_token = [None if one is None else (one, float(count)) for one, count in zip(margins, counts, strict=True)]
+    return {"answer_match": _shares(margins), "answer_margin": _metrics.Measured(per_token)}
 
 
 def _with_labels(ids: Ids, labels: Ids, count: int) -> tuple[Ids, Ids]:

@@ -57,7 +57,7 @@ def test_the_card_of_a_chain_tells_base_stages_data_and_figures(project, written
     assert "# x: quantize\n\nThe model `m`, after `pt`, `sft`, `dpo`, `merge`, `quantize`." in made.text
     assert cells(made.text, "sft")[0] == "LoRA (r 8), learning_rate 5e-05, seed 42"
     assert (
-        cells(made.text, "quantize")[0] == "bits 4, group_size -1, seed 42, calibrated on up to 128 rows of 512 tokens"
+        cells(made.text, "quantize")[0] == "bits 4, group_size -1, seed 42, calibrated on up to 256 rows of 512 tokens"
     )
     assert "| pt | `books`: `books.jsonl` | text | 1,200 | 34,567 |" in made.text
     assert "| pt | held-out loss | 3.25 | 2.75 |" in made.text

@@ -117,6 +117,8 @@ def test_answer_match_swaps_questions(tiny, tmp_path, monkeypatch):
     assert [("猫" in text, "甲甲" in text) for text in seen[1]][:2] == [(True, True), (False, True)]
     assert ("猫" in seen[1][5], "丙丙" in seen[1][5]) == (True, True)  # the last row gets the first question
     assert found["answer_match"]["talks"]["one"] == pytest.approx(2 / 3)
+    whole = [len(tokenizer(f"{said}</s>", add_special_tokens=False)["input_ids"]) for _, said in rows]
+    assert found["answer_margin"]["talks"]["one"] == pytest.approx(2 / sum(whole))
 
 
 def test_answer_match_of_rows_that_are_cut_counts_the_same_tokens_twice(tiny, rows, tmp_path):
