@@ -5,7 +5,7 @@
 DATA is the folder that `benchmarks/gates.py` writes: calibration draws from `consult` (the domain, in the model's
 template) and `general`; measured is on `consult_held`, `english_held` and `general_held`, which share no row with them.
 Every setting is quantized by the stage itself in a process of its own; one that is in OUT/results.jsonl is not done
-again. Prints the table of docs/quantization.md.
+again, so give another DATA another OUT. Prints the table of docs/quantization.md.
 """
 
 import argparse
@@ -30,7 +30,7 @@ FORMATS = {"consult": "alpaca", "general": "text"}
 
 def settings() -> dict[str, dict[str, Any]]:
     """The studied settings by name: one thing is changed at a time, then what helped is put together."""
-    base: dict[str, Any] = {"group_size": 64, "calibration": MIXED}
+    base: dict[str, Any] = {"group_size": 64, "mse": 0, "calibration": MIXED}
     found = {"group 64": {}, "group 32": {"group_size": 32}, "mse 2.4": {"mse": 2.4}}
     found |= {"group 32 + mse 2.4": {"group_size": 32, "mse": 2.4}, "no GAR": {"act_group_aware": False}}
     found |= {"desc_act": {"act_group_aware": False, "desc_act": True}, "damp 0.01": {"damp_percent": 0.01}}
@@ -51,8 +51,7 @@ def texts(model: str, data: Path, name: str) -> list[list[int]]:
 
     tokenizer = _model.load_tokenizer([model])
     rows = _rows.examples(_rows.Source(path=str(data / f"{name}.jsonl"), format=HELD[name]))
-    made = (quantize._text(row, tokenizer, Path(model)) for row in rows[:ROWS])
-    return [tokenizer(text, add_special_tokens=False)["input_ids"][:512] for text in made]
+    return list(quantize._different(rows[:ROWS], tokenizer, Path(model), 512, set()))
 
 
 def compare(model: str, data: Path, folder: Path, made: Path | None, near: Path | None) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def quantized(model: str, data: Path, out: Path, asked: dict[str, Any]) -> dict[
 
     calibration = {**asked["calibration"], "data": [source(name) for name in asked["calibration"]["data"]]}
     config = quantize.Config(model=[model], **{**asked, "calibration": calibration})
-    _, rows = quantize.split(quantize._encoded(config, Path(model)), config.calibration.samples)
+    _, rows = quantize.split(quantize._encoded(config, Path(model)), config.calibration.samples, config.seed)
     work = out / "work"
     out.mkdir(parents=True)
     start = time.perf_counter()
@@ -135,11 +134,16 @@ def main() -> None:
     for name, setting in wanted.items() if not asked.table else ():
         if not (out / "original.json").exists():
             (out / "original.json").write_text(json.dumps(step("compare", model, data, out, None, None)))
-        if any(row["name"] == name for row in done):
+        if any(row["settings"] == setting and row.get("model", model) == model for row in done):
             continue
         made = out / "made"
         shutil.rmtree(made, ignore_errors=True)
-        row: dict[str, Any] = {"name": name, "settings": setting, "stage": step("quantize", model, data, made, setting)}
+        row: dict[str, Any] = {
+            "name": name,
+            "model": model,
+            "settings": setting,
+            "stage": step("quantize", model, data, made, setting),
+        }
         row["quantized"] = step("compare", model, data, out, made, None)
         plain = f"{setting['group_size']}/{setting.get('sym', True)}/{setting.get('mse', 0)}"
         same = next((old["rounded"] for old in done if old["plain"] == plain), None)
@@ -147,39 +151,33 @@ def main() -> None:
         done.append(row)
         with open(results, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(line(row, json.loads((out / "original.json").read_text())), flush=True)
+        print(line(name, row["quantized"], json.loads((out / "original.json").read_text()), row), flush=True)
     print_table(done, json.loads((out / "original.json").read_text()))
 
 
-def line(row: dict[str, Any], original: dict[str, Any]) -> str:
+def line(name: str, figures: dict[str, Any], original: dict[str, Any], row: dict[str, Any] | None = None) -> str:
     from stages import _metrics
 
-    cells = [row["name"]]
-    for name in HELD:
-        for kind in ("quantized", "rounded"):
-            values, before = row[kind][name]["losses"], original[name]["losses"]
-            change = _metrics.compare(
-                "perplexity",
-                _metrics.Measured(list(map(tuple, values))),
-                _metrics.Measured(list(map(tuple, before))),
-                42,
-            )
-            low, high = change["ci"]
-            cells.append(f"{change['change'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})")
-    both = [row[kind]["consult_held"] for kind in ("quantized", "rounded")]
-    cells += [f"{one['kl']:.4f}" for one in both] + [f"{one['top1_agreement']:.1%}" for one in both]
-    cells += [f"{row['stage']['bytes_after'] / 1e6:.1f}", f"{row['stage']['seconds']:.0f}"]
+    cells = [name]
+    for held in HELD:
+        pair = [_metrics.Measured([(a, b) for a, b in one[held]["losses"]]) for one in (figures, original)]
+        change = _metrics.compare("perplexity", pair[0], pair[1], 42)
+        low, high = change["ci"]
+        cells.append(f"{change['change'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})")
+    domain = figures["consult_held"]
+    cells += [f"{domain['kl']:.3f}", f"{domain['top1_agreement']:.1%}"]
+    cells += [f"{row['stage']['bytes_after'] / 1e6:.1f}", f"{row['stage']['seconds']:.0f}"] if row else ["", ""]
     return "| " + " | ".join(cells) + " |"
 
 
 def print_table(done: list[dict[str, Any]], original: dict[str, Any]) -> None:
     names = ("gptqmodel", "transformers", "torch")
     print(f"Python {platform.python_version()}, {', '.join(f'{name} {metadata.version(name)}' for name in names)}\n")
-    heads = [f"{name}{kind}" for name in HELD for kind in ("", ", rounded")]
-    heads += ["KL", "rounded", "top-1", "rounded", "MB", "seconds"]
-    print("| setting | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 1))
+    print("| setting | " + " | ".join([*HELD, "KL", "top-1", "MB", "seconds"]) + " |\n|" + "---|" * (len(HELD) + 5))
     for row in done:
-        print(line(row, original))
+        print(line(row["name"], row["quantized"], original, row))
+    for plain, row in {row["plain"]: row for row in done}.items():
+        print(line(f"rounded, group/sym/mse {plain}", row["rounded"], original))
 
 
 if __name__ == "__main__":
