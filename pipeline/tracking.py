@@ -8,11 +8,16 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ENDS = {"wandb": "finish", "mlflow": "end_run", "swanlab": "finish", "trackio": "finish"}
+ENDS: dict[str, Callable[[Any, int], object]] = {  # of a tracker's module and the stage's exit code
+    "wandb": lambda wandb, code: wandb.finish(exit_code=code),
+    "mlflow": lambda mlflow, code: mlflow.end_run(status="FAILED" if code else "FINISHED"),
+    "swanlab": lambda swanlab, _: swanlab.finish(),
+    "trackio": lambda trackio, _: trackio.finish(),
+}
 PATIENCE = 60  # seconds
 TENSORBOARD = "tensorboard"  # the folder beside a config's links
 
@@ -53,17 +58,13 @@ def finish(spec: Mapping[str, Any], code: int) -> None:
     named = spec["config"].get("trainer", {}).get("report_to") or []
     for name, end in ENDS.items():
         if name in sys.modules and (name in named or "all" in named):  # a name, or a list of them
-            waiting = threading.Thread(target=_end, args=(sys.modules[name], end, code), daemon=True)
+            waiting = threading.Thread(target=_end, args=(end, sys.modules[name], code), daemon=True)
             waiting.start()
             waiting.join(PATIENCE)
 
 
-def _end(tracker: Any, end: str, code: int) -> None:
-    how: dict[str, dict[str, Any]] = {
-        "wandb": {"exit_code": code},
-        "mlflow": {"status": "FAILED" if code else "FINISHED"},
-    }
+def _end(end: Callable[[Any, int], object], tracker: Any, code: int) -> None:
     try:
-        getattr(tracker, end)(**how.get(tracker.__name__, {}))
+        end(tracker, code)
     except BaseException:
         traceback.print_exc()

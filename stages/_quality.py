@@ -13,7 +13,7 @@ and `layer_errors`
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -36,22 +36,15 @@ def reference(model: Any, texts: Sequence[Ids], file: Path) -> list[tuple[float,
     import torch
     from safetensors.torch import save_file
 
-    places = _places(texts)
     kept: dict[str, Tensor] = {}
-    losses, start = [], 0
-    for text, part in zip(texts, places, strict=True):
-        loss, logits, hidden = _forward(model, text, part)
-        losses.append((loss, float(len(text) - 1)))
+    losses = []
+    for loss, part, logits, hidden in _walk(model, texts):
+        losses.append(loss)
         if not kept:
-            count = sum(map(len, places))
+            count = sum(map(len, _places(texts)))
             kept["logits"] = torch.empty(count, logits.shape[-1], dtype=torch.float16)
             kept["hidden"] = torch.empty(hidden.shape[0], count, hidden.shape[-1])
-        end = start + len(part)
-        # Less their largest, what is likely keeps most digits.
-        near = logits - logits.max(dim=-1, keepdim=True).values
-        kept["logits"][start:end] = near.clamp(min=torch.finfo(torch.float16).min).half()
-        kept["hidden"][:, start:end] = hidden
-        start = end
+        kept["logits"][part], kept["hidden"][:, part] = logits.half(), hidden
     save_file(kept, file)
     return losses
 
@@ -70,23 +63,34 @@ def compared(model: Any, texts: Sequence[Ids], file: Path) -> dict[str, Any]:
 
     before = load_file(file)
     losses, divergence, agreed, errors = [], 0.0, 0, torch.zeros(len(before["hidden"]), dtype=torch.float64)
-    start = 0
-    for text, places in zip(texts, _places(texts), strict=True):
-        loss, logits, hidden = _forward(model, text, places)
-        losses.append((loss, float(len(text) - 1)))
-        part = slice(start, start := start + len(places))
+    for loss, part, logits, hidden in _walk(model, texts):
+        losses.append(loss)
         was = before["logits"][part].float()
         log_p, log_q = torch.log_softmax(was, dim=-1), torch.log_softmax(logits, dim=-1)
         divergence += float((log_p.exp() * (log_p - log_q)).sum(dim=-1).double().sum())
         agreed += int((was.argmax(dim=-1) == logits.argmax(dim=-1)).sum())
         old = before["hidden"][:, part]
         errors += ((hidden - old).norm(dim=-1) / old.norm(dim=-1)).double().sum(dim=-1)
+    count = len(before["logits"])
     return {
         "losses": losses,
-        "kl": divergence / start,
-        "top1_agreement": agreed / start,
-        "layer_errors": (errors / start).tolist(),
+        "kl": divergence / count,
+        "top1_agreement": agreed / count,
+        "layer_errors": (errors / count).tolist(),
     }
+
+
+def _walk(model: Any, texts: Sequence[Ids]) -> Iterator[tuple[tuple[float, float], slice, "Tensor", "Tensor"]]:
+    """Of each text its loss and how many tokens that is of, which of all compared positions it has, and what
+    `_forward` gives there; the logits less their largest, so that 16 bits keep most digits of what is likely."""
+    import torch
+
+    start = 0
+    for text, places in zip(texts, _places(texts), strict=True):
+        loss, logits, hidden = _forward(model, text, places)
+        part = slice(start, start := start + len(places))
+        near = logits - logits.max(dim=-1, keepdim=True).values
+        yield (loss, float(len(text) - 1)), part, near.clamp(min=torch.finfo(torch.float16).min), hidden
 
 
 def _places(texts: Sequence[Ids]) -> list[list[int]]:

@@ -376,27 +376,28 @@ def _quality_of(config: Config, before: Sums, tried: Mapping[str, Any], out: Pat
     Raises:
         StageError: the quantized model's perplexity is no number.
     """
-    original, found = _metrics.Measured(before), {}
-    measured: dict[str, _metrics.Measured] = {}
-    for name in ("quantized", "rounded"):
-        if "why" in tried[name]:
-            found[name] = dict(tried[name])
-            continue
-        losses = tried[name]["losses"]
-        measured[name] = _metrics.Measured([tuple(row) for row in losses])
-        change = _metrics.compare("perplexity", measured[name], original, config.seed)
-        found[name] = {"perplexity": _perplexity(losses), "ratio": change["change"], "ratio_ci": change["ci"]}
-        found[name] |= {key: tried[name][key] for key in ("kl", "top1_agreement", "layer_errors")}
-        if not all(map(math.isfinite, (found[name]["perplexity"], found[name]["kl"]))):
-            found[name] = {"why": "its logits are no numbers", "perplexity": found[name]["perplexity"]}
-    after = found["quantized"]["perplexity"]
-    if "why" in found["quantized"]:
+    after = _perplexity(tried["quantized"]["losses"])
+    if not math.isfinite(after):
         raise StageError(f"the quantized model's perplexity is {after}; use more rows or more `bits`")
-    if "why" in found["rounded"]:
-        found["rounded"].pop("perplexity", None)
-    else:
-        _warn(_metrics.compare("perplexity", measured["quantized"], measured["rounded"], config.seed), out)
+    original = _metrics.Measured(before)
+    quantized = _metrics.Measured([tuple(row) for row in tried["quantized"]["losses"]])
+    found = {"quantized": _against(original, quantized, tried["quantized"], config.seed), "rounded": tried["rounded"]}
+    if "why" not in tried["rounded"]:
+        rounded = _metrics.Measured([tuple(row) for row in tried["rounded"]["losses"]])
+        found["rounded"] = _against(original, rounded, tried["rounded"], config.seed)
+        _warn(_metrics.compare("perplexity", quantized, rounded, config.seed), out)
     return {"perplexity_before": _perplexity(before), "perplexity_after": after, **found}
+
+
+def _against(
+    original: _metrics.Measured, made: _metrics.Measured, tried: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """A model's figures against the original's, or why there are none."""
+    change = _metrics.compare("perplexity", made, original, seed)
+    if change["why"] is not None:
+        return {"why": change["why"]}
+    figures = {key: tried[key] for key in ("kl", "top1_agreement", "layer_errors")}
+    return {"perplexity": _perplexity(tried["losses"]), "ratio": change["change"], "ratio_ci": change["ci"], **figures}
 
 
 def _warn(change: Mapping[str, Any], out: Path) -> None:
