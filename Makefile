@@ -19,8 +19,8 @@ test: test-fast test-train
 test-fast: .venv/ready  ## no torch, seconds
 	$(BIN)/python -m pytest -q -m "not train"
 
-test-train: .venv/ready  ## trains, merges and quantizes tiny models
-	$(BIN)/python -m pytest -q -m train
+test-train: .venv/ready  ## trains, merges and quantizes tiny models, in two processes of one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m train -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: .venv/ready  ## kill -9 at every change of a file, stage by stage; about an hour
 	$(BIN)/python -m tests.faults.harness --stages $(FAULTS)

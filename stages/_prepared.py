@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
-from stages import _account, _checkpoint, _drawn, _packing, _processes, _rows, _template, _trainer
+from stages import _account, _checkpoint, _drawn, _packing, _processes, _rows, _template, _tiktoken, _trainer
 from stages._events import emit
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ FOLDER = ".prepared"
 VERSION = 1  # raise it when the same rows would become other sequences
 _ACCOUNT = "account.json"  # written last: a folder without it is not whole
 FEW = 8  # chunks that are not worth another process
+SOME = 8  # chunks of a process after which a faster tokenizer is worth looking for
+_COMPARED = 4000  # tokens of a vocabulary that this compares while it tokenizes a chunk
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,20 @@ def sequences(
 ) -> Callable[[_drawn.Chunk], tuple["pa.RecordBatch | None", list[_account.Tokens]]]:
     """What makes a chunk's sequences, and the figures of each data set."""
 
+    backend: Any = tokenizer.backend_tokenizer
+    some = max(SOME, len(tokenizer) // _COMPARED)
+    begun, twin = 0, None
+
     def work(chunk: _drawn.Chunk) -> tuple["pa.RecordBatch | None", list[_account.Tokens]]:
+        nonlocal begun, twin
+        begun += 1
+        if begun == some:
+            twin = _tiktoken.twin(backend)
         totals = [_account.Tokens() for _ in range(data)]
         columns: defaultdict[str, _Column] = defaultdict(_Column)
         trained = list(chunk.trained())
-        encoded = _account.encode(tokenizer, [placed.row for _, placed, _ in trained])
+        with _tiktoken.used(backend, twin):
+            encoded = _account.encode(tokenizer, [placed.row for _, placed, _ in trained])
         for (_, placed, copies), row in zip(trained, encoded, strict=True):
             if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
                 for example in examples(row, limit, cut) * copies:

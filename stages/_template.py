@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import StageError, nearest
+from stages import _tiktoken
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -272,6 +273,9 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, spe
     backend: Any = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    twins = _tiktoken.ids(backend, texts, special=special)
+    if twins is not None:
+        return twins
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
 

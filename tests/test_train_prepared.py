@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import cli, worker
 from pipeline.errors import StageError
-from stages import _account, _drawn, _prepared, _processes, _rows, _template, sft
+from stages import _account, _drawn, _prepared, _processes, _rows, _template, _tiktoken, sft
 
 pytestmark = pytest.mark.train
 
@@ -151,6 +151,35 @@ def test_several_processes_prepare_the_same_bytes(prepared, monkeypatch):
         _remove(folder)
     again = prepared(processes=1, eval_size=5).train
     assert columns == {name: list(again[name]) for name in ("input_ids", "labels")}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tiktoken_gives_the_same_rows(prepared, monkeypatch, processes):
+    write(prepared.file, 300)
+    monkeypatch.setattr(_prepared, "FEW", 0)
+    monkeypatch.setattr(_drawn, "_ROWS", 16)
+    prepared(processes=processes)
+    (folder,) = entries(prepared.saves)
+    alone = (folder / "train.arrow").read_bytes()
+    _remove(folder)
+    monkeypatch.setattr(_prepared, "SOME", 3)
+    counts, find = prepared.saves / "counts", _tiktoken.twin
+
+    def counted(backend):
+        twin = find(backend)
+
+        def encode(*arguments):
+            with open(counts, "a", encoding="utf-8") as file:
+                file.write("a text\n")
+            return twin(*arguments)
+
+        return encode
+
+    monkeypatch.setattr(_tiktoken, "twin", counted)
+    prepared(processes=processes)
+    assert (folder / "train.arrow").read_bytes() == alone
+    asked = len(counts.read_text(encoding="utf-8").splitlines())
+    assert 300 - 3 * 16 * processes <= asked <= 2 * (300 - 2 * 16)  # and once a chunk what ends a prompt
 
 
 @pytest.mark.parametrize("settings", [{}, {"eval_size": 2}, {"weights": [1.0]}], ids=str)

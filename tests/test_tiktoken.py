@@ -1,0 +1,231 @@
+"""tiktoken in a tokenizer's place: the same ids for every text, or not at all."""
+
+import json
+import random
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import tiktoken
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from stages import _tiktoken
+
+DATA = Path(__file__).parent.parent / "data"
+MARKS = ["<|im_start|>", "<|im_end|>"]
+PIECES = [  # what tokenizers stumble over
+    *MARKS,
+    *"0٣²½ⅧÉ\u0301\u212a\u212b\u0338()|[…。한가🙂\ud7ff\ue000\U0010ffff\n\t\x85\xa0\u3000\u200b\ufeff\0",
+    *(
+        "<|im_end",
+        "'s",
+        "'LL",
+        "'ſ",
+        "12",
+        "1234567",
+        "1.5",
+        "the",
+        " don't",
+        "e\u0301",
+        "👨‍👩‍👧",
+        "医生，",
+        "\x04\x06",
+    ),
+    *("a" * 50, "。" * 20, "你" * 30, " ", "  ", "\r\n", "高血压患者应注意饮食。"),
+]
+
+
+def words(kind: str):
+    """The pre-tokenizer that models of a kind come with."""
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    match kind:
+        case "gpt2":
+            return whole
+        case "smollm2":
+            return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
+        case _:
+            regex = {"qwen": _tiktoken._QWEN, "llama3": _tiktoken._LLAMA3, "bloom": _tiktoken._BLOOM}[kind]
+            split = pre_tokenizers.Split(Regex(regex), "isolated")
+            return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+def trained(kind: str, alphabet=None, pieces=PIECES) -> Tokenizer:
+    """A tokenizer of a kind, trained on this project's own rows and a little of everything."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = words(kind), decoders.ByteLevel()
+    if kind == "qwen":
+        made.normalizer = normalizers.NFC()
+    rows = json.loads((DATA / "med_qa.json").read_text(encoding="utf-8"))
+    texts = chain((row["output"] for row in rows), pieces * 3, [Path(__file__).read_text(encoding="utf-8")])
+    known = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=2000, special_tokens=MARKS, initial_alphabet=known, show_progress=False),
+    )
+    if kind == "llama3":
+        begin = [("<|im_start|>", made.token_to_id("<|im_start|>"))]
+        made.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=begin)
+    return made
+
+
+KINDS = ["gpt2", "smollm2", "qwen", "llama3", "bloom"]
+
+
+@pytest.fixture(scope="module")
+def both():
+    """A kind's tokenizer and its twin, made once."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            backend = trained(kind)
+            made[kind] = (backend, _tiktoken.twin(backend))
+        backend, twin = made[kind]
+        assert twin is not None
+        return backend, twin
+
+    return get
+
+
+def mixed(chance: random.Random) -> str:
+    """Letters of all of Unicode among what tokenizers stumble over."""
+    ranges = [(0, 0x80), (0, 0x3000), (0x4E00, 0x9FFF), (0, 0xD800), (0xE000, 0x110000)]
+    letters = (chr(chance.randrange(*chance.choice(ranges))) for _ in range(40))
+    drawn = (chance.choice(PIECES) if chance.random() < 0.4 else letter for letter in letters)
+    return "".join(list(drawn)[: chance.randint(1, 40)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("special", [False, True])
+def test_the_ids_are_the_tokenizers_own(both, kind, special):
+    backend, twin = both(kind)
+    chance = random.Random(7)
+    texts = ["", *PIECES, *(mixed(chance) for _ in range(600))]
+    own = [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=special)]
+    asked = [twin(text, special) for text in texts]
+    assert sum(found is not None for found in asked) > len(texts) / 2
+    assert [
+        (text, found) for text, found, wanted in zip(texts, asked, own, strict=True) if found not in (None, wanted)
+    ] == []
+    with _tiktoken.used(backend, twin):
+        assert _tiktoken.ids(backend, texts, special=special) == own
+    assert _tiktoken.ids(backend, texts, special=special) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_letter_is_of_the_same_class(kind):
+    """Each is put after what shows its class: a vocabulary that joins `a`, `1`, `!`, a space or a line end with the
+    first byte of any letter does so only where both are of one word."""
+    characters = {byte: character for character, byte in _tiktoken._BYTES.items()}
+    firsts = [characters[byte] for byte in [*range(0x80), *range(0xC2, 0xF5)]]
+    merges = [(characters[ord(before)], first) for before in "a1! \n'" for first in firsts]
+    vocabulary = {token: number for number, token in enumerate([*characters.values(), *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = words(kind)
+    twin = _tiktoken.twin(backend)
+    for start in [*range(0, 0x10000, 256), *range(0x1F000, 0x20000, 256), 0x20000, 0x30000, 0xE0000]:
+        step = 64 if chr(start).isalpha() and chr(start + 255).isalpha() and start >= 0x3400 else 1  # Han and Hangul
+        letters = [chr(code) for code in range(start, start + 256, step) if not 0xD800 <= code < 0xE000]
+        text = "".join(f"a{letter}1{letter}!{letter} {letter}\n{letter}'{letter}" for letter in letters)
+        assert twin(text, False) == backend.encode(text).ids, hex(start)
+    assert twin("a\U00011de0", False) is None  # a digit of Unicode 17
+
+
+def change(told: dict, name: str) -> None:
+    """Make a tokenizer one whose ids tiktoken could miss."""
+    model, added = told["model"], told["added_tokens"]
+    match name:
+        case "an id that falls":
+            model["merges"][5], model["merges"][900] = model["merges"][900], model["merges"][5]
+        case "a token that no merge makes":
+            model["vocab"]["qqqq"] = 5000
+        case "a token that other merges come before":
+            vocabulary = {character: number for number, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+            model["vocab"] = vocabulary | {"ab": 256, "bc": 257, "abc": 258}
+            model["merges"] = [["a", "b"], ["b", "c"], ["a", "bc"]]
+            told["added_tokens"], told["post_processor"] = [], None
+        case "merges that are left out at random":
+            model["dropout"] = 0.1
+        case "another normalizer":
+            told["normalizer"] = {"type": "Lowercase"}
+        case "another pattern":
+            told["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+|\S+"
+        case "a space before the text":
+            told["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+        case "words of another kind":
+            told["pre_tokenizer"] = {"type": "Whitespace"}
+        case "no words":
+            told["pre_tokenizer"] = None
+        case "an added token that takes a space":
+            added[0]["lstrip"] = True
+        case "an added token that begins another":
+            added.append({**added[0], "content": MARKS[0][:-2], "id": 5000})
+        case "another model":
+            told["model"] = {"type": "WordLevel", "vocab": model["vocab"], "unk_token": "a"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "an id that falls",
+        "a token that no merge makes",
+        "a token that other merges come before",
+        "merges that are left out at random",
+        "another normalizer",
+        "another pattern",
+        "a space before the text",
+        "words of another kind",
+        "no words",
+        "an added token that takes a space",
+        "an added token that begins another",
+        "another model",
+    ],
+)
+def test_a_tokenizer_that_tiktoken_could_miss_is_left_alone(both, name):
+    told = json.loads(both("qwen")[0].to_str())
+    before = json.dumps(told)
+    change(told, name)
+    assert json.dumps(told) != before
+    assert _tiktoken.twin(Tokenizer.from_str(json.dumps(told))) is None
+
+
+def test_it_does_miss_a_token_that_other_merges_come_before(both):
+    told = json.loads(both("gpt2")[0].to_str())
+    change(told, "a token that other merges come before")
+    vocabulary = told["model"]["vocab"]
+    ranks = {bytes(map(_tiktoken._BYTES.__getitem__, token)): number for token, number in vocabulary.items()}
+    theirs = tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
+    assert theirs.encode("abc") == [258]
+    assert Tokenizer.from_str(json.dumps(told)).encode("abc").ids == [256, vocabulary["c"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("gpt2", "你好 " * 10_000), ("gpt2", " " * 200_000), ("qwen", "e\u0301"), ("qwen", "<|im_end|>\u0338")],
+    ids=["long", "spaces", "not in form C", "in form C it would be no mark"],
+)
+def test_a_text_that_tiktoken_could_miss_goes_to_the_tokenizer(both, kind, text):
+    backend, twin = both(kind)
+    assert twin(text, False) is None
+    with _tiktoken.used(backend, twin):
+        texts = ["a", text, "b"]
+        assert _tiktoken.ids(backend, texts, special=False) == [backend.encode(each).ids for each in texts]
+
+
+def test_a_byte_that_the_vocabulary_lacks_goes_to_the_tokenizer():
+    alphabet = [character for character, byte in _tiktoken._BYTES.items() if byte not in (4, 0xF1)]
+    backend = trained("gpt2", alphabet, [piece for piece in PIECES if "\x04" not in piece])
+    twin = _tiktoken.twin(backend)
+    for text in ("a\x04b", "a\U00040000b"):  # the second's bytes begin with 0xF1
+        assert twin(text, False) is None
+        with _tiktoken.used(backend, twin):
+            assert _tiktoken.ids(backend, [text], special=False) == [backend.encode(text).ids]
+    assert twin("a\U0001f642b", False) == backend.encode("a\U0001f642b").ids
+
+
+def test_what_is_added_around_a_text(both):
+    backend, twin = both("llama3")
+    assert twin("你好", True) == [backend.token_to_id("<|im_start|>"), *twin("你好", False)]
+    backend = Tokenizer.from_str(both("gpt2")[0].to_str())
+    backend.add_special_tokens([AddedToken("<|eot|>", special=True)])
+    assert _tiktoken.twin(backend)("a<|eot|>", False) == backend.encode("a<|eot|>").ids
