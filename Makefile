@@ -17,7 +17,7 @@ $(STAGES): .venv/ready  ## every stage up to this one
 test: test-fast test-train
 
 test-fast: .venv/ready  ## no torch, seconds
-	$(BIN)/python -m pytest -q -m "not train"
+	$(BIN)/python -m pytest -q -m "not train" -n 2
 
 test-train: .venv/ready  ## trains, merges and quantizes tiny models, in two processes of one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m train -n 2 --dist loadfile --no-loadscope-reorder

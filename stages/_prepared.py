@@ -95,6 +95,7 @@ def _recipe(config: _trainer.TrainingConfig, tokenizer: Any, args: Any, *, cut: 
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
+        "split_special_tokens": tokenizer.backend_tokenizer.encode_special_tokens,  # not in to_str()
     }
     packing = [args.packing_strategy, args.max_length, args.shuffle_dataset and args.seed] if packs else None
     return {
@@ -105,7 +106,9 @@ def _recipe(config: _trainer.TrainingConfig, tokenizer: Any, args: Any, *, cut: 
         "held_max_length": None if wraps and packs_held else args.max_length,
         "packing": packing,
         "packs_held": bool(packing and packs_held),
-        "versions": {name: metadata.version(name) for name in ("tokenizers", "transformers", "trl", "datasets")},
+        "versions": {
+            name: metadata.version(name) for name in ("tokenizers", "tiktoken", "transformers", "trl", "datasets")
+        },
         "code": [VERSION, _rows.VERSION],
     }
 

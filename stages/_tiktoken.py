@@ -1,16 +1,21 @@
 """A tokenizer's token ids by tiktoken: the same ones, in less than half of the time.
 
-Both do byte-level byte-pair encoding. tiktoken merges any two neighbours whose bytes together are a token, the lowest
-id first; tokenizers the two that its list of merges names, in the list's order. These agree on every text if
+Both do byte-level byte-pair encoding of one word at a time: of the neighbours that may be joined they take those whose
+result comes first, the leftmost of several, until none are left. With tiktoken any two may be joined whose bytes
+together are a token, and the lowest id comes first; with tokenizers those that its list of merges names, in the list's
+order. These agree on every word if
 
-1. the list's results have rising ids, and what is merged has lower ids than its result, and
+1. the ids of the list's results never fall, and
 2. every token, encoded by the list alone, is itself.
 
-For by (1) both do merges of rising ids only. When tiktoken joins two pieces to the token t, nothing was merged across
-t's ends, so within t the same was done as to t alone by the merges before t's; and by (2) that leaves the two pieces
-that the list names for t. What cuts a text into words first is a regular expression; those that
-are known here were compared on every letter of Unicode (tests/test_tiktoken.py), and on some in every run. Any other
-tokenizer is left as it is; Llama 3's, for one, whose list of merges breaks (1).
+For say that they agreed so far and tiktoken may join two pieces to the token t. Nothing was joined across t's ends, so
+what was done within t is how the list begins with t alone; by (2) it ends there in t, and the one state of two pieces
+that it passes is the last but one, the pair that the list names for t. So both may join the same pieces, and by (1) in
+the same order. A word that is a token at once is (2).
+
+What cuts a text into words is a regular expression. Those known here were compared on the letters of Unicode
+(tests/test_tiktoken.py), and are on some whenever a twin is sought. Any other tokenizer is left as it is; Llama 3's,
+for one, whose list never makes 588 of its tokens.
 """
 
 import json
@@ -27,10 +32,13 @@ if TYPE_CHECKING:
 Ids = list[int]
 
 _LONGEST = 20_000
-"""Characters of a text that tiktoken is given: its search runs out of room in a million spaces."""
+"""Characters of a text that tiktoken is given: its regular expressions give up on a million spaces."""
 
-_RARE = re.compile("[\U00010000-\U0001efff]")
-"""Scripts that Unicode still adds to: not each version knows the same digits of them."""
+_RARE = re.compile("[\U00010000-\U0001efff\ud800-\udfff]")
+"""Scripts that Unicode still adds to, so that its versions differ in what is a digit; and halves of letters."""
+
+_MOST = 1000
+"""Added tokens: tiktoken goes through all of them with each text."""
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGITS = (
@@ -39,9 +47,8 @@ _DIGITS = (
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
-_WORDS = {_QWEN: _QWEN, _LLAMA3: _LLAMA3, _BLOOM: rf"{_BLOOM}|(?:(?!{_BLOOM})(?s:.))+"}
+_PATTERNS = {_QWEN: _QWEN, _BLOOM: rf"{_BLOOM}|(?:(?!{_BLOOM})(?s:.))+"}
 """Of a tokenizer's pattern the one for tiktoken, which drops what no alternative matches."""
 
 Twin = Callable[[str, bool], Ids | None]
@@ -51,7 +58,7 @@ _twin: "tuple[Tokenizer, Twin] | None" = None
 
 
 def ids(backend: "Tokenizer", texts: Sequence[str], *, special: bool) -> list[Ids] | None:
-    """The token ids of texts; None for a tokenizer whose twin is not in use."""
+    """The token ids of texts, none cut or padded; None for a tokenizer whose twin is not in use."""
     if _twin is None or _twin[0] is not backend:
         return None
     made = [_twin[1](text, special) for text in texts]
@@ -72,11 +79,13 @@ def used(backend: "Tokenizer", found: Twin | None) -> Iterator[None]:
 
 
 def twin(backend: "Tokenizer") -> Twin | None:
-    """What gives a text's token ids as `backend` does; None when it cannot be shown to."""
+    """What gives a text's token ids as `backend` does; None where that is not proved."""
     told = json.loads(backend.to_str())
     pattern = _pattern(told["pre_tokenizer"])
     added = {token["content"]: token["id"] for token in told["added_tokens"]}
-    if pattern is None or not _plain(told["added_tokens"]) or told["normalizer"] not in (None, {"type": "NFC"}):
+    if pattern is None or not _as_written(told["added_tokens"]) or told["normalizer"] not in (None, {"type": "NFC"}):
+        return None
+    if backend.encode_special_tokens or len(added) > _MOST:
         return None
     ranks, around = _ranks(told["model"], added), _around(backend)
     if ranks is None or around is None or not _each_is_itself(backend, ranks):
@@ -111,37 +120,35 @@ def _encoder(encoding: "Encoding", normalizer: Any, before: Ids, after: Ids) -> 
 def _pattern(words: dict[str, Any] | None) -> str | None:
     """tiktoken's pattern for a pre-tokenizer."""
     whole = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    match [_told(step) for step in (words or {}).get("pretokenizers", [words])]:
+    match [_without_offsets(step) for step in (words or {}).get("pretokenizers", [words])]:
         case [last] if last == whole:
             return _GPT2
         case [{"type": "Digits", "individual_digits": True}, last] if last == whole:
             return _DIGITS
         case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": regex}}, last]:
-            return _WORDS.get(regex) if last == {**whole, "use_regex": False} else None
+            return _PATTERNS.get(regex) if last == {**whole, "use_regex": False} else None
     return None
 
 
-def _told(step: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (step or {}).items() if name != "trim_offsets"}  # of offsets alone
+def _without_offsets(step: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (step or {}).items() if name != "trim_offsets"}
 
 
 def _ranks(model: dict[str, Any], added: dict[str, int]) -> dict[bytes, int] | None:
-    """The id of each token's bytes, where the merges have the order of (1)."""
+    """The id of each token's bytes, where (1) holds."""
     unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     if model["type"] != "BPE" or any(model.get(name) for name in unlike):
         return None
     vocabulary: dict[str, int] = model["vocab"]
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    made = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
     try:
-        parts = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in merges]
+        rising = all(first <= second for first, second in pairwise(map(vocabulary.__getitem__, made)))
         ranks = {
             bytes(map(_BYTES.__getitem__, token)): number for token, number in vocabulary.items() if token not in added
         }
     except (KeyError, ValueError):
         return None
-    rising = all(first[2] <= second[2] for first, second in pairwise(parts))
-    lower = all(max(left, right) < made for left, right, made in parts)
-    return ranks if rising and lower else None
+    return ranks if rising and added.keys().isdisjoint(made) else None
 
 
 def _characters() -> dict[str, int]:
@@ -154,7 +161,7 @@ def _characters() -> dict[str, int]:
 _BYTES = _characters()
 
 
-def _plain(added: list[dict[str, Any]]) -> bool:
+def _as_written(added: list[dict[str, Any]]) -> bool:
     """Whether added tokens are found as they stand, and at each place one alone."""
     texts = sorted(token["content"] for token in added)
     moved = any(token[name] for token in added for name in ("lstrip", "rstrip", "single_word", "normalized"))

@@ -109,7 +109,7 @@ def needs(config: Config, facts: _model.Facts) -> _model.Needs:
     """Memory: the model as it is stored, whose perplexity is measured. Disk: the result, twice when GPTQModel keeps
     the model on the disk while it works.
 
-    Not in it: GPTQ's Hessians, and the hidden states of the calibration rows.
+    Not in it: GPTQ's Hessians, the hidden states of the calibration rows, and what the original leaves to compare with.
     """
     size = _size(config, facts)
     on_disk = (config.model_extra or {}).get("offload_to_disk", _is_large(facts))

@@ -234,7 +234,7 @@ def test_status_shows_what_is_done_damaged_and_unfinished(project):
     code, out, err = project("status", "x.yaml", "--json")
     assert [row["state"] for row in json.loads(out)] == ["done", "gone", "stopped before its first checkpoint"]
     code, out, err = project("status")
-    assert [line.split("  ")[:2] for line in squeezed(out)] == [
+    assert [line.split("  ")[:2] for line in squeezed(out) if "  " in line] == [  # a long folder goes on below
         ["config", "stage"],
         ["x", "init"],
         ["x", "pt"],

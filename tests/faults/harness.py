@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent.parent
 STAGES = ["pt", "sft", "dpo", "merge", "quantize"]
 NAMES = ["init", *STAGES]
 OTHERS = {"pt": 6, "sft": 4, "dpo": 4, "merge": 4, "quantize": 2}  # points of a sample besides the important ones
+STEPS = {"pt": 1, "sft": 2, "dpo": 2, "merge": 1, "quantize": 4}  # of the calls that finish a folder, each which one
 LIMIT = 300  # seconds after which a run counts as hanging
 CONFIG = """\
 template: med
@@ -267,7 +268,7 @@ def sample(stage: str, trace: list[Call]) -> list[Point]:
     """Every call that seals the first checkpoint or finishes the folder, and a few others, evenly spread.
 
     Of the calls that delete the checkpoints of the finished folder it takes every sixth, and of those that finish it
-    every second where another stage has them all.
+    every second or fourth where another stage has them all.
     """
     by_number = {call.number: call for call in trace if call.kind == CONTENT}
     every = [point for point in points(stage, trace) if point.kind == CONTENT]
@@ -282,8 +283,7 @@ def sample(stage: str, trace: list[Call]) -> list[Point]:
     deleting = [point for point in finishing if by_number[point.number].name == "delete"]
     rest = [point for point in every if point.number < record and point not in sealing]
     kept = [point for point in finishing if point not in deleting]
-    kept = kept if stage in ("pt", "merge") else kept[::2]
-    return sealing + kept + deleting[::6] + rest[:: max(1, len(rest) // OTHERS[stage])]
+    return sealing + kept[:: STEPS[stage]] + deleting[::6] + rest[:: max(1, len(rest) // OTHERS[stage])]
 
 
 class Tasks:
