@@ -385,7 +385,8 @@ def _quality_of(config: Config, before: Sums, tried: Mapping[str, Any], out: Pat
     if "why" not in tried["rounded"]:
         rounded = _metrics.Measured([tuple(row) for row in tried["rounded"]["losses"]])
         found["rounded"] = _against(original, rounded, tried["rounded"], config.seed)
-        _warn(_metrics.compare("perplexity", quantized, rounded, config.seed), out)
+        change = _metrics.compare("perplexity", quantized, rounded, config.seed)
+        _warn(change, tried["quantized"]["kl"] < tried["rounded"]["kl"], out)
     return {"perplexity_before": _perplexity(before), "perplexity_after": after, **found}
 
 
@@ -400,9 +401,10 @@ def _against(
     return {"perplexity": _perplexity(tried["losses"]), "ratio": change["change"], "ratio_ci": change["ci"], **figures}
 
 
-def _warn(change: Mapping[str, Any], out: Path) -> None:
-    """Tell when plain rounding is better beyond chance."""
-    if change["better"] == 0:
+def _warn(change: Mapping[str, Any], closer: bool, out: Path) -> None:
+    """Tell when plain rounding is better beyond chance. Not where GPTQ is `closer` to the original by KL: with 8 bits,
+    rounding may happen to lower the perplexity."""
+    if change["better"] == 0 and not closer:
         low, high = change["ci"]
         times = f"{change['change']:.3f} times the perplexity, 95 % CI {low:.3f} to {high:.3f}"
         way = "calibrate with more and longer rows, of the kind that the model will see"

@@ -615,10 +615,11 @@ def test_values_that_the_format_does_not_have(wrong):
 
 
 def test_plain_rounding_that_is_better_is_told(tmp_path):
-    quantize._warn({"better": None, "change": 1.1, "ci": [0.9, 1.2]}, tmp_path)
-    quantize._warn({"better": 1, "change": 0.8, "ci": [0.7, 0.9]}, tmp_path)
+    quantize._warn({"better": None, "change": 1.1, "ci": [0.9, 1.2]}, False, tmp_path)
+    quantize._warn({"better": 1, "change": 0.8, "ci": [0.7, 0.9]}, False, tmp_path)
+    quantize._warn({"better": 0, "change": 1.004, "ci": [1.003, 1.005]}, True, tmp_path)
     assert notes(tmp_path) == []
-    quantize._warn({"better": 0, "change": 1.1, "ci": [1.05, 1.2]}, tmp_path)
+    quantize._warn({"better": 0, "change": 1.1, "ci": [1.05, 1.2]}, False, tmp_path)
     assert notes(tmp_path) == [
         "GPTQ lost more than plain rounding does (1.100 times the perplexity, 95 % CI 1.050 to 1.200): calibrate with "
         "more and longer rows, of the kind that the model will see"
