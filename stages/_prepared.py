@@ -33,7 +33,7 @@ VERSION = 1  # raise it when the same rows would become other sequences
 _ACCOUNT = "account.json"  # written last: a folder without it is not whole
 FEW = 8  # chunks that are not worth another process
 SOME = 8  # chunks of a process after which a faster tokenizer is worth looking for
-_COMPARED = 4000  # tokens of a vocabulary that this compares while it tokenizes a chunk
+_COMPARED = 4000  # tokens of a vocabulary that the search goes through in the time of a chunk
 
 
 @dataclass(frozen=True)
