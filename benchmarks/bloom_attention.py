@@ -19,7 +19,7 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers import BloomConfig, BloomForCausalLM  # noqa: TID253
 
-from stages import _packing
+from stages.model import bloom
 
 Batch = dict[str, torch.Tensor]
 
@@ -111,8 +111,8 @@ def precision() -> None:
     rounded = copy.deepcopy(eager).bfloat16()
     exact = copy.deepcopy(rounded).float()  # what bfloat16 weights would give without more rounding
     ours, ours_rounded = copy.deepcopy(eager), copy.deepcopy(rounded)
-    _packing.install(ours)
-    _packing.install(ours_rounded)
+    bloom.install(ours)
+    bloom.install(ours_rounded)
     packed = ours(input_ids=ids, position_ids=positions, use_cache=False).logits
     alone = torch.cat([eager(input_ids=part).logits for part in ids.split(lengths, 1)], 1)
     apart, mixed = ((logits - alone).abs().max() for logits in (packed, eager(**whole).logits))
@@ -135,7 +135,7 @@ def main() -> None:
     config = BloomConfig(hidden_size=asked.hidden, n_layer=asked.layers, n_head=asked.heads, vocab_size=1000)
     eager = BloomForCausalLM(config).to(device).train()
     ours = copy.deepcopy(eager)
-    _packing.install(ours)
+    bloom.install(ours)
 
     mixed = lengths_of(16, 1024)
     cases = [(f"one row of {length}", *[padded([length], device)] * 2) for length in (512, 1024, 2048)]

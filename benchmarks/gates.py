@@ -163,9 +163,9 @@ def table(folder: Path, name: str) -> dict[str, Any]:
 
 
 def told(chain: str, gate: dict[str, Any], figures: dict[str, Any]) -> None:
-    from stages import _gates
+    from stages.measuring import gates as gates_module
 
-    said = _gates.judge(_gates.Gate.model_validate(gate), figures)
+    said = gates_module.judge(gates_module.Gate.model_validate(gate), figures)
     print(f"| {chain} | {said.text} | {'passed' if said.passed else '**no**'} |")
 
 

@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stages import _near_duplicates
+from stages.data import near_duplicates
 
 SIMILARITY = 0.8
 HASHES, BANDS, BAND = 126, 21, 6  # what `_near_duplicates` chooses for 0.8; the libraries get the same
@@ -103,7 +103,7 @@ def templated(rows: int, length: int) -> list[str]:
 
 
 def ours(texts: list[str]) -> set[tuple[int, int]]:
-    return {(kept, dropped) for dropped, (kept, _) in _near_duplicates.repeats(texts, SIMILARITY).items()}
+    return {(kept, dropped) for dropped, (kept, _) in near_duplicates.repeats(texts, SIMILARITY).items()}
 
 
 def measured(name: str, find: Callable[[list[str]], set[tuple[int, int]]], rows: int) -> None:

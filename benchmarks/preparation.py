@@ -54,7 +54,7 @@ def tokenizer(folder: Path, file: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    from stages import _template
+    from stages.chat.template import template_text
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     made = Tokenizer(models.BPE())
@@ -66,7 +66,7 @@ def tokenizer(folder: Path, file: Path) -> Path:
             texts, trainers.BpeTrainer(vocab_size=32_000, special_tokens=marks, initial_alphabet=alphabet)
         )
     whole = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    whole.chat_template = _template.text("chatml")
+    whole.chat_template = template_text("chatml")
     whole.save_pretrained(folder)
     LlamaConfig(vocab_size=len(whole), architectures=["LlamaForCausalLM"]).save_pretrained(folder)
     return folder
@@ -78,15 +78,17 @@ def ours(model: str, file: Path, folder: Path) -> Callable[[], int]:
     import datasets  # noqa: F401 - imports are not timed
     import pyarrow  # noqa: F401
 
-    from stages import _prepared, _rows, _trainer, sft
+    from stages import sft
+    from stages.data.source import Source
+    from stages.training import loop, preparation
 
-    source = _rows.Source(path=str(file), format="alpaca")
+    source = Source(path=str(file), format="alpaca")
     config = sft.Config(model=[model], data=[source])
     args = SimpleNamespace(max_length=LENGTH, dataset_num_proc=PROCESSES, per_device_train_batch_size=8)
-    tokenizer = _trainer.tokenizer(config)
+    tokenizer = loop.tokenizer(config)
     out = folder / "sft.part"
     out.mkdir()
-    return lambda: _prepared.prepare(config, tokenizer, args, out).account["tokens"]
+    return lambda: preparation.prepare(config, tokenizer, args, out).account["tokens"]
 
 
 def trl(model: str, file: Path, folder: Path) -> Callable[[], int]:

@@ -47,33 +47,37 @@ def settings() -> dict[str, dict[str, Any]]:
 
 
 def texts(model: str, data: Path, name: str) -> list[list[int]]:
-    from stages import _model, _rows, quantize
+    from stages import quantize
+    from stages.data.source import Source, rows_of
+    from stages.model.folder import load_tokenizer
 
-    tokenizer = _model.load_tokenizer([model])
-    rows = _rows.examples(_rows.Source(path=str(data / f"{name}.jsonl"), format=HELD[name]))
+    tokenizer = load_tokenizer([model])
+    rows = rows_of(Source(path=str(data / f"{name}.jsonl"), format=HELD[name]))
     return list(quantize._different(rows[:ROWS], tokenizer, Path(model), 512, set()))
 
 
 def compare(model: str, data: Path, folder: Path, made: Path | None, near: Path | None) -> dict[str, Any]:
     """Leave what the original gives in `folder`; or compare a quantized folder with it, or rounding like one."""
-    from stages import _generate, _quality
+    from stages.measuring import quality
+    from stages.model import generation
 
-    loaded, _ = _generate.load([str(made or model)])
+    loaded, _ = generation.load([str(made or model)])
     if near is not None:
-        _quality.rounded(loaded, near)
+        quality.rounded(loaded, near)
     found = {}
     for name in HELD:
         file = folder / f"{name}.safetensors"
         if made is None and near is None:
-            found[name] = {"losses": _quality.reference(loaded, texts(model, data, name), file)}
+            found[name] = {"losses": quality.reference(loaded, texts(model, data, name), file)}
         else:
-            found[name] = _quality.compared(loaded, texts(model, data, name), file)
+            found[name] = quality.compared(loaded, texts(model, data, name), file)
     return found
 
 
 def quantized(model: str, data: Path, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """What the stage does, without its own measuring."""
-    from stages import _model, quantize
+    from stages import quantize
+    from stages.model.facts import read_facts
 
     def source(name: str) -> dict[str, Any]:
         return {"path": str(data / f"{name}.jsonl"), "format": FORMATS[name]}
@@ -84,7 +88,7 @@ def quantized(model: str, data: Path, out: Path, asked: dict[str, Any]) -> dict[
     work = out / "work"
     out.mkdir(parents=True)
     start = time.perf_counter()
-    losses = quantize._quantize(config, _model.facts(Path(model)), Path(model), rows, work)
+    losses = quantize._quantize(config, read_facts(Path(model)), Path(model), rows, work)
     seconds = time.perf_counter() - start
     quantize._publish(Path(model), work / "model", out)
     found = quantize._summary(losses, out) | {"seconds": seconds, "bytes_after": quantize._bytes(out)}
@@ -156,12 +160,12 @@ def main() -> None:
 
 
 def line(name: str, figures: dict[str, Any], original: dict[str, Any], row: dict[str, Any] | None = None) -> str:
-    from stages import _metrics
+    from stages.measuring.metrics import Measured, compare_models
 
     cells = [name]
     for held in HELD:
-        pair = [_metrics.Measured([(a, b) for a, b in one[held]["losses"]]) for one in (figures, original)]
-        change = _metrics.compare("perplexity", pair[0], pair[1], 42)
+        pair = [Measured([(a, b) for a, b in one[held]["losses"]]) for one in (figures, original)]
+        change = compare_models("perplexity", pair[0], pair[1], 42)
         low, high = change["ci"]
         cells.append(f"{change['change'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})")
     domain = figures["consult_held"]

@@ -12,14 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import worker
-from pipeline.errors import ConfigError, GateClosed, PipelineError
+from pipeline.errors import ConfigError, GateClosed
+from stages.runtime.errors import PipelineError, explain
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.plan import Plan
-    from pipeline.samples import Seen
+    from pipeline.plan.step import Plan
+    from pipeline.views.samples import Seen
+
 
 DESCRIPTION = "One YAML file takes a base model to a domain model: PT, SFT, DPO, merge, 4-bit GPTQ."
 
@@ -42,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        text = worker.explain(error)
+        text = explain(error)
         if text is None:
             raise
         print(f"error: {text}", file=sys.stderr)
@@ -122,11 +123,12 @@ class _Version(argparse.Action):
 
 
 def _planned(arguments: argparse.Namespace, *, fetch: bool = False) -> "Plan":
-    from pipeline import config, plan
+    from pipeline.config.checker import load_config
+    from pipeline.plan.placing import build_plan
 
-    pipeline = config.load(arguments.config, arguments.assignments)
+    pipeline = load_config(arguments.config, arguments.assignments)
     fresh, ignore = getattr(arguments, "fresh", []), getattr(arguments, "ignore_gates", False)
-    return plan.build(pipeline, arguments.saves, fetch=fetch, until=arguments.until, fresh=fresh, ignore_gates=ignore)
+    return build_plan(pipeline, arguments.saves, fetch=fetch, until=arguments.until, fresh=fresh, ignore_gates=ignore)
 
 
 def _console() -> "Console":
@@ -136,10 +138,10 @@ def _console() -> "Console":
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from pipeline import plan
+    from pipeline.plan.step import check_plan
 
     planned = _planned(arguments)
-    plan.check(planned)
+    check_plan(planned)
     stages = [step.name for step in planned.steps]
     if arguments.json:
         print(json.dumps({"stages": stages, "rows": planned.rows, "notes": planned.notes}, ensure_ascii=False))
@@ -152,11 +154,11 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from pipeline import plan
-    from pipeline.progress import plan_table
+    from pipeline.plan.step import check_plan
+    from pipeline.views.progress import plan_table
 
     planned = _planned(arguments)
-    plan.check(planned)
+    check_plan(planned)
     if arguments.json:
         steps = [
             {
@@ -180,10 +182,11 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from pipeline import plan, samples
+    from pipeline.plan.step import check_plan
+    from pipeline.views import samples
 
     planned = _planned(arguments)
-    plan.check(planned)
+    check_plan(planned)
     found = samples.look(planned, arguments.name, arguments.rows)
     if arguments.json:
         print(json.dumps([asdict(seen) for seen in found], ensure_ascii=False, indent=1))
@@ -224,12 +227,14 @@ def _print_data(console: "Console", seen: "Seen") -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pipeline import answers, plan, runner
-    from pipeline.progress import View, result_table
+    from pipeline.plan.step import check_plan, refuse_plan
+    from pipeline.run import runner
+    from pipeline.run.answers import ask_question
+    from pipeline.views.progress import View, result_table
 
     planned = _planned(arguments, fetch=True)
-    plan.check(planned)
-    plan.refuse(planned)
+    check_plan(planned)
+    refuse_plan(planned)
     console = _console()
     quiet = arguments.json
     for note in [] if quiet else planned.notes:
@@ -241,7 +246,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if not quiet:
             _print_evaluations(console, planned)
         raise
-    spoken = answers.ask(planned)
+    spoken = ask_question(planned)
     if quiet:
         steps = [
             {"stage": step.name, "folder": str(step.folder), "metrics": record["metrics"], "seconds": record["seconds"]}
@@ -261,7 +266,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _print_evaluations(console: "Console", planned: "Plan") -> None:
     """The table of each evaluation that is finished."""
-    from pipeline.progress import evaluation_table
+    from pipeline.views.progress import evaluation_table
 
     for step in planned.steps:
         if step.stage.use == "evaluate" and step.folder.is_dir():
@@ -278,11 +283,11 @@ def _silent() -> "Console":
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from pipeline import saves
-    from pipeline.config import folder_name
+    from pipeline.config.pipeline import folder_name
+    from pipeline.views import survey
 
     name = folder_name(arguments.config) if arguments.config is not None else None
-    rows = [{**asdict(entry), "folder": str(entry.folder)} for entry in saves.entries(arguments.saves, name)]
+    rows = [{**asdict(entry), "folder": str(entry.folder)} for entry in survey.entries(arguments.saves, name)]
     if arguments.json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return 0
@@ -297,10 +302,11 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from pipeline import plan, report
+    from pipeline.plan.step import check_plan
+    from pipeline.views import report
 
     planned = _planned(arguments)
-    plan.check(planned)
+    check_plan(planned)
     out = arguments.out or arguments.saves / planned.pipeline.name / "report.html"
     if out.is_dir():
         raise ConfigError([f"--out {out}: is a folder; name a file, such as {out / 'report.html'}"])
@@ -317,7 +323,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from pipeline import diff
+    from pipeline.views import diff
 
     found = diff.compare(arguments.a, arguments.b, arguments.saves)
     print(diff.as_json(found) if arguments.json else diff.text(found))
@@ -325,18 +331,19 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from pipeline import plan, saves
+    from pipeline.saves import artifact
+    from pipeline.views import survey
 
-    found = saves.leftovers(arguments.saves)
-    rows = [{"folder": str(item.folder), "size": plan.size_of(item.bytes), "why": item.why} for item in found]
+    found = survey.leftovers(arguments.saves)
+    rows = [{"folder": str(item.folder), "size": artifact.size_of(item.bytes), "why": item.why} for item in found]
     if not arguments.json:
         if not found:
             print(f"everything in {arguments.saves} is in use")
             return 0
         _print_table(rows)
     agreed = arguments.yes or _agreed(arguments, found)
-    still = {item.folder for item in saves.leftovers(arguments.saves)} if agreed else set()  # a run may have begun
-    removed = [item for item in found if item.folder in still and saves.remove(item)]
+    still = {item.folder for item in survey.leftovers(arguments.saves)} if agreed else set()  # a run may have begun
+    removed = [item for item in found if item.folder in still and survey.remove(item)]
     if arguments.json:
         names = {str(item.folder) for item in removed}
         print(json.dumps([{**row, "removed": row["folder"] in names} for row in rows], ensure_ascii=False, indent=1))
@@ -345,19 +352,19 @@ def _gc(arguments: argparse.Namespace) -> int:
         if item not in removed:
             print(f"{item.folder}: a run has begun to use it, so it stays")
     freed = sum(item.bytes for item in removed)
-    print(f"removed {len(removed)} of {len(found)}, {plan.size_of(freed)}" if removed else "nothing was removed")
+    print(f"removed {len(removed)} of {len(found)}, {artifact.size_of(freed)}" if removed else "nothing was removed")
     return 0
 
 
 def _agreed(arguments: argparse.Namespace, found: Sequence[Any]) -> bool:
     """Ask on a terminal; elsewhere only `--yes` removes."""
-    from pipeline import plan
+    from pipeline.saves import artifact
 
     if arguments.json or not sys.stdin.isatty():
         if not arguments.json:
             print("`--yes` removes them without asking")
         return False
-    total = plan.size_of(sum(item.bytes for item in found))
+    total = artifact.size_of(sum(item.bytes for item in found))
     try:
         return input(f"remove these {len(found)}, {total}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

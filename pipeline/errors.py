@@ -12,14 +12,9 @@ PipelineError                exit code
 Anything else that is raised is a fault of ours and shows its traceback.
 """
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable
 
-
-class PipelineError(Exception):
-    """A message for the user, whole sentences, with no traceback."""
-
-    exit_code = 1
+from stages.runtime.errors import PipelineError
 
 
 class ConfigError(PipelineError):
@@ -32,10 +27,6 @@ class ConfigError(PipelineError):
         super().__init__("\n".join(self.problems))
 
 
-class StageError(PipelineError):
-    """Raised by a stage for what a user can mend: the message says where, what, and what to do now."""
-
-
 class StageFailed(PipelineError):
     """A stage ended without a result."""
 
@@ -46,33 +37,9 @@ class GateClosed(PipelineError):
     exit_code = 3
 
 
-class Interrupted(PipelineError):
-    """A signal stopped the run; nothing is lost."""
-
-    exit_code = 75
-
-
 class Busy(PipelineError):
     """Another run is at work in the same folder."""
 
 
 class NewerRecord(PipelineError):
     """A finished folder whose record this version cannot read, and must not take for damage."""
-
-
-def nearest(word: str, known: Iterable[str], moved: Mapping[str, str] | None = None) -> str:
-    """A clause that names the nearest right word, or the words there are when none is near.
-
-    `moved` maps names that other versions or tools use to today's name (or to advice).
-    """
-    names = sorted(known)
-    if moved and word in moved:
-        return f"; it is now {moved[word]}"
-    lower = {name.lower(): name for name in names}
-    longer = sorted((name for name in lower if name.startswith(word.lower()) and len(word) > 3), key=len)
-    close = longer[:1] or get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean `{lower[close[0]]}`?"
-    if len(names) <= 12:
-        return "; there is " + ", ".join(f"`{name}`" for name in names) if names else ""
-    return ""

@@ -11,8 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import StageError
-from stages import _model, _prepared, _trainer
+from stages.model.facts import Facts, Needs, Problem
+from stages.model.folder import load_model
+from stages.runtime.errors import StageError
+from stages.training import loop, preparation
+from stages.training.needs import facts_after_training, training_needs
+from stages.training.settings import TrainingConfig, check_training
 
 VERSION = 3
 PARALLEL = True
@@ -22,16 +26,16 @@ SETTINGS = {"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.
 LIVE_TOLERANCE = 1e-5  # the same forward pass twice, in the same process
 STORED_TOLERANCE = 0.5  # nats, times beta: `precompute_ref_log_probs` pads its batches differently
 
-facts_after = _trainer.facts_after
+facts_after = facts_after_training
 
 
-class Config(_trainer.TrainingConfig):
+class Config(TrainingConfig):
     """Settings of `dpo`; `trainer:` takes TRL's DPOConfig."""
 
 
-def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
+def check(config: Config, facts: Facts) -> list[Problem]:
     """Problems that are known before the first stage starts."""
-    problems = _trainer.check(config, facts, ["preference"], chat=True)
+    problems = check_training(config, facts, ["preference"], chat=True)
     order = config.trainer.get("train_sampling_strategy")
     if order in ("group_by_length", "batch_rebalance"):
         why = "goes by the length of a row, which TRL does not know of pairs"
@@ -40,10 +44,10 @@ def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
     return problems
 
 
-def needs(config: Config, facts: _model.Facts) -> _model.Needs:
+def needs(config: Config, facts: Facts) -> Needs:
     """What training needs, with the reference as a second model where it is one."""
     alone = config.lora is not None or config.trainer.get("precompute_ref_log_probs")
-    return _trainer.needs(config, facts, copies=1 if alone else 2)
+    return training_needs(config, facts, copies=1 if alone else 2)
 
 
 def loss_at_zero(loss_type: str, beta: float) -> float | None:
@@ -54,26 +58,26 @@ def loss_at_zero(loss_type: str, beta: float) -> float | None:
 def figure(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     if "eval_rewards/accuracies" in metrics:
-        return f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}{_trainer.best(metrics)}"
-    return _trainer.figure(metrics)
+        return f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}{loop.best(metrics)}"
+    return loop.figure(metrics)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train on the pairs and leave the artifact in `out`."""
-    tokenizer = _trainer.tokenizer(config)
-    args = _trainer.arguments("DPOConfig", config, out)
-    rows = _prepared.prepare(config, tokenizer, args, out)
-    trainer = _trainer.build(
+    tokenizer = loop.tokenizer(config)
+    args = loop.arguments("DPOConfig", config, out)
+    rows = preparation.prepare(config, tokenizer, args, out)
+    trainer = loop.build(
         _trainer_class(),
-        model=_trainer.start(config, tokenizer),
+        model=loop.start(config, tokenizer),
         ref_model=_reference(config, args),
         args=args,
         train_dataset=rows.train,
         eval_dataset=rows.held,
         processing_class=tokenizer,
-        peft_config=_trainer.adapter(config),
+        peft_config=loop.adapter(config),
     )
-    metrics = _trainer.train(trainer, config, out)
+    metrics = loop.train(trainer, config, out)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
     return {**rows.account, **metrics, **start}
 
@@ -83,7 +87,7 @@ def _reference(config: Config, args: Any) -> Any:
     if config.lora is not None or args.precompute_ref_log_probs:
         return None
     settings = dict(config.trainer.get("model_init_kwargs") or {})
-    return _model.load(config.model, **settings)
+    return load_model(config.model, **settings)
 
 
 def _trainer_class() -> Any:

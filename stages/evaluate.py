@@ -15,9 +15,35 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.errors import StageError
-from stages import _account, _gates, _generate, _inference, _metrics, _model, _rows, _tasks, _template, _trainer
-from stages._events import emit
+from stages.chat import encoding
+from stages.chat.labels import IGNORED, encode_chat
+from stages.chat.rendering import render
+from stages.chat.template import install_template
+from stages.data.row import Row
+from stages.data.source import Source, rows_of
+from stages.measuring import gates as gates_module
+from stages.measuring import tasks as tasks_module
+from stages.measuring.metrics import (
+    ANSWER_METRICS,
+    CHAT_METRICS,
+    LEVEL,
+    LOSS_METRICS,
+    MATCH_METRICS,
+    PREFERENCE_METRICS,
+    REFERENCE_METRICS,
+    RESAMPLES,
+    Measured,
+    compare_models,
+    figure_of,
+    lower_is_better,
+    score_answer,
+)
+from stages.model import generation as generation_module
+from stages.model import inference
+from stages.model.facts import Facts, Needs, Problem, check_template
+from stages.model.folder import load_tokenizer, set_stop_tokens
+from stages.runtime.errors import StageError
+from stages.runtime.events import emit
 
 VERSION = 2
 LEAVES_MODEL = False  # the stage below starts from the model above
@@ -31,7 +57,7 @@ PROMPTS = "prompts"  # what prompts that are written into the config are called 
 
 Ids = list[int]
 Texts = list[tuple[Ids, Ids]]
-Figures = dict[tuple[str, str], _metrics.Measured]  # by metric and data
+Figures = dict[tuple[str, str], Measured]  # by metric and data
 
 
 class Generation(BaseModel):
@@ -76,9 +102,9 @@ class Config(BaseModel):
 
     compare: list[str] | dict[str, list[str]]
     """Stages above that leave a model, or `base`, the model at the top; all of them unless given."""
-    data: dict[str, _rows.Source] = {}
+    data: dict[str, Source] = {}
     """Names of held-out data; what is measured follows from its format."""
-    prompts: dict[str, _rows.Source] | list[str] = []
+    prompts: dict[str, Source] | list[str] = []
     """The name of conversations, whose last answers are the references; or a list of questions."""
     max_prompts: int | None = Field(default=None, gt=0)
     """Only the first so many of them."""
@@ -86,7 +112,7 @@ class Config(BaseModel):
     """Tasks or groups of lm-evaluation-harness."""
     generation: Generation = Generation()
     harness: Harness = Harness()
-    gates: list[_gates.Gate] = []
+    gates: list[gates_module.Gate] = []
     max_length: int = Field(default=1024, gt=1)
     """Tokens of a row. Texts are cut into pieces, none lost; conversations and pairs keep their start."""
     batch_tokens: int = Field(default=4096, gt=0)
@@ -104,12 +130,12 @@ class Config(BaseModel):
 # What is known beforehand
 
 
-def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
+def check(config: Config, facts: Facts | None) -> list[Problem]:
     """What can be known to fail before anything is loaded; with facts, what is wrong with one of the models."""
     if facts is not None:
         template = config.template or facts.template
-        return _trainer.check_template(template, facts) if template is not None and _talks(config) else []
-    problems = _tasks.check(config.tasks, config.harness)
+        return check_template(template, facts) if template is not None and _talks(config) else []
+    problems = tasks_module.check(config.tasks, config.harness)
     for name, source in config.data.items():
         if source.format == "labelled":
             problems.append(("data", f"`{name}` has format `labelled`, which nothing is measured on yet; remove it"))
@@ -117,8 +143,8 @@ def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
         if source.format not in TALKS:
             wanted = ", ".join(f"`{one}`" for one in TALKS)
             problems.append(("prompts", f"`{name}` has format `{source.format}`; prompts are of {wanted}"))
-    known = (*_metrics.TALKS, *_metrics.PREFERENCES, *_metrics.ANSWERS)
-    return problems + _gates.problems(config.gates, list(config.compare), measured(config), known)
+    known = (*CHAT_METRICS, *PREFERENCE_METRICS, *ANSWER_METRICS)
+    return problems + gates_module.problems(config.gates, list(config.compare), measured(config), known)
 
 
 def _talks(config: Config) -> bool:
@@ -132,24 +158,24 @@ def measured(config: Config) -> dict[str, tuple[str, ...]]:
         found[name] = _of_format(source.format)
     if isinstance(config.prompts, dict):
         for name in config.prompts:
-            found[name] = (*found.get(name, ()), *_metrics.ANSWERS)
+            found[name] = (*found.get(name, ()), *ANSWER_METRICS)
     elif config.prompts:
-        found[PROMPTS] = tuple(metric for metric in _metrics.ANSWERS if metric not in _metrics.REFERENCED)
-    return found | {task: _tasks.metrics(task, config.harness.include_path) for task in config.tasks}
+        found[PROMPTS] = tuple(metric for metric in ANSWER_METRICS if metric not in REFERENCE_METRICS)
+    return found | {task: tasks_module.metrics(task, config.harness.include_path) for task in config.tasks}
 
 
 def _of_format(form: str) -> tuple[str, ...]:
-    return {"preference": _metrics.PREFERENCES, "text": _metrics.LOSSES}.get(form, _metrics.TALKS)
+    return {"preference": PREFERENCE_METRICS, "text": LOSS_METRICS}.get(form, CHAT_METRICS)
 
 
-def needs(config: Config, facts: _model.Facts) -> _model.Needs:
+def needs(config: Config, facts: Facts) -> Needs:
     """Memory: the weights as they are stored, of one model at a time."""
-    return _model.Needs(facts.stored, disk=0)
+    return Needs(facts.stored, disk=0)
 
 
 def read_files(config: Config) -> list[Path]:
     """What it reads besides models and data."""
-    return _tasks.read_files(config.harness.include_path)
+    return tasks_module.read_files(config.harness.include_path)
 
 
 def figure(metrics: Mapping[str, Any]) -> str:
@@ -164,9 +190,9 @@ def figure(metrics: Mapping[str, Any]) -> str:
     return "nothing could be computed"
 
 
-def verdicts(config: Config, folder: Path) -> list[_gates.Verdict]:
+def verdicts(config: Config, folder: Path) -> list[gates_module.Verdict]:
     """What the gates say to a finished evaluation."""
-    return [_gates.judge(gate, table(folder)) for gate in config.gates] if config.gates else []
+    return [gates_module.judge(gate, table(folder)) for gate in config.gates] if config.gates else []
 
 
 def table(folder: Path) -> dict[str, Any]:
@@ -201,10 +227,10 @@ class _Model:
 
     @property
     def limit(self) -> int:
-        return min(self.config.max_length, _inference.positions(self.model))
+        return min(self.config.max_length, inference.positions(self.model))
 
     def losses(self, texts: Texts) -> list[float]:
-        return _inference.losses(self.model, texts, self.config.batch_tokens)
+        return inference.losses(self.model, texts, self.config.batch_tokens)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -212,7 +238,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     import torch
 
     models: Mapping[str, list[str]] = config.compare if isinstance(config.compare, dict) else {}
-    data = {name: _rows.examples(source) for name, source in config.data.items()}
+    data = {name: rows_of(source) for name, source in config.data.items()}
     asked = _asked(config)
     steps = len(models) * (len(data) + bool(asked) + bool(config.tasks))
     emit(out, "total", steps=steps, step=0)
@@ -255,7 +281,7 @@ def _asked(config: Config) -> list[_Asked]:
         return said[: config.max_prompts]
     asked = []
     for name, source in config.prompts.items():
-        for number, row in _numbered(_rows.examples(source)):
+        for number, row in _numbered(rows_of(source)):
             *before, last = row["messages"]
             reference = last["content"].strip() if last["role"] == "assistant" and not last.get("tool_calls") else None
             before = before if last["role"] == "assistant" else row["messages"]
@@ -271,20 +297,20 @@ def _loaded(name: str, folders: Sequence[str], config: Config, tell: Callable[[s
     """The model as it is served: in the dtype that it is stored in, with the run's template."""
     import torch
 
-    model, missing = _generate.load(folders)
+    model, missing = generation_module.load(folders)
     if missing:
         raise StageError(f"`{name}` lacks weights ({', '.join(missing[:3])}), so its figures would be random")
     small = sum(weight.numel() for weight in model.parameters()) < SMALL
     torch.set_num_threads(1 if small else threads)
-    tokenizer = _model.load_tokenizer(folders)
-    _template.install(tokenizer, config.template)
-    _model.set_stop_tokens(model, tokenizer)
+    tokenizer = load_tokenizer(folders)
+    install_template(tokenizer, config.template)
+    set_stop_tokens(model, tokenizer)
     return _Model(name, model, tokenizer, config, tell)
 
 
 def _measure(
     at: _Model,
-    data: Mapping[str, Sequence[_rows.Row]],
+    data: Mapping[str, Sequence[Row]],
     asked: Sequence[_Asked],
     reference: dict[str, list[tuple[float, float]]],
 ) -> Figures:
@@ -298,9 +324,9 @@ def _measure(
             if form in TALKS:
                 values |= _answer_match(at, rows)
         except StageError as error:
-            values = dict.fromkeys(metrics, _metrics.Measured(why=str(error)))
+            values = dict.fromkeys(metrics, Measured(why=str(error)))
         found |= {(metric, name): values[metric] for metric in metrics}
-        shown = _metrics.figure(metrics[0], values[metrics[0]], at.config.seed)
+        shown = figure_of(metrics[0], values[metrics[0]], at.config.seed)
         at.tell(f"{at.name}: {metrics[0]} on {name} {_short(shown)}")
     if asked:
         found |= _answers_or_why(at, asked)
@@ -315,10 +341,10 @@ def _task_figures(at: _Model) -> Figures:
     """What the harness says, or why it says nothing; the other figures stay."""
     config = at.config
     try:
-        return _tasks.measure(at.model, at.tokenizer, config.tasks, config.harness, config.seed)
+        return tasks_module.measure(at.model, at.tokenizer, config.tasks, config.harness, config.seed)
     except StageError as error:
-        names = {task: _tasks.metrics(task, config.harness.include_path) or ("acc",) for task in config.tasks}
-        why = _metrics.Measured(why=str(error))
+        names = {task: tasks_module.metrics(task, config.harness.include_path) or ("acc",) for task in config.tasks}
+        why = Measured(why=str(error))
         return {(metric, task): why for task, metrics in names.items() for metric in metrics}
 
 
@@ -329,7 +355,7 @@ def _short(shown: Mapping[str, Any]) -> str:
 # Perplexity
 
 
-def _perplexity(at: _Model, rows: Sequence[_rows.Row]) -> dict[str, _metrics.Measured]:
+def _perplexity(at: _Model, rows: Sequence[Row]) -> dict[str, Measured]:
     """Negative log-likelihood by row, over its tokens in the loss and over the UTF-8 bytes of their text."""
     texts: Texts = []
     owners: list[int] = []
@@ -341,14 +367,14 @@ def _perplexity(at: _Model, rows: Sequence[_rows.Row]) -> dict[str, _metrics.Mea
     total, count = [0.0] * len(rows), [0] * len(rows)
     for index, (_, labels), loss in zip(owners, texts, at.losses(texts), strict=True):
         total[index] += loss
-        count[index] += sum(label != _template.IGNORED for label in labels[1:])
+        count[index] += sum(label != IGNORED for label in labels[1:])
     by_token = [(loss, float(tokens)) if tokens else None for loss, tokens in zip(total, count, strict=True)]
     by_byte = [
         (loss, float(size)) if size and tokens else None for loss, size, tokens in zip(total, size, count, strict=True)
     ]
     why = "no row has a token in the loss within `max_length`"
     return {
-        metric: _metrics.Measured(values, None if any(values) else why)
+        metric: Measured(values, None if any(values) else why)
         for metric, values in (("perplexity", by_token), ("bits_per_byte", by_byte))
     }
 
@@ -359,17 +385,17 @@ def _text(at: _Model, text: str) -> tuple[Texts, int]:
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids: Ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = [ids[start : start + at.limit - 1] for start in range(0, len(ids), at.limit - 1)]
-    return [([first, *piece], [_template.IGNORED, *piece]) for piece in pieces], len(text.encode())
+    return [([first, *piece], [IGNORED, *piece]) for piece in pieces], len(text.encode())
 
 
-def _conversation(at: _Model, row: _rows.Row) -> tuple[Texts, int]:
+def _conversation(at: _Model, row: Row) -> tuple[Texts, int]:
     """A conversation with the labels that training has, and the bytes of the words among them."""
     _check_chat(at)
-    ids, labels = _template.encode(at.tokenizer, row["messages"], row.get("tools"))
+    ids, labels = encode_chat(at.tokenizer, row["messages"], row.get("tools"))
     ids, labels = ids[: at.limit], labels[: at.limit]
     runs: list[Ids] = [[]]
     for label in labels:
-        if label != _template.IGNORED:
+        if label != IGNORED:
             runs[-1].append(label)
         elif runs[-1]:
             runs.append([])
@@ -377,28 +403,28 @@ def _conversation(at: _Model, row: _rows.Row) -> tuple[Texts, int]:
     return [(ids, labels)], sum(len(said.encode()) for said in words)
 
 
-def _answer_match(at: _Model, rows: Sequence[_rows.Row]) -> dict[str, _metrics.Measured]:
+def _answer_match(at: _Model, rows: Sequence[Row]) -> dict[str, Measured]:
     """Is a row's last answer likelier after its own question than after that of the next row, and by how much?"""
     if len(rows) < 2:
-        why = _metrics.Measured(why="one row has no other question to compare with")
-        return dict.fromkeys(_metrics.MATCHES, why)
+        why = Measured(why="one row has no other question to compare with")
+        return dict.fromkeys(MATCH_METRICS, why)
     asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
     swapped = [{**row, "prompt": asked[place - len(rows) + 1]["prompt"]} for place, row in enumerate(asked)]
     texts: Texts = []
     counts = []
     for (own,), (other,) in zip(_completions(at, asked), _completions(at, swapped), strict=True):
         both = [own, other]
-        counts.append(min(sum(label != _template.IGNORED for label in labels) for _, labels in both))
+        counts.append(min(sum(label != IGNORED for label in labels) for _, labels in both))
         texts += [_with_labels(*one, counts[-1]) for one in both]  # a long question leaves less of the answer
     losses = at.losses(texts)
     margins = [losses[2 * n + 1] - losses[2 * n] if count else None for n, count in enumerate(counts)]
     per_token = [None if one is None else (one, float(count)) for one, count in zip(margins, counts, strict=True)]
-    return {"answer_match": _shares(margins), "answer_margin": _metrics.Measured(per_token)}
+    return {"answer_match": _shares(margins), "answer_margin": Measured(per_token)}
 
 
 def _with_labels(ids: Ids, labels: Ids, count: int) -> tuple[Ids, Ids]:
     """The row up to its label number `count`."""
-    places = [place for place, label in enumerate(labels) if label != _template.IGNORED]
+    places = [place for place, label in enumerate(labels) if label != IGNORED]
     end = places[count - 1] + 1 if count else 1
     return ids[:end], labels[:end]
 
@@ -412,13 +438,13 @@ def _check_chat(at: _Model) -> None:
 
 
 def _pairs(
-    at: _Model, name: str, rows: Sequence[_rows.Row], reference: dict[str, list[tuple[float, float]]]
-) -> dict[str, _metrics.Measured]:
+    at: _Model, name: str, rows: Sequence[Row], reference: dict[str, list[tuple[float, float]]]
+) -> dict[str, Measured]:
     """Accuracy and margins: log π of the chosen answer less that of the rejected one, in nats."""
     _check_chat(at)
     texts = [side for pair in _completions(at, rows) for side in pair]
     found = [-loss for loss in at.losses(texts)]
-    counts = [sum(label != _template.IGNORED for label in labels) for _, labels in texts]
+    counts = [sum(label != IGNORED for label in labels) for _, labels in texts]
     whole: list[tuple[float, float] | None] = []
     means: list[tuple[float, float] | None] = []
     for place in range(0, len(texts), 2):
@@ -440,23 +466,23 @@ def _pairs(
         "reward_margin": _values(rewards),
     }
     if at.name == next(iter(at.config.compare)):
-        itself = _metrics.Measured(why="it is the model that rewards are measured against")
+        itself = Measured(why="it is the model that rewards are measured against")
         values |= {"reward_accuracy": itself, "reward_margin": itself}
     return values
 
 
-def _values(values: Sequence[float | None]) -> _metrics.Measured:
-    return _metrics.Measured([None if value is None else (value, 1.0) for value in values])
+def _values(values: Sequence[float | None]) -> Measured:
+    return Measured([None if value is None else (value, 1.0) for value in values])
 
 
-def _shares(margins: Sequence[float | None]) -> _metrics.Measured:
+def _shares(margins: Sequence[float | None]) -> Measured:
     return _values([margin if margin is None or margin != margin else float(margin > 0) for margin in margins])
 
 
-def _completions(at: _Model, rows: Sequence[_rows.Row]) -> list[Texts]:
+def _completions(at: _Model, rows: Sequence[Row]) -> list[Texts]:
     """Prompt and answer of each row, or of both its answers, with labels for the answer and its end of turn alone."""
     return [
-        [(one.ids[: at.limit], one.labels[: at.limit]) for one in row] for row in _account.encode(at.tokenizer, rows)
+        [(one.ids[: at.limit], one.labels[: at.limit]) for one in row] for row in encoding.encode(at.tokenizer, rows)
     ]
 
 
@@ -470,8 +496,8 @@ def _answers_or_why(at: _Model, asked: Sequence[_Asked]) -> Figures:
     except StageError as error:
         for one in asked:
             one.answers[at.name] = {"answer": None, "why": str(error)}
-        why = _metrics.Measured(why=str(error))
-        return {(metric, one.data): why for one in asked for metric in _metrics.ANSWERS}
+        why = Measured(why=str(error))
+        return {(metric, one.data): why for one in asked for metric in ANSWER_METRICS}
 
 
 def _answers(at: _Model, asked: Sequence[_Asked]) -> Figures:
@@ -481,36 +507,36 @@ def _answers(at: _Model, asked: Sequence[_Asked]) -> Figures:
     set_seed(at.config.seed)
     longest = at.config.generation.max_new_tokens
     prompts = [_prompt(at, one) for one in asked]
-    room = _inference.positions(at.model) - longest
+    room = inference.positions(at.model) - longest
     fits = [index for index, ids in enumerate(prompts) if 0 < len(ids) <= room]
     settings = at.config.generation.model_dump()
     if not settings["do_sample"]:
         settings |= dict.fromkeys(("temperature", "top_p", "top_k"))
     given = [prompts[index] for index in fits]
-    made = _inference.answers(at.model, at.tokenizer, given, at.config.batch_tokens, settings=settings)
-    stops = set(_inference.stop_tokens(at.model))
+    made = inference.answers(at.model, at.tokenizer, given, at.config.batch_tokens, settings=settings)
+    stops = set(inference.stop_tokens(at.model))
     for index, ids in zip(fits, made, strict=True):
         one, stopped = asked[index], ids[-1:] != [] and ids[-1] in stops
         said = at.tokenizer.decode(ids, skip_special_tokens=True).strip()
         words = ids[:-1] if stopped else ids
-        values = _metrics.of_answer(said, words, reference=one.reference, stopped=stopped)
+        values = score_answer(said, words, reference=one.reference, stopped=stopped)
         one.answers[at.name] = {"answer": said, "stopped": stopped, **values}
     for index in set(range(len(asked))) - set(fits):
         asked[index].answers[at.name] = {"answer": None, "why": "the prompt leaves no room for an answer"}
-    whys = dict.fromkeys(_metrics.REFERENCED, "no reference answers") | {"repetition": "no answer has four tokens"}
+    whys = dict.fromkeys(REFERENCE_METRICS, "no reference answers") | {"repetition": "no answer has four tokens"}
     found: Figures = {}
     for data in dict.fromkeys(one.data for one in asked):
         told = [one.answers[at.name] for one in asked if one.data == data]
-        for metric in _metrics.ANSWERS:
+        for metric in ANSWER_METRICS:
             rows = [None if one.get(metric) is None else (one[metric], 1.0) for one in told]
-            found[metric, data] = _metrics.Measured(rows, None if any(rows) else whys.get(metric))
+            found[metric, data] = Measured(rows, None if any(rows) else whys.get(metric))
     return found
 
 
 def _prompt(at: _Model, one: _Asked) -> Ids:
     """The prompt's ids; without a chat template those of its last message."""
     if at.tokenizer.chat_template:
-        text = _template.render(at.tokenizer, one.messages, prompt=True, tools=one.tools)
+        text = render(at.tokenizer, one.messages, prompt=True, tools=one.tools)
         return list(at.tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(at.tokenizer(one.messages[-1]["content"])["input_ids"])
 
@@ -519,16 +545,16 @@ def _prompt(at: _Model, one: _Asked) -> Ids:
 
 
 def _result(
-    config: Config, found: Mapping[str, Figures], data: Mapping[str, Sequence[_rows.Row]], asked: Sequence[_Asked]
+    config: Config, found: Mapping[str, Figures], data: Mapping[str, Sequence[Row]], asked: Sequence[_Asked]
 ) -> dict[str, Any]:
     """Everything that was measured, as documented in docs/evaluate.md."""
     models = list(found)
     measured = list(dict.fromkeys(key for figures in found.values() for key in figures))
-    absent = _metrics.Measured(why="the harness gives none")
+    absent = Measured(why="the harness gives none")
     by_key = {key: {model: found[model].get(key, absent) for model in models} for key in measured}
     figures = [
-        {"metric": metric, "data": name, "model": model, "lower_is_better": _metrics.lower_is_better(metric)}
-        | _metrics.figure(metric, by_model[model], config.seed)
+        {"metric": metric, "data": name, "model": model, "lower_is_better": lower_is_better(metric)}
+        | figure_of(metric, by_model[model], config.seed)
         for (metric, name), by_model in by_key.items()
         for model in models
     ]
@@ -539,7 +565,7 @@ def _result(
     for (metric, name), by_model in by_key.items():
         for one, other in pairs:
             of, versus = models[one], models[other]
-            result = _metrics.compare(metric, by_model[of], by_model[versus], config.seed)
+            result = compare_models(metric, by_model[of], by_model[versus], config.seed)
             winner = {1: of, 0: versus}.get(result["better"]) if result["better"] is not None else None
             comparisons.append(
                 {"metric": metric, "data": name, "model": of, "versus": versus} | result | {"better": winner}
@@ -549,7 +575,7 @@ def _result(
     prompts = {name: sum(one.data == name for one in asked) for name in dict.fromkeys(one.data for one in asked)}
     counts = {"rows": rows, "prompts": prompts}
     return {"schema": SCHEMA, "models": models, **counts, "settings": settings} | {
-        "bootstrap": {"resamples": _metrics.RESAMPLES, "level": _metrics.LEVEL},
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL},
         "figures": figures,
         "comparisons": comparisons,
     }

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stages import _model, _rows, _template
-from stages._events import emit
+from stages.chat.template import install_template
+from stages.data.source import Source, rows_of
+from stages.model.facts import Facts, Needs
+from stages.model.folder import set_stop_tokens
+from stages.runtime.events import emit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
 
 VERSION = 1
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -30,7 +34,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: Literal["bloom", "llama", "qwen2", "qwen3"]
-    data: list[_rows.Source] = Field(min_length=1)
+    data: list[Source] = Field(min_length=1)
     """Names of declared data that the tokenizer is trained on."""
     hidden_size: int = Field(default=128, gt=0)
     num_hidden_layers: int = Field(default=2, gt=0)
@@ -63,7 +67,7 @@ class Config(BaseModel):
         return 4 * self.hidden_size if self.architecture == "bloom" else self.intermediate_size or 2 * self.hidden_size
 
 
-def facts(config: Config) -> _model.Facts:
+def facts(config: Config) -> Facts:
     """What later stages can know of the model before it is made."""
     embeddings = "transformer.word_embeddings" if config.architecture == "bloom" else "model.embed_tokens"
     weights = {f"{embeddings}.weight": (config.vocab_size, config.hidden_size)}
@@ -74,14 +78,14 @@ def facts(config: Config) -> _model.Facts:
     shown = {"model_type": config.architecture, "hidden_size": config.hidden_size}
     tokenizer = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
     known = "".join(f'"{token}"' for token in SPECIAL + MARKS)
-    made = _model.Facts("the model that `init` makes", shown, weights, known, tokenizer, config.template)
+    made = Facts("the model that `init` makes", shown, weights, known, tokenizer, config.template)
     return replace(made, stored=4 * made.parameters)
 
 
-def needs(config: Config, _: _model.Facts | None = None) -> _model.Needs:
+def needs(config: Config, _: Facts | None = None) -> Needs:
     """The matrices in float32, in memory and then on the disk; a text too short for `vocab_size` needs less."""
     size = facts(config).stored
-    return _model.Needs(size, size)
+    return Needs(size, size)
 
 
 def _layer(config: Config, layer: int) -> dict[str, tuple[int, int]]:
@@ -117,10 +121,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, set_seed
 
     tokenizer = _tokenizer(config)
-    _template.install(tokenizer, config.template)
+    install_template(tokenizer, config.template)
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_config(_architecture(config, tokenizer))
-    _model.set_stop_tokens(model, tokenizer)
+    set_stop_tokens(model, tokenizer)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     emit(out, "note", text=f"{config.architecture} with {model.num_parameters():,} parameters")
@@ -181,9 +185,9 @@ def _tokenizer(config: Config) -> "PreTrainedTokenizerFast":
     )
 
 
-def _texts(sources: list[_rows.Source]) -> Iterator[str]:
+def _texts(sources: list[Source]) -> Iterator[str]:
     for source in sources:
-        for row in _rows.examples(source):
+        for row in rows_of(source):
             if "text" in row:
                 yield row["text"]
             for key in ("messages", "prompt", "chosen", "completion"):

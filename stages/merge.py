@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import StageError
-from stages import _lora, _model
-from stages._events import emit
+from stages.model.facts import SIZE_PATTERN, Facts, Needs, Problem, parse_size, weight_files
+from stages.model.folder import carried_files, load_model
+from stages.model.lora import AdapterChain, fold_into
+from stages.runtime.errors import StageError
+from stages.runtime.events import emit
 
 if TYPE_CHECKING:
     import torch
+
 
 VERSION = 1
 CARD = True  # the runner adds a model card
@@ -30,30 +33,30 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | list[str]
-    shard_size: str = Field(default="4GB", pattern=_model.SIZE)
+    shard_size: str = Field(default="4GB", pattern=SIZE_PATTERN)
     """Largest size of a weight file, such as `2GB`."""
     verify: bool = True
     """Compare logits afterwards; needs memory for the whole model, twice."""
 
 
-def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
+def check(config: Config, facts: Facts | None) -> list[Problem]:
     """What can be known to fail before anything is loaded."""
     if facts is not None and "quantization_config" in facts.config:
         return [("model", f"{facts.source} is quantized, and adapters cannot be folded into it; put `merge` before")]
     return []
 
 
-def needs(config: Config, facts: _model.Facts) -> _model.Needs:
+def needs(config: Config, facts: Facts) -> Needs:
     """Memory: a shard of the result, and for `verify` two models in float32. Disk: the result, as wide as the base.
 
     Not in it: the adapters, and the float32 copy of the weight that is being folded.
     """
     if not facts.weights:
-        return _model.Needs(0, 0)
+        return Needs(0, 0)
     largest = max(map(math.prod, facts.weights.values())) * facts.stored // facts.parameters
-    limit = _model.bytes_of(config.shard_size)
+    limit = parse_size(config.shard_size)
     shard = facts.stored if facts.stored <= limit else max(largest, limit - largest)
-    return _model.Needs(max(shard, 8 * facts.parameters) if config.verify else shard, disk=facts.stored)
+    return Needs(max(shard, 8 * facts.parameters) if config.verify else shard, disk=facts.stored)
 
 
 def figure(metrics: Mapping[str, Any]) -> str:
@@ -69,11 +72,11 @@ def figure(metrics: Mapping[str, Any]) -> str:
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Write the merged model into `out`, shard by shard, with everything else that the last folder carries."""
     base, adapters = Path(config.model[0]), list(config.model[1:])
-    chain = _lora.Chain(adapters)
-    files = _write_shards(_folded(base, chain), out, _model.bytes_of(config.shard_size))
+    chain = AdapterChain(adapters)
+    files = _write_shards(_folded(base, chain), out, parse_size(config.shard_size))
     chain.check_used()
     shutil.copy(base / "config.json", out)
-    carried = _model.carried_files(Path(config.model[-1]))
+    carried = carried_files(Path(config.model[-1]))
     for path in carried:
         shutil.copy(path, out)
     metrics: dict[str, Any] = {
@@ -87,11 +90,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return metrics
 
 
-def _folded(base: Path, chain: _lora.Chain) -> Iterator[tuple[str, "torch.Tensor"]]:
+def _folded(base: Path, chain: AdapterChain) -> Iterator[tuple[str, "torch.Tensor"]]:
     """The base's weights in file order, each with the chain folded in."""
     from safetensors import safe_open
 
-    for shard in _model.shards(base):
+    for shard in weight_files(base):
         with safe_open(str(shard), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 weight = file.get_tensor(name)
@@ -153,17 +156,17 @@ def logit_difference(chain: list[str], merged: Path) -> dict[str, float]:
 
     ids = torch.arange(64).reshape(2, 32) * 7 + 3
     with torch.no_grad():
-        model: Any = _model.load(chain[:1])
+        model: Any = load_model(chain[:1])
         ids = ids % model.get_input_embeddings().weight.shape[0]
         for folder in chain[1:]:
             model = PeftModel.from_pretrained(model, folder).eval()
             if folder != chain[-1]:  # the next adapter was trained on this one folded
                 model = model.merge_and_unload()
         expected = model(input_ids=ids).logits
-        model = _model.load(chain[:1])
-        _lora.fold_into(model, chain[1:])
+        model = load_model(chain[:1])
+        fold_into(model, chain[1:])
         difference = float((model(input_ids=ids).logits - expected).abs().max())
-        written = dict(_model.load([str(merged)], dtype="auto").named_parameters())
+        written = dict(load_model([str(merged)], dtype="auto").named_parameters())
         wrong = [name for name, weight in model.named_parameters() if not _same(written.get(name), weight)]
     largest = float(expected.abs().max())
     if wrong or not difference <= 1e-4 * max(1.0, largest / 10):

@@ -21,9 +21,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import StageError
-from stages import _generate, _metrics, _model, _quality, _rows
-from stages._events import emit
+from stages.data.row import Row
+from stages.data.source import Source, rows_of
+from stages.measuring import quality
+from stages.measuring.metrics import Measured, compare_models
+from stages.model import generation
+from stages.model.facts import SIZE_PATTERN, Facts, Needs, Problem, parse_size, read_facts
+from stages.model.folder import carried_files, load_tokenizer
+from stages.runtime.errors import StageError
+from stages.runtime.events import emit
 
 VERSION = 2
 CARD = True  # the runner adds a model card
@@ -48,7 +54,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: list[_rows.Source] = Field(min_length=1)
+    data: list[Source] = Field(min_length=1)
     """Names of declared data, of each as many rows; with weights, such as `{consult: 3, general: 1}`, these shares."""
     weights: list[float] = []
     """Written beside the names."""
@@ -72,7 +78,7 @@ class Config(BaseModel):
     calibration: Calibration
     question: str = "你好，请介绍一下你自己。"
     """Asked of the result in a fresh process."""
-    shard_size: str = Field(default="4GB", pattern=_model.SIZE)
+    shard_size: str = Field(default="4GB", pattern=SIZE_PATTERN)
     seed: int = Field(default=42, ge=0, lt=2**32)
 
     @property
@@ -80,10 +86,10 @@ class Config(BaseModel):
         return [self.model] if isinstance(self.model, str) else self.model
 
 
-def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
+def check(config: Config, facts: Facts | None) -> list[Problem]:
     """What can be known to fail before anything is loaded."""
     extra = config.model_extra or {}
-    problems: list[_model.Problem] = []
+    problems: list[Problem] = []
     if len(config.folders) > 1:
         problems.append(("model", "an adapter cannot be quantized; put a `merge` stage before"))
     for name in UNREADABLE:
@@ -105,7 +111,7 @@ def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
     return problems + _check_groups(config.group_size, facts.weights)
 
 
-def needs(config: Config, facts: _model.Facts) -> _model.Needs:
+def needs(config: Config, facts: Facts) -> Needs:
     """Memory: the model as it is stored, whose perplexity is measured. Disk: the result, twice when GPTQModel keeps
     the model on the disk while it works.
 
@@ -113,16 +119,16 @@ def needs(config: Config, facts: _model.Facts) -> _model.Needs:
     """
     size = _size(config, facts)
     on_disk = (config.model_extra or {}).get("offload_to_disk", _is_large(facts))
-    return _model.Needs(facts.stored, disk=2 * size if on_disk else size)
+    return Needs(facts.stored, disk=2 * size if on_disk else size)
 
 
-def facts_after(config: Config, facts: _model.Facts) -> _model.Facts:
+def facts_after(config: Config, facts: Facts) -> Facts:
     """What later stages can know of the result: it is quantized, so it can be asked but not trained."""
     after = {**facts.config, "quantization_config": {"bits": config.bits}}
     return replace(facts, config=after, stored=_size(config, facts))
 
 
-def _size(config: Config, facts: _model.Facts) -> int:
+def _size(config: Config, facts: Facts) -> int:
     """Bytes of the result: `bits` for a weight in a numbered block, 16 for a scale of each group and for all else."""
     size = 0
     for name, shape in facts.weights.items():
@@ -134,7 +140,7 @@ def _size(config: Config, facts: _model.Facts) -> int:
     return size
 
 
-def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[_model.Problem]:
+def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[Problem]:
     """GPTQModel takes a last group that is not full, and vLLM then refuses the folder."""
     layers = {name: shape for name, shape in weights.items() if len(shape) == 2 and LAYER.search(name)}
     widths = {name.removesuffix(".weight"): shape[1] for name, shape in layers.items()}
@@ -159,7 +165,7 @@ def figure(metrics: Mapping[str, Any]) -> str:
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Quantize, save, and let a fresh process try the folder."""
     folder, out = Path(config.folders[0]).resolve(), out.resolve()
-    facts = _model.facts(folder)
+    facts = read_facts(folder)
     if problems := check(config, facts):
         raise StageError("\n".join(f"`{name}`: {text}" for name, text in problems))
     held_out, calibration = split(_encoded(config, folder), config.calibration.samples, config.seed)
@@ -201,12 +207,12 @@ def _encoded(config: Config, folder: Path) -> list[Ids]:
 
     Every data set has its share of any first part of them; one that is too short is used up and the others fill in.
     """
-    tokenizer = _model.load_tokenizer([str(folder)])
+    tokenizer = load_tokenizer([str(folder)])
     wanted = config.calibration
     seen: set[tuple[int, ...]] = set()
     queues = []
     for number, source in enumerate(wanted.data):
-        rows = _rows.examples(source)
+        rows = rows_of(source)
         random.Random(f"{config.seed}:{number}").shuffle(rows)
         queues.append(_different(rows, tokenizer, folder, wanted.max_length, seen))
     weights = [Fraction(weight) for weight in wanted.weights or [1] * len(queues)]
@@ -225,7 +231,7 @@ def _encoded(config: Config, folder: Path) -> list[Ids]:
 
 
 def _different(
-    rows: Sequence[_rows.Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
+    rows: Sequence[Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
 ) -> Iterator[Ids]:
     """Rows as token ids; none twice, and none of a single token."""
     for row in rows:
@@ -235,9 +241,9 @@ def _different(
             yield list(ids)
 
 
-def _text(row: _rows.Row, tokenizer: Any, folder: Path) -> str:
+def _text(row: Row, tokenizer: Any, folder: Path) -> str:
     """A row as the model was trained on it; the template writes its own special tokens."""
-    from stages import _template
+    from stages.chat.rendering import render
 
     if "text" in row:
         return str(row["text"])
@@ -247,7 +253,7 @@ def _text(row: _rows.Row, tokenizer: Any, folder: Path) -> str:
             "data of `format: text`, or set `template:` at the top"
         )
     said = row["messages"] if "messages" in row else row["prompt"] + row["chosen" if "chosen" in row else "completion"]
-    return _template.render(tokenizer, said, tools=row.get("tools"))
+    return render(tokenizer, said, tools=row.get("tools"))
 
 
 def split(rows: list[Ids], samples: int, seed: int) -> tuple[list[Ids], list[Ids]]:
@@ -268,8 +274,8 @@ def split(rows: list[Ids], samples: int, seed: int) -> tuple[list[Ids], list[Ids
 
 
 def _before(folder: Path, held_out: list[Ids], file: Path) -> Sums:
-    model, _ = _generate.load([str(folder)])
-    losses = _quality.reference(model, held_out, file)
+    model, _ = generation.load([str(folder)])
+    losses = quality.reference(model, held_out, file)
     del model
     _empty()
     if not math.isfinite(found := _perplexity(losses)):
@@ -290,7 +296,7 @@ def _perplexity(losses: Sums) -> float:
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
-def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids], work: Path) -> Losses:
+def _quantize(config: Config, facts: Facts, folder: Path, rows: list[Ids], work: Path) -> Losses:
     """Quantize into `work/model`."""
     # Its thread pool fails with fewer than two workers, and it would compile a packer for half a minute.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(12, max(2, (os.cpu_count() or 1) // 2))))
@@ -317,12 +323,12 @@ def _quantize(config: Config, facts: _model.Facts, folder: Path, rows: list[Ids]
         model = GPTQModel.load(str(folder), wanted, device=device, dtype=dtype)
         examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
         log = model.quantize(examples, batch_size=1, calibration_data_min_length=1)
-        model.save(str(work / "model"), max_shard_size=_model.bytes_of(config.shard_size))
+        model.save(str(work / "model"), max_shard_size=parse_size(config.shard_size))
     layers = model.extract_layers_node()[0]
     return {f"{layers}.{row['layer']}.{row['module']}": _loss(row["loss"]) for part in log.values() for row in part}
 
 
-def _is_large(facts: _model.Facts) -> bool:
+def _is_large(facts: Facts) -> bool:
     """Does the model in 16 bits take more than half the memory? Keeping it on disk is slow."""
     weights = sum(math.prod(shape) for shape in facts.weights.values())
     return 2 * weights > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
@@ -355,7 +361,7 @@ def _publish(folder: Path, made: Path, out: Path) -> None:
     config["quantization_config"] = quantization
     for name, content in (("config.json", config), ("quantize_config.json", quantization)):
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in _model.carried_files(folder):
+    for path in carried_files(folder):
         shutil.copyfile(path, out / path.name)
 
 
@@ -363,7 +369,7 @@ def _tried(config: Config, out: Path, folder: Path, reference: Path, held_out: l
     """What a fresh process gets from the written folder."""
     asked = [{"role": "user", "content": config.question}]
     request = {"model": str(out), "original": str(folder), "reference": str(reference), "texts": held_out}
-    found = _generate.fresh("stages._quality", {**request, "messages": asked, "max_new_tokens": 64})
+    found = generation.fresh("stages.measuring.quality", {**request, "messages": asked, "max_new_tokens": 64})
     if found["missing"]:
         names = ", ".join(found["missing"][:5])
         raise StageError(f"transformers cannot load the quantized model: it finds no {names}; quantize all layers")
@@ -379,22 +385,20 @@ def _quality_of(config: Config, before: Sums, tried: Mapping[str, Any], out: Pat
     after = _perplexity(tried["quantized"]["losses"])
     if not math.isfinite(after):
         raise StageError(f"the quantized model's perplexity is {after}; use more rows or more `bits`")
-    original = _metrics.Measured(before)
-    quantized = _metrics.Measured([tuple(row) for row in tried["quantized"]["losses"]])
+    original = Measured(before)
+    quantized = Measured([tuple(row) for row in tried["quantized"]["losses"]])
     found = {"quantized": _against(original, quantized, tried["quantized"], config.seed), "rounded": tried["rounded"]}
     if "why" not in tried["rounded"]:
-        rounded = _metrics.Measured([tuple(row) for row in tried["rounded"]["losses"]])
+        rounded = Measured([tuple(row) for row in tried["rounded"]["losses"]])
         found["rounded"] = _against(original, rounded, tried["rounded"], config.seed)
-        change = _metrics.compare("perplexity", quantized, rounded, config.seed)
+        change = compare_models("perplexity", quantized, rounded, config.seed)
         _warn(change, tried["quantized"]["kl"] < tried["rounded"]["kl"], out)
     return {"perplexity_before": _perplexity(before), "perplexity_after": after, **found}
 
 
-def _against(
-    original: _metrics.Measured, made: _metrics.Measured, tried: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
+def _against(original: Measured, made: Measured, tried: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """A model's figures against the original's, or why there are none."""
-    change = _metrics.compare("perplexity", made, original, seed)
+    change = compare_models("perplexity", made, original, seed)
     if change["why"] is not None:
         return {"why": change["why"]}
     figures = {key: tried[key] for key in ("kl", "top1_agreement", "layer_errors")}

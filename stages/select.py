@@ -21,9 +21,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.errors import StageError
-from stages import _model, _rows, _select_points, _select_scores, _trainer
-from stages._events import emit
+from stages.data.row import Row
+from stages.data.source import ROWS_FILE, Format, Source, rows_of
+from stages.measuring import points as points_module
+from stages.measuring.scores import answer_losses, embeddings, own_answers, rewards, with_answer
+from stages.model.facts import Facts, Problem, check_template, is_hub_name
+from stages.runtime.errors import StageError
+from stages.runtime.events import emit
 
 VERSION = 1
 MODELS = ("scorer", "embedder")  # settings that name models besides the one it stands on
@@ -56,7 +60,7 @@ class Config(BaseModel):
 
     model: str | list[str]
     """What scores; the stage below starts from the model above all the same."""
-    data: list[_rows.Source] = Field(min_length=1)
+    data: list[Source] = Field(min_length=1)
     """Names of data, all conversations, all texts or all preference pairs."""
     method: Method
     keep: float | None = Field(default=None, gt=0)
@@ -102,7 +106,7 @@ class Config(BaseModel):
 _EXAMPLES = {"keep": ", such as 0.1 or 1000", "scorer": ", the folder of a model that scores rows"}
 
 
-def rows_after(config: Config) -> _rows.Format:
+def rows_after(config: Config) -> Format:
     """The format of the rows that it leaves."""
     first = config.data[0].format
     return first if first in ("text", "preference") else "messages"
@@ -113,7 +117,7 @@ def uses_model(config: Config) -> bool:
     return config.method in ("ifd", "necessity") or (config.method != "quality" and config.embedder is None)
 
 
-def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
+def check(config: Config, facts: Facts | None) -> list[Problem]:
     """What can be known to fail before anything is loaded."""
     problems = _check_data(config)
     for setting in MODELS:
@@ -123,13 +127,13 @@ def check(config: Config, facts: _model.Facts | None) -> list[_model.Problem]:
     if "quantization_config" in facts.config:
         problems.append(("model", f"{facts.source} is quantized; score with the model before"))
     if config.method in ("ifd", "necessity"):
-        problems += _trainer.check_template(config.template, facts)
+        problems += check_template(config.template, facts)
     return problems
 
 
-def _check_data(config: Config) -> list[_model.Problem]:
+def _check_data(config: Config) -> list[Problem]:
     shape = rows_after(config)
-    problems: list[_model.Problem] = []
+    problems: list[Problem] = []
     for source in config.data:
         if config.method in ("ifd", "necessity") and source.format not in TALKS:
             wanted = ", ".join(f"`{name}`" for name in TALKS)
@@ -143,11 +147,11 @@ def _check_data(config: Config) -> list[_model.Problem]:
     return problems
 
 
-def _check_other(setting: str, model: str | None) -> list[_model.Problem]:
+def _check_other(setting: str, model: str | None) -> list[Problem]:
     """A scorer must have learnt to score: transformers would make up a head that is not there."""
     if model is None:
         return []
-    if _model.is_hub_name(model) and not re.search("@[0-9a-f]{40}$", model):
+    if is_hub_name(model) and not re.search("@[0-9a-f]{40}$", model):
         name = model.partition("@")[0]
         return [(setting, f"`{model}` is no folder here; for one on the Hub pin its commit, as `{name}@COMMIT`")]
     folder = Path(model)
@@ -178,9 +182,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """Score every row, choose, and leave rows and scores in `out`."""
     import torch
 
-    rows = [
-        (source.path, number, row) for source in config.data for number, row in enumerate(_rows.examples(source), 1)
-    ]
+    rows = [(source.path, number, row) for source in config.data for number, row in enumerate(rows_of(source), 1)]
     judged = [row for _, _, row in rows]
     try:
         verdict = _METHODS[config.method](config, judged, out)
@@ -189,7 +191,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     kept = [why is None for why in verdict.why]
     if not any(kept):
         raise StageError(f"no row of {len(rows)} is kept: {_counted(verdict.why)}; loosen the limit or add data")
-    with open(out / _rows.MADE, "w", encoding="utf-8") as file:
+    with open(out / ROWS_FILE, "w", encoding="utf-8") as file:
         file.writelines(_line(row) for row, good in zip(judged, kept, strict=True) if good)
     with open(out / "scores.jsonl", "w", encoding="utf-8") as file:
         for index, (path, number, _) in enumerate(rows):
@@ -280,10 +282,10 @@ def _keep_top(verdict: Verdict, scores: Sequence[float], keep: float | None) -> 
 # Methods: each takes the rows and hands back its verdict
 
 
-def _ifd(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
+def _ifd(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
     """IFD = mean CE(A|Q) / mean CE(A); above 1 the question does not help, and of the rest the hardest are kept."""
     verdict = Verdict(len(rows), "ifd")
-    given, alone = _select_scores.answer_losses(config, rows, out)
+    given, alone = answer_losses(config, rows, out)
     verdict.scores = {"ifd": ifd(given, alone), "loss_given_question": given, "loss_alone": alone}
     scores = verdict.scores["ifd"]
     verdict.drop([index for index, loss in enumerate(given) if loss is None], "longer than `max_length`")
@@ -299,10 +301,10 @@ def ifd(given: Sequence[float | None], alone: Sequence[float | None]) -> list[fl
     return [one / other if one is not None and other else math.nan for one, other in pairs]
 
 
-def _quality(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
+def _quality(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
     """Rows whose question and answer a reward model gives more than `above`, and of these the best."""
     verdict = Verdict(len(rows), "quality")
-    scores, verdict.metrics["cut"] = _select_scores.rewards(config, rows, out)
+    scores, verdict.metrics["cut"] = rewards(config, rows, out)
     verdict.scores = {"quality": scores}
     verdict.drop_unscored()
     if config.above is not None:
@@ -312,13 +314,13 @@ def _quality(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
     return verdict
 
 
-def _necessity(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
+def _necessity(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
     """Rows to whose question the model's own answer scores less than `below`, and of these the worst."""
     verdict = Verdict(len(rows), "necessity")
-    answers = _select_scores.answers(config, rows, out)
+    answers = own_answers(config, rows, out)
     asked = [index for index, answer in enumerate(answers) if answer is not None]
-    own = [_select_scores.answered(rows[index], answers[index] or "") for index in asked]
-    found, verdict.metrics["cut"] = _select_scores.rewards(config, own, out)
+    own = [with_answer(rows[index], answers[index] or "") for index in asked]
+    found, verdict.metrics["cut"] = rewards(config, own, out)
     scores = [math.nan] * len(rows)
     for index, score in zip(asked, found, strict=True):
         scores[index] = score
@@ -332,12 +334,12 @@ def _necessity(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
     return verdict
 
 
-def _k_center(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
+def _k_center(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
     """Rows whose questions cover all questions: each next one is the farthest from those chosen."""
     verdict = Verdict(len(rows))
-    points, verdict.metrics["cut"] = _select_scores.embeddings(config, rows, out, answer=False)
+    points, verdict.metrics["cut"] = embeddings(config, rows, out, answer=False)
     wanted = number(config.keep or 1, len(rows))
-    chosen, distances = _select_points.k_center(points, wanted, config.seed)
+    chosen, distances = points_module.k_center(points, wanted, config.seed)
     order = {index: (place, distance) for place, (index, distance) in enumerate(zip(chosen, distances, strict=True), 1)}
     verdict.scores = {
         "place": [order[index][0] if index in order else None for index in range(len(rows))],
@@ -345,17 +347,17 @@ def _k_center(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
     }
     why = "covered by the rows chosen" if len(chosen) == wanted else "at the same point as a row chosen"
     verdict.drop([index for index in range(len(rows)) if index not in order], why)
-    verdict.metrics["radius"] = _select_points.radius(points, chosen)
+    verdict.metrics["radius"] = points_module.radius(points, chosen)
     return verdict
 
 
-def _car(config: Config, rows: Sequence[_rows.Row], out: Path) -> Verdict:
+def _car(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
     """The `keep` best rows, and the `per_cluster` best of each of ⌊√(n/2)⌋ clusters."""
     verdict = Verdict(len(rows), "quality")
-    scores, verdict.metrics["cut"] = _select_scores.rewards(config, rows, out)
-    points, _ = _select_scores.embeddings(config, rows, out, answer=True)
-    reduced = _select_points.principal(points, 0.95)
-    clusters = _select_points.k_means(reduced, max(1, math.isqrt(len(rows) // 2)), config.seed)
+    scores, verdict.metrics["cut"] = rewards(config, rows, out)
+    points, _ = embeddings(config, rows, out, answer=True)
+    reduced = points_module.principal(points, 0.95)
+    clusters = points_module.k_means(reduced, max(1, math.isqrt(len(rows) // 2)), config.seed)
     verdict.scores = {"quality": scores, "cluster": clusters}
     verdict.metrics |= {"dimensions": reduced.shape[1], "clusters": len(set(clusters))}
     verdict.drop_unscored()

@@ -3,29 +3,32 @@
 from pathlib import Path
 from typing import Any
 
-from stages import _model, _packing, _supervised, _trainer
+from stages.model.facts import Facts, Problem
+from stages.training import loop, packing, supervised
+from stages.training.needs import facts_after_training, training_needs
+from stages.training.settings import check_training
 
 VERSION = 2
 PARALLEL = True
 SETTINGS = {"trainer": "trl.trainer.sft_config:SFTConfig", "lora": "peft.tuners.lora.config:LoraConfig"}
 FORMATS = ["alpaca", "prompt_completion", "messages", "sharegpt"]
 
-figure = _trainer.figure
-needs = _trainer.needs
-facts_after = _trainer.facts_after
+figure = loop.figure
+needs = training_needs
+facts_after = facts_after_training
 
 
-class Config(_supervised.Config):
+class Config(supervised.Config):
     """Settings of `sft`; `trainer:` takes TRL's SFTConfig."""
 
 
-def check(config: Config, facts: _model.Facts) -> list[_model.Problem]:
+def check(config: Config, facts: Facts) -> list[Problem]:
     """Problems that are known before the first stage starts."""
-    problems = _trainer.check(config, facts, FORMATS, chat=True)
-    problems += _supervised.check(config) + _packing.check(config.trainer, facts, packing=False, wraps=False)
+    problems = check_training(config, facts, FORMATS, chat=True)
+    problems += supervised.check(config) + packing.check(config.trainer, facts, packing=False, wraps=False)
     return problems
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train on the conversations and leave the artifact in `out`."""
-    return _supervised.run(config, out)
+    return supervised.run(config, out)

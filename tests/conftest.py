@@ -8,7 +8,11 @@ from types import SimpleNamespace
 import planned
 import pytest
 
-from stages import _model, _rows, _template, _trainer, init
+from stages import init
+from stages.chat.template import template_text
+from stages.data.source import Source
+from stages.model.folder import carried_files, load_model
+from stages.training import loop
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = {"alpaca": "med_qa.json", "text": "med_book.jsonl", "preference": "med_prefer.jsonl"}
@@ -35,7 +39,7 @@ def rows():
     """The first rows of this project's own data, as a stage names them."""
 
     def source(kind, count):
-        return _rows.Source(path=str(DATA / FILES[kind]), format=kind, max_samples=count)
+        return Source(path=str(DATA / FILES[kind]), format=kind, max_samples=count)
 
     return source
 
@@ -57,7 +61,7 @@ def tiny(tmp_path_factory, rows):
                 architecture=architecture,
                 data=[rows("alpaca", 40), rows("text", 20)],
                 tie_word_embeddings=tied,
-                template=template and _template.text(template),
+                template=template and template_text(template),
                 **sizes,
             )
             init.run(config, made[key])
@@ -78,7 +82,7 @@ def train(tmp_path_factory, tiny):
         folder.mkdir(exist_ok=True)
         settings = {"lora": {"r": 4}, **settings, "trainer": {**QUICK, **(trainer or {})}}
         config = stage.Config(model=list(map(str, model)), data=[data], **settings)
-        real, seen, handler = _trainer.train, [], signal.getsignal(signal.SIGTERM)
+        real, seen, handler = loop.train, [], signal.getsignal(signal.SIGTERM)
 
         def train(built, *arguments):
             seen.append(built)
@@ -87,7 +91,7 @@ def train(tmp_path_factory, tiny):
             return real(built, *arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_trainer, "train", train)
+            patch.setattr(loop, "train", train)
             try:
                 metrics = stage.run(config, folder)
             finally:
@@ -108,13 +112,13 @@ def adapt(tmp_path_factory, tiny):
         folder = tmp_path_factory.mktemp("adapter")
         torch.manual_seed(seed)
         settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
-        model = get_peft_model(_model.load(list(map(str, chain))), LoraConfig(**settings))
+        model = get_peft_model(load_model(list(map(str, chain))), LoraConfig(**settings))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter += 0.05 * torch.randn_like(parameter)
         model.save_pretrained(folder)
-        for path in _model.carried_files(chain[-1]):
+        for path in carried_files(chain[-1]):
             shutil.copy(path, folder)
         return folder
 

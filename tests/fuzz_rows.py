@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pydantic import ValidationError
 
-from pipeline.errors import StageError
-from stages import _formats, _rows
-from stages._rows import Source
+from stages.data import formats
+from stages.data.source import Source, inspect_rows, rows_of
+from stages.runtime.errors import StageError
 
 SLOW = 5  # seconds for one file
 WORDS = ["高血压", "a", "q?", "", " ", "\n", "\0", "\ufeff", "\ud800", "😀", "{{name}}", "{{ 名 }}", "<|im_end|>", "[]"]
@@ -152,7 +152,7 @@ def source(dice, path, form):
     """Some way to read it."""
     settings = {}
     if dice.random() < 0.1:
-        module = _formats.module(form)
+        module = formats.module(form)
         settings["columns"] = {dice.choice([*module.NEEDED, *module.OPTIONAL]): dice.choice(NAMES)}
     if dice.random() < 0.1:
         settings["roles"] = {"user": dice.choice(["user", "assistant", "x"]), "assistant": "gpt"}
@@ -170,7 +170,7 @@ def source(dice, path, form):
 def case(seed, folder):
     """Make a file, read it, and check the account; hands back what it came to, for the tally."""
     dice = random.Random(seed)
-    form = dice.choice(_formats.names())
+    form = dice.choice(formats.names())
     kind = dice.choice([".jsonl", ".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".txt"])
     rows = [broken(dice, dice.choice(GOOD[form])) for _ in range(dice.randrange(1, 5))]
     data = written(dice, kind, rows)
@@ -185,7 +185,7 @@ def case(seed, folder):
         return Counter(files=1, settings_refused=1)
     kept = []
     begun = time.monotonic()
-    done = _rows.account(reading, keep=kept.append)
+    done = inspect_rows(reading, keep=kept.append)
     assert time.monotonic() - begun < SLOW, "too slow"
     check(reading, done, kept)
     if intact and kind in (".jsonl", ".json") and not reading.encoding:
@@ -209,7 +209,7 @@ def check(reading, done, kept):
         shape(row)
     raised = None
     try:
-        again = _rows.examples(reading)
+        again = rows_of(reading)
     except StageError as error:
         raised = str(error)
     assert (raised is None) == (not done.problems), "`problems` and `examples` disagree"

@@ -4,9 +4,13 @@ import json
 import struct
 from pathlib import Path
 
-from pipeline import artifact, config, plan
 from pipeline.cli import main
-from pipeline.content import Hashes
+from pipeline.config.checker import load_config
+from pipeline.plan.fingerprint import installed_versions
+from pipeline.plan.placing import build_plan
+from pipeline.saves import artifact
+from pipeline.saves.content import Hashes
+from pipeline.saves.links import link
 
 ROWS = {
     "books.jsonl": '{"text": "a"}\n{"text": "b"}\n',
@@ -59,7 +63,7 @@ class Project:
     def plan(self, text=CHAIN, *assignments, name="x.yaml"):
         """The steps by stage name."""
         self.write(name, text)
-        planned = plan.build(config.load(Path(name), assignments), Path("saves"))
+        planned = build_plan(load_config(Path(name), assignments), Path("saves"))
         assert planned.problems == []
         return {step.name: step for step in planned.steps}
 
@@ -87,6 +91,6 @@ def pretend(step, **changes):
     """Leave what a run of this step leaves: a finished folder with its record, and the link."""
     step.part.mkdir(parents=True)
     (step.part / "model.safetensors").write_bytes(b"weights")
-    record = {"recipe": dict(step.recipe), "versions": plan.versions(step.stage.use), "started": 0.0, **changes}
+    record = {"recipe": dict(step.recipe), "versions": installed_versions(step.stage.use), "started": 0.0, **changes}
     artifact.finish(step.part, step.folder, record, Hashes(None))
-    artifact.link(step.folder, step.link)
+    link(step.folder, step.link)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from planned import CHAIN
 
-from pipeline import card, config, plan
+from pipeline.config.checker import load_config
+from pipeline.plan.placing import build_plan
+from pipeline.run import card
 
 FIGURES = {
     "pt": {
@@ -32,7 +34,7 @@ def written(project):
         from huggingface_hub import ModelCard
 
         project.write("x.yaml", text)
-        planned = plan.build(config.load(Path("x.yaml")), Path("saves"))
+        planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
         assert planned.problems == []
         made = [card.Made(step, figures.get(step.name, {})) for step in planned.steps]
         card.write(Path(), made[-1].step, made[-1].metrics, planned, made[:-1], VERSIONS)

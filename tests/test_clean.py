@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import StageError
-from stages import _clean, _near_duplicates
+from stages.data import cleaning, near_duplicates
+from stages.data.cleaning_steps import Steps
+from stages.runtime.errors import StageError
 
-STEPS = TypeAdapter(_clean.Steps)
+STEPS = TypeAdapter(Steps)
 HAN = "".join(chr(code) for code in range(0x4E00, 0x4E00 + 2000))
 
 
@@ -41,13 +42,13 @@ def pair(prompt, chosen, rejected):
 
 def cleaned(content, *written):
     """One text after the steps; None when its row is dropped."""
-    kept, _ = _clean.apply(steps(*written), placed(content))
+    kept, _ = cleaning.apply(steps(*written), placed(content))
     return kept[0][1]["text"] if kept else None
 
 
 def kept_of(rows, *written, **others):
     """The numbers of the rows kept, and the account of the rest."""
-    kept, account = _clean.apply(steps(*written), rows, others)
+    kept, account = cleaning.apply(steps(*written), rows, others)
     assert account.read == account.kept + sum(entry.rows for entry in account.dropped.values()) == len(rows)
     assert account.kept == len(kept)
     return [int(place[2:]) for place, _ in kept], {reason: entry.first for reason, entry in account.dropped.items()}
@@ -221,16 +222,16 @@ ID_CARD = "11010519491231002X"  # the example of GB 11643-1999
     ],
 )
 def test_personal_data(before, after, found):
-    kept, account = _clean.apply(steps({"personal_data": "mask"}), placed(before))
+    kept, account = cleaning.apply(steps({"personal_data": "mask"}), placed(before))
     assert (kept, account.personal_data) == (placed(after or before), found)
-    kept, account = _clean.apply(steps({"personal_data": "count"}, "width"), placed(before))
+    kept, account = cleaning.apply(steps({"personal_data": "count"}, "width"), placed(before))
     assert (account.changed, account.personal_data) == (int("１" in before), found)
 
 
 def test_what_a_step_uncovers_is_cleaned_too():
     assert cleaned("1380&#8203;0138&#x200b;000", "personal_data", "whitespace", "html") == "[手机号]"
     assert cleaned("好＜ｂｒ＞的", "html", "width") == "好\n的"
-    kept, account = _clean.apply(steps({"personal_data": "count"}, "html"), placed("13800138000<br>"))
+    kept, account = cleaning.apply(steps({"personal_data": "count"}, "html"), placed("13800138000<br>"))
     assert (kept, account.personal_data) == (placed("13800138000"), {"mobile": 1})
 
 
@@ -243,7 +244,7 @@ def test_rows_stay_what_their_format_promises():
         chat("u: 问", "a:答"),
     )
     before = json.dumps(rows)
-    kept, account = _clean.apply(steps("html"), rows)
+    kept, account = cleaning.apply(steps("html"), rows)
     assert [row for _, row in kept] == [chat("u:问", "a:答"), pair("问", "好", "坏"), chat("u: 问", "a:答")]
     assert asdict(account) == {
         "read": 5,
@@ -283,8 +284,8 @@ def test_exact_duplicates():
 
 
 def test_the_account_names_three():
-    _, account = _clean.apply(steps("exact_duplicates"), placed(*["一"] * 6))
-    assert account.dropped["exact duplicate"] == _clean.Dropped(5, ["x:2, as x:1", "x:3, as x:1", "x:4, as x:1"])
+    _, account = cleaning.apply(steps("exact_duplicates"), placed(*["一"] * 6))
+    assert account.dropped["exact duplicate"] == cleaning.Dropped(5, ["x:2, as x:1", "x:3, as x:1", "x:4, as x:1"])
 
 
 def drawn(chance, length=200):
@@ -312,7 +313,7 @@ def planted(chance, originals, copies):
 
 def test_near_duplicates_are_found():
     texts, pairs = planted(random.Random(3), 1500, 1000)
-    found = _near_duplicates.repeats(texts, 0.8)
+    found = near_duplicates.repeats(texts, 0.8)
     alike = {copy for original, copy in pairs if jaccard(texts[original], texts[copy]) >= 0.8}
     assert 300 < len(alike) < 900
     assert len(alike & found.keys()) >= 0.99 * len(alike)
@@ -325,7 +326,7 @@ def test_near_duplicates_are_found():
 @pytest.mark.parametrize("similarity", [0.3, 0.5, 0.9, 1.0])
 def test_other_similarities(similarity):
     texts, pairs = planted(random.Random(4), 300, 300)
-    found = _near_duplicates.repeats(texts, similarity)
+    found = near_duplicates.repeats(texts, similarity)
     alike = {copy for original, copy in pairs if jaccard(texts[original], texts[copy]) >= similarity}
     assert alike <= found.keys() if similarity == 1 else len(alike & found.keys()) >= 0.98 * len(alike)
     assert all(jaccard(texts[other], texts[copy]) >= similarity for copy, (other, _) in found.items())
@@ -359,20 +360,20 @@ def test_what_resembles_only_a_dropped_row_stays():
 def test_rows_around_one_template_are_told_apart():
     chance = random.Random(7)
     template = drawn(chance, 150)
-    assert _near_duplicates.repeats([template + drawn(chance, 60) for _ in range(400)], 0.8) == {}
+    assert near_duplicates.repeats([template + drawn(chance, 60) for _ in range(400)], 0.8) == {}
 
 
 def test_overlap_with_held_out_rows():
     chance = random.Random(8)
     held = [drawn(chance, 100) for _ in range(3)]
     training = [drawn(chance, 100), held[2] + "。", held[0], drawn(chance, 100), held[2][:-1]]
-    found = _clean.overlap([*map(text, held)], [*map(text, training)])
+    found = cleaning.overlap([*map(text, held)], [*map(text, training)])
     assert [(pair.held_out, pair.training, round(pair.similarity, 2)) for pair in found] == [
         (0, 2, 1.0),
         (2, 1, 0.99),
         (2, 4, 0.99),
     ]
-    assert _clean.overlap([], [text("一")]) == _clean.overlap([text("一")], []) == []
+    assert cleaning.overlap([], [text("一")]) == cleaning.overlap([text("一")], []) == []
 
 
 EXAM = chat("u:患者，男，６０岁，反复胸痛３年，最可能的诊断是？", "a:心绞痛")
@@ -396,7 +397,7 @@ def test_contamination():
     )
     assert kept_of(rows, contamination, exam=iter([])) == ([1, 2, 3, 4, 5, 6, 7], {})
     with pytest.raises(StageError) as error:
-        _clean.apply(steps(contamination), rows, {"exams": []})
+        cleaning.apply(steps(contamination), rows, {"exams": []})
     message = "`contamination` is against `exam`, and no other data set is called that; did you mean `exams`?"
     assert str(error.value) == message
 
@@ -474,15 +475,15 @@ def test_any_rows(seed):
     exam = [odd_row(chance) for _ in range(3)]
     for _ in range(3):
         chosen = steps(*chance.sample(every, chance.randint(1, len(every))))
-        kept, account = _clean.apply(chosen, iter(rows), {"exam": exam})
+        kept, account = cleaning.apply(chosen, iter(rows), {"exam": exam})
         assert account.read == len(rows) == account.kept + sum(entry.rows for entry in account.dropped.values())
         places = [place for place, _ in rows]
         assert [place for place in places if place in {place for place, _ in kept}] == [place for place, _ in kept]
         assert account.changed == sum(row != dict(rows)[place] for place, row in kept)
-        again, second = _clean.apply(chosen, kept, {"exam": exam})
+        again, second = cleaning.apply(chosen, kept, {"exam": exam})
         assert again == kept
         assert (second.changed, second.dropped, second.kept) == (0, {}, account.kept)
-        assert _clean.apply(chosen, rows, {"exam": exam})[1] == account
+        assert cleaning.apply(chosen, rows, {"exam": exam})[1] == account
 
 
 LONG = ["<" * 100_000, "<!--" * 25_000, "-->" * 25_000, "<script>" * 9_000, "</script>" * 9_000, "`" * 99_999]
@@ -494,7 +495,7 @@ LONG += ["1" * 100_000, "９" * 100_000, " " * 100_000 + "x", "x\n" * 50_000, "<
 def test_long_odd_texts_take_no_long_time(content):
     """Each would take minutes with a pattern that looks at every rest of the text anew."""
     every = [*PLAIN, {"language": "zh"}, {"personal_data": "mask"}]
-    _clean.apply(steps(*every), placed(content))
+    cleaning.apply(steps(*every), placed(content))
 
 
 def test_tools_calls_and_labels_are_left_alone():
@@ -508,7 +509,7 @@ def test_tools_calls_and_labels_are_left_alone():
         "label": True,
     }
     rows = placed(called, labelled, {**labelled, "label": False}, labelled)
-    kept, account = _clean.apply(steps("html", "whitespace", "exact_duplicates", "near_duplicates"), rows)
+    kept, account = cleaning.apply(steps("html", "whitespace", "exact_duplicates", "near_duplicates"), rows)
     assert [row for _, row in kept[:1]] == [
         {**called, "messages": [{"role": "user", "content": "布洛芬吃多少？"}, *called["messages"][1:]]}
     ]
@@ -520,12 +521,12 @@ def test_tools_calls_and_labels_are_left_alone():
 
 
 def test_no_rows():
-    assert _clean.apply(steps(*PLAIN), []) == ([], _clean.Account())
-    assert _clean.apply([], placed("一")) == (placed("一"), _clean.Account(1, 1))
+    assert cleaning.apply(steps(*PLAIN), []) == ([], cleaning.Account())
+    assert cleaning.apply([], placed("一")) == (placed("一"), cleaning.Account(1, 1))
 
 
 def test_importing_costs_only_pydantic():
-    code = "import stages._clean, sys; print({'numpy', 'torch', 'datasets'} & {*sys.modules})"
-    root = Path(_clean.__file__).parents[1]
+    code = "import stages.data.cleaning, sys; print({'numpy', 'torch', 'datasets'} & {*sys.modules})"
+    root = Path(cleaning.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -11,10 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import artifact, config, plan, saves, worker
 from pipeline.cli import main
-from pipeline.content import Hashes
-from stages import _checkpoint
+from pipeline.config import checker
+from pipeline.config.checker import load_config
+from pipeline.plan import step as step_module
+from pipeline.plan.fingerprint import installed_versions
+from pipeline.plan.placing import build_plan
+from pipeline.plan.step import Plan
+from pipeline.saves import artifact
+from pipeline.saves import links as links_module
+from pipeline.saves.content import Hashes
+from pipeline.saves.links import BELONGS
+from pipeline.saves.locks import held_file
+from pipeline.views import survey
+from stages.training.checkpoint import seal
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
@@ -48,7 +58,7 @@ def project(tmp_path, monkeypatch, capsys):
 
 
 def folders():
-    planned = plan.build(config.load(Path("x.yaml")), Path("saves"))
+    planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
     return {step.name: step for step in planned.steps}
 
 
@@ -56,17 +66,15 @@ def pretend(step):
     """Leave what a run of this step leaves."""
     step.part.mkdir(parents=True)
     (step.part / "model.safetensors").write_bytes(b"weights")
-    record = {"recipe": dict(step.recipe), "versions": plan.versions(step.stage.use), "started": 0.0}
+    record = {"recipe": dict(step.recipe), "versions": installed_versions(step.stage.use), "started": 0.0}
     artifact.finish(step.part, step.folder, record, Hashes(None))
-    artifact.link(step.folder, step.link)
+    links_module.link(step.folder, step.link)
 
 
 def test_no_command_that_only_looks_imports_a_training_library(project):
     code = f"""
 import json, sys
 from pipeline.cli import main
-from pipeline.content import Hashes
-from stages import _checkpoint
 
 found = {{}}
 alone = [[name, "x.yaml"] for name in ("validate", "plan", "report")]
@@ -114,7 +122,7 @@ def test_every_config_that_is_shipped_validates_and_plans(path, tmp_path, monkey
     assert capsys.readouterr().out.endswith("; no problem found\n")
     assert main(["plan", str(path), *saves, "--json"]) == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
-    assert [step["stage"] for step in steps] == [stage.name for stage in config.load(path).stages]
+    assert [step["stage"] for step in steps] == [stage.name for stage in load_config(path).stages]
 
 
 def test_there_are_configs():
@@ -245,13 +253,13 @@ def test_status_shows_what_is_done_damaged_and_unfinished(project):
 def begin(step, *, of="x", reached=None):
     """Leave what a run of this step leaves that was killed, with a checkpoint at step `reached` of 12."""
     step.part.mkdir(parents=True)
-    spec = {**plan.begin(step, plan.Plan(config.load(Path("x.yaml")), Path("saves"), Hashes(None))), "of": of}
+    spec = {**step_module.begin(step, Plan(load_config(Path("x.yaml")), Path("saves"), Hashes(None))), "of": of}
     (step.part / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
     if reached:
         checkpoint = step.part / "checkpoints" / f"checkpoint-{reached}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text('{"max_steps": 12}', encoding="utf-8")
-        _checkpoint.seal(checkpoint)
+        seal(checkpoint)
 
 
 @pytest.fixture
@@ -260,7 +268,7 @@ def held():
     files = []
 
     def hold(step, name="runner", kind=fcntl.LOCK_EX):
-        path = worker.held_file(step.part)
+        path = held_file(step.part)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_suffix(f".{name}"), "w", encoding="utf-8")  # noqa: SIM115
         file.write("pid 12 on a-host since 2026-11-22 10:00:00\n")
@@ -309,7 +317,7 @@ def ran(project):
     for step in folders().values():
         pretend(step)
     links = Path("saves/x")
-    (links / plan.BELONGS).write_text('{"config": "../../x.yaml"}', encoding="utf-8")
+    (links / BELONGS).write_text('{"config": "../../x.yaml"}', encoding="utf-8")
     return folders()
 
 
@@ -373,9 +381,9 @@ def test_gc_never_touches_a_running_stage_nor_what_it_starts_from(project, held)
 def test_gc_does_not_remove_what_a_run_has_just_taken(project, held):
     step = folders()["pt"]
     begin(step, of=None)
-    (leftover,) = saves.leftovers(Path("saves"))
+    (leftover,) = survey.leftovers(Path("saves"))
     held(step)
-    assert not saves.remove(leftover)
+    assert not survey.remove(leftover)
     assert step.part.is_dir()
 
 
@@ -391,7 +399,7 @@ def test_gc_knows_a_config_through_a_link_to_saves_and_after_saves_moved(project
     for link in Path("saves/x").iterdir():
         if link.is_symlink():
             assert link.exists()
-    (Path("saves/x") / plan.BELONGS).write_text(
+    (Path("saves/x") / BELONGS).write_text(
         json.dumps({"config": "../../x.yaml", "absolute": str(tmp_path / "x.yaml")}), encoding="utf-8"
     )
     Path("deep/er").mkdir(parents=True)
@@ -458,5 +466,5 @@ def test_an_interrupted_command_is_exit_code_75(project, monkeypatch):
     def interrupted(*words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(config, "load", interrupted)
+    monkeypatch.setattr(checker, "load_config", interrupted)
     assert project("plan", "x.yaml") == (75, "", "interrupted\n")

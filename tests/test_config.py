@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from planned import INIT as TOP
 
-from pipeline.config import kinds, load, module
+from pipeline.config.checker import load_config
+from pipeline.config.pipeline import kinds, module
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_the_second_stage_of_a_kind_names_its_kind(project):
 
 
 def load_here(*assignments):
-    return load(Path("x.yaml"), assignments)
+    return load_config(Path("x.yaml"), assignments)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_two_configs_with_chinese_names_have_two_names(project):
     names = []
     for file in ("医疗.yaml", "法律.yaml", "my model v1.0.yaml"):
         Path(file).write_text(TOP, encoding="utf-8")
-        names.append(load(Path(file)).name)
+        names.append(load_config(Path(file)).name)
     assert names == ["医疗", "法律", "my_model_v1.0"]
 
 

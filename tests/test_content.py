@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from pipeline import content
-from pipeline.content import Hashes, Look, Rows
-from stages import _rows
+from pipeline.saves import content as content_module
+from pipeline.saves.content import Hashes, Look, Rows
+from stages.data.source import Source
 
 
 def sha256(content):
@@ -88,7 +88,7 @@ def test_only_what_was_read_after_the_clock_of_the_file_system_moved_on_is_remem
 
 @pytest.mark.parametrize(("age", "kept"), [(2_000_000_000, False), (2_000_000_001, True)])
 def test_without_such_a_clock_a_file_must_rest_for_two_seconds(data, monkeypatch, age, kept):
-    monkeypatch.setattr(content.time, "time_ns", lambda: data.stat().st_ctime_ns + age)
+    monkeypatch.setattr(content_module.time, "time_ns", lambda: data.stat().st_ctime_ns + age)
     hashes = Hashes(data.with_name("hashes.json"))
     hashes.one(data)
     assert hashes.changed == kept
@@ -104,7 +104,7 @@ def test_a_file_older_than_the_cache_file_is_remembered(data, monkeypatch, later
 
 def test_a_file_from_the_future_is_not_remembered(data, monkeypatch):
     """The clock was set back after it was written."""
-    monkeypatch.setattr(content.time, "time_ns", lambda: data.stat().st_ctime_ns - 10**12)
+    monkeypatch.setattr(content_module.time, "time_ns", lambda: data.stat().st_ctime_ns - 10**12)
     hashes = Hashes(data.with_name("hashes.json"))
     assert hashes.one(data) == sha256(b"content")
     assert not hashes.changed
@@ -132,7 +132,7 @@ def test_what_a_killed_process_left_does_not_stay(tmp_path):
     (tmp_path / ".rows").mkdir()
     for name in kept + torn:
         (tmp_path / name).touch()
-    content.clear_torn(tmp_path)
+    content_module.clear_torn(tmp_path)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == kept
 
 
@@ -140,7 +140,7 @@ def test_what_a_killed_process_left_does_not_stay(tmp_path):
 
 
 def source(path, **settings):
-    return _rows.Source(path=str(path), format="text", **settings)
+    return Source(path=str(path), format="text", **settings)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_good_rows_are_parsed_once_whatever_the_file_is_called(texts, tmp_path, 
     good = Look(rows=3, bad=0, first=[], tools=False, problems=[])
     assert rows.look(*texts("a", "b", "c")) == good
     again = texts("a", "b", "c", name="moved.jsonl")
-    monkeypatch.setattr(_rows, "account", lambda *_, **__: pytest.fail("parsed again"))
+    monkeypatch.setattr(content_module, "inspect_rows", lambda *_, **__: pytest.fail("parsed again"))
     assert rows.look(*again) == good
 
 
@@ -192,7 +192,7 @@ def test_bad_rows_that_may_be_dropped_are_remembered_with_the_rest(texts, tmp_pa
     look = rows.look(lenient, digest)
     assert (look.rows, look.bad, look.problems) == (2, 1, [])
     assert look.first[0].startswith(f"{found.path}:2: not valid JSON")
-    monkeypatch.setattr(_rows, "account", lambda *_, **__: pytest.fail("parsed again"))
+    monkeypatch.setattr(content_module, "inspect_rows", lambda *_, **__: pytest.fail("parsed again"))
     assert rows.look(lenient, digest) == look
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from stages._rows import Source, examples
+from stages.data.source import Source, rows_of
 
 INFO = Path(__file__).parents[2] / "shared" / "data" / "LLaMA-Factory" / "dataset_info.json"
 COMMIT = "0" * 40  # theirs name no revision; whoever uses one looks it up
@@ -142,7 +142,7 @@ def test_what_a_shape_reads(tmp_path, monkeypatch):
          {"prompt": said[:1], "completion": said[1:], "label": True}),
     ]:  # fmt: skip
         Path("x.json").write_text(json.dumps([row]), encoding="utf-8")
-        assert examples(Source.model_validate(translated(entry))) == [expected]
+        assert rows_of(Source.model_validate(translated(entry))) == [expected]
 
 
 @pytest.mark.skipif(not INFO.is_file(), reason="the public file is not here")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages import dpo, pt, sft
-from stages._rows import Source
+from stages.data.source import Source
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

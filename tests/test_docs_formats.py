@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import _formats
-from stages._rows import Source, account
+from stages.data import formats
+from stages.data.source import Source, inspect_rows
 
 PAGE = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
 SAID = re.compile(r'(\w+)\(("(?:[^"\\]|\\.)*"|null)\)')
@@ -100,7 +100,7 @@ def content(cell, encoding="utf-8"):
 def read(source):
     """The rows that are kept, and what is said of the others where none may be dropped."""
     kept = []
-    done = account(source, keep=kept.append)
+    done = inspect_rows(source, keep=kept.append)
     assert done.read == len(kept) + done.bad
     return kept, "; ".join(done.problems)
 
@@ -130,7 +130,7 @@ def test_a_row_that_is_left_out(section, settings, cells):
     assert second(section, settings, code(cells[0])) == ([], f"x.jsonl:2: {cells[1]}")
 
 
-@pytest.mark.parametrize("kind", _formats.names())
+@pytest.mark.parametrize("kind", formats.names())
 @pytest.mark.parametrize("cells", [cells for *_, cells in rows("`x.jsonl` holds", "rows read", "and is told")])
 def test_what_holds_for_every_format(kind, cells):
     row = first_row(kind)
@@ -162,9 +162,9 @@ def test_paths(cells):
     assert ([row["text"] for row in kept], told) == (re.findall(r"`(.*?)`", cells[1]), cells[2])
 
 
-@pytest.mark.parametrize("kind", _formats.names())
+@pytest.mark.parametrize("kind", formats.names())
 def test_every_format_has_its_columns_and_tables(kind):
-    form = _formats.module(kind)
+    form = formats.module(kind)
     names = [", ".join(f"`{name}`" for name in columns) or "none" for columns in (form.NEEDED, form.OPTIONAL)]
     assert f"## {kind}\n\nNeeded: {names[0]}. Optional: {names[1]}.\n" in PAGE
     for head in (("kept", "read as"), ("left out", "the reason shown")):

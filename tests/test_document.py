@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pipeline.document import parse, read
+from pipeline.config.document import parse, read
 from pipeline.errors import ConfigError
 
 

@@ -6,9 +6,12 @@ import math
 import planned
 import pytest
 
-from pipeline import artifact, cli
-from pipeline.content import Hashes
-from stages import _gates, _metrics, _tasks
+from pipeline import cli
+from pipeline.saves import artifact
+from pipeline.saves.content import Hashes
+from stages.measuring import gates, tasks
+from stages.measuring import metrics as metrics_module
+from stages.measuring.metrics import Measured, compare_models, figure_of, mcnemar, repetition, rouge
 
 HELD = """\
   held: {path: held.jsonl, format: alpaca}
@@ -148,9 +151,9 @@ def test_a_task_of_ones_own_counts_with_its_data(project):
 
 def test_the_harness_knows_the_chinese_medical_tasks():
     pytest.importorskip("lm_eval")
-    known = _tasks.names(None)
+    known = tasks.names(None)
     assert {"cmmlu_anatomy", "cmmlu_traditional_chinese_medicine", "ceval-valid_physician", "cmmlu"} <= known
-    assert _tasks.metrics("cmmlu_anatomy", None) == ("acc", "acc_norm")
+    assert tasks.metrics("cmmlu_anatomy", None) == ("acc", "acc_norm")
 
 
 def test_rows_that_were_trained_on_are_told(project):
@@ -242,7 +245,7 @@ TABLE = {
     ],
 )
 def test_what_a_gate_says(gate, passed, text):
-    verdict = _gates.judge(_gates.Gate(**{"metric": "perplexity", **gate}), TABLE)
+    verdict = gates.judge(gates.Gate(**{"metric": "perplexity", **gate}), TABLE)
     assert verdict.passed == passed
     assert text in verdict.text
 
@@ -278,29 +281,29 @@ def test_a_closed_gate_shows_in_the_plan_and_stops_the_run(project, capsys):
 
 
 def rows(*values, size=1.0):
-    return _metrics.Measured([(value, size) for value in values])
+    return Measured([(value, size) for value in values])
 
 
 def test_perplexity_is_that_of_all_tokens_and_not_the_mean_of_rows():
-    measured = _metrics.Measured([(2.0, 1.0), (3.0, 9.0)])
-    assert _metrics.figure("perplexity", measured, 1)["value"] == pytest.approx(math.exp(0.5))
-    assert _metrics.figure("bits_per_byte", measured, 1)["value"] == pytest.approx(0.5 / math.log(2))
+    measured = Measured([(2.0, 1.0), (3.0, 9.0)])
+    assert figure_of("perplexity", measured, 1)["value"] == pytest.approx(math.exp(0.5))
+    assert figure_of("bits_per_byte", measured, 1)["value"] == pytest.approx(0.5 / math.log(2))
 
 
 @pytest.mark.parametrize(
     ("measured", "why"),
     [
-        (_metrics.Measured(why="no chat template"), "no chat template"),
-        (_metrics.Measured([None, None]), "no row has a value"),
+        (Measured(why="no chat template"), "no chat template"),
+        (Measured([None, None]), "no row has a value"),
         (rows(1.0, math.nan), "the model gives NaN or infinite logits"),
         (rows(800.0), "it is above e^700"),
     ],
 )
 def test_what_cannot_be_computed_says_why(measured, why):
-    assert _metrics.figure("perplexity", measured, 1) == pytest.approx(
+    assert figure_of("perplexity", measured, 1) == pytest.approx(
         {"value": None, "ci": None, "n": pytest.approx(len([row for row in measured.rows if row])), "why": why}
     )
-    found = _metrics.compare("perplexity", rows(1.0), measured, 1)
+    found = compare_models("perplexity", rows(1.0), measured, 1)
     assert found["change"] is None
     assert found["why"]
 
@@ -311,37 +314,37 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
-        low, high = _metrics.figure("bleu-4", rows(*random.normal(5, 2, 60).tolist()), 7)["ci"]
+        low, high = figure_of("bleu-4", rows(*random.normal(5, 2, 60).tolist()), 7)["ci"]
         covered += low <= 5 <= high
     assert 180 <= covered <= 198  # 95 % of 200, give or take
 
 
 def test_models_are_compared_on_the_same_rows():
     hard, easy = [3.0, 1.0, 2.0, 4.0] * 10, [2.9, 0.9, 1.9, 3.9] * 10
-    found = _metrics.compare("perplexity", rows(*easy), rows(*hard), 1)
+    found = compare_models("perplexity", rows(*easy), rows(*hard), 1)
     assert found["change"] == pytest.approx(math.exp(-0.1))
     assert found["ci"] == pytest.approx([math.exp(-0.1)] * 2)  # each row is 0.1 better, whichever rows are drawn
     assert (found["as"], found["better"], found["test"]) == ("ratio", 1, "paired bootstrap")
-    assert _metrics.compare("perplexity", rows(*hard), rows(*easy), 1)["better"] == 0
-    noise = _metrics.compare("bleu-4", rows(*[1.0, 2.0] * 10), rows(*[2.0, 1.0] * 10), 1)
+    assert compare_models("perplexity", rows(*hard), rows(*easy), 1)["better"] == 0
+    noise = compare_models("bleu-4", rows(*[1.0, 2.0] * 10), rows(*[2.0, 1.0] * 10), 1)
     assert (noise["change"], noise["better"]) == (0.0, None)
-    assert _metrics.compare("bleu-4", rows(*easy), rows(*hard), 1)["better"] == 0  # more is better
+    assert compare_models("bleu-4", rows(*easy), rows(*hard), 1)["better"] == 0  # more is better
 
 
 def test_accuracies_are_compared_by_mcnemar():
-    right = _metrics.Measured([(1.0, 1.0)] * 9 + [(0.0, 1.0)])
-    wrong = _metrics.Measured([(0.0, 1.0)] * 9 + [(1.0, 1.0)])
-    found = _metrics.compare("acc", right, wrong, 1)
+    right = Measured([(1.0, 1.0)] * 9 + [(0.0, 1.0)])
+    wrong = Measured([(0.0, 1.0)] * 9 + [(1.0, 1.0)])
+    found = compare_models("acc", right, wrong, 1)
     assert found["p"] == pytest.approx(2 * (1 + 10) / 2**10)  # b = 9, c = 1
     assert (found["test"], found["better"]) == ("McNemar, exact", 1)
-    assert _metrics.compare("acc", right, right, 1)["p"] == 1.0
+    assert compare_models("acc", right, right, 1)["p"] == 1.0
 
 
 def test_mcnemar_is_the_binomial_test():
     stats = pytest.importorskip("scipy.stats")
     for first, second in ((0, 5), (3, 8), (40, 61), (7, 7)):
         pairs = [(True, False)] * first + [(False, True)] * second + [(True, True)] * 4
-        assert _metrics.mcnemar(pairs) == pytest.approx(stats.binomtest(first, first + second).pvalue)
+        assert mcnemar(pairs) == pytest.approx(stats.binomtest(first, first + second).pvalue)
 
 
 def test_bleu_and_rouge_are_those_of_the_libraries():
@@ -357,17 +360,17 @@ def test_bleu_and_rouge_are_those_of_the_libraries():
         smoothing = SmoothingFunction().method3
         bleu = sentence_bleu([list(reference)], list(answer), smoothing_function=smoothing)
         scores = Rouge().get_scores(" ".join(jieba.cut(answer)), " ".join(jieba.cut(reference)))[0]
-        assert _metrics.bleu(answer, reference) == pytest.approx(100 * bleu, abs=1e-4)
-        assert _metrics.rouge(answer, reference) == pytest.approx(
+        assert metrics_module.bleu(answer, reference) == pytest.approx(100 * bleu, abs=1e-4)
+        assert rouge(answer, reference) == pytest.approx(
             {name: 100 * score["f"] for name, score in scores.items()}, abs=1e-4
         )
     # By hand: 4 of 5 characters, 3 of 4 pairs, 2 of 3 triples, 1 of 2 fours, no brevity penalty.
-    assert _metrics.bleu("一二三四六", "一二三四五") == pytest.approx(
+    assert metrics_module.bleu("一二三四六", "一二三四五") == pytest.approx(
         100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-4
     )
-    assert (_metrics.bleu("", "一"), _metrics.rouge("", "一")["rouge-l"]) == (0, 0)
+    assert (metrics_module.bleu("", "一"), rouge("", "一")["rouge-l"]) == (0, 0)
 
 
 @pytest.mark.parametrize(("ids", "expected"), [([1, 2, 3], None), ([1, 2, 3, 4], 0.0), ([1] * 8, 0.8)])
 def test_repetition_is_the_share_of_repeated_fours(ids, expected):
-    assert _metrics.repetition(ids) == expected
+    assert repetition(ids) == expected

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import StageError
-from stages import _rows
-from stages._rows import Source, account, examples, files, problems
+from stages.data.source import NotFetched, Source, data_files, inspect_rows, problems, rows_of
+from stages.runtime.errors import StageError
 
 COMMIT = "a" * 40
 
@@ -30,7 +29,7 @@ def write(name, content):
 
 
 def texts(path, **settings):
-    return [row["text"] for row in examples(Source(path=path, format="text", **settings))]
+    return [row["text"] for row in rows_of(Source(path=path, format="text", **settings))]
 
 
 def refusal(path, kind="text", **settings):
@@ -50,7 +49,7 @@ def test_a_folder_is_every_data_file_in_it_in_the_order_of_names():
     write("d/deep/c.txt", "no")
     assert texts("d") == ["一", "二", "三"]
     assert texts("d", max_samples=2) == ["一", "二"]
-    assert files(Source(path="d", format="text")) == [Path("d/a.jsonl"), Path("d/b.txt")]
+    assert data_files(Source(path="d", format="text")) == [Path("d/a.jsonl"), Path("d/b.txt")]
 
 
 def test_a_pattern():
@@ -116,7 +115,7 @@ def test_how_a_table_is_separated_is_seen_in_its_header(name, delimiter):
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter).writerows(table)
     write(name, text.getvalue())
-    (row,) = examples(Source(path=name, format="alpaca"))
+    (row,) = rows_of(Source(path=name, format="alpaca"))
     assert [turn["content"] for turn in row["messages"]] == table[1]
 
 
@@ -221,15 +220,15 @@ def of(path="org/set", **settings):
 
 def fetched(source):
     """What is read of it after it was fetched."""
-    found = files(source, download=True)
-    assert files(source) == found
-    return [row["text"] for row in examples(source)]
+    found = data_files(source, download=True)
+    assert data_files(source) == found
+    return [row["text"] for row in rows_of(source)]
 
 
 def test_a_data_set_is_fetched_only_where_that_is_allowed(hub):
     remote("train.jsonl", "load.py")
-    with pytest.raises(_rows.NotFetched) as error:
-        files(of())
+    with pytest.raises(NotFetched) as error:
+        data_files(of())
     assert str(error.value) == f"the data set `org/set@{COMMIT}` is not on this machine; `pipeline run` fetches it"
     assert hub.asked == []
     assert fetched(of()) == ["train.jsonl"]
@@ -311,14 +310,14 @@ def test_splits_and_subsets_by_the_card(hub, settings, expected):
 def test_subsets_and_splits_that_are_none(hub, names, card, settings, message):
     remote(*names, card=card)
     with pytest.raises(StageError) as error:
-        files(of(**settings), download=True)
+        data_files(of(**settings), download=True)
     assert str(error.value) == f"the data set `org/set@{COMMIT}` {message}"
 
 
 def test_the_hub_says_no(hub):
     hub.down = OSError("no route to host\nmore")
     with pytest.raises(StageError) as error:
-        files(of(), download=True)
+        data_files(of(), download=True)
     assert str(error.value) == (
         f"the Hub does not hand out the data set `org/set@{COMMIT}` (no route to host); check name, commit, access "
         "and network"
@@ -369,7 +368,7 @@ TABLE = [  # a file's bytes, what is kept of it, and what is refused
 def test_what_is_kept_and_what_is_refused(content, kept, refused):
     write("x.jsonl", content)
     good = []
-    done = account(Source(path="x.jsonl", format="text"), keep=lambda row: good.append(row["text"]))
+    done = inspect_rows(Source(path="x.jsonl", format="text"), keep=lambda row: good.append(row["text"]))
     assert done.problems == refused
     assert done.read == len(good) + done.bad
     assert good == kept

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from stages import _formats, _rows
-from stages._rows import Source, account, examples, problems
+from stages.data import formats
+from stages.data.source import Format, Source, inspect_rows, problems, rows_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "LLaMA-Factory"
 ASK, ANSWER = {"role": "user", "content": "天气？"}, {"role": "assistant", "content": "晴。"}
@@ -35,7 +35,7 @@ def source(row, kind, **settings):
 
 
 def of(row, kind, **settings):
-    return examples(source(row, kind, **settings))[0]
+    return rows_of(source(row, kind, **settings))[0]
 
 
 def refusal(row, kind, **settings):
@@ -53,7 +53,7 @@ TURNS = "after an optional system message user and assistant take turns"
 
 
 def test_every_format_is_a_module():
-    assert sorted(get_args(_rows.Format)) == _formats.names()
+    assert sorted(get_args(Format)) == formats.names()
 
 
 # Tools
@@ -237,13 +237,13 @@ def test_a_table_s_filler_nulls_are_no_arguments():
     other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "东八"}}}
     chats = [[ASK, CALLS, OUTPUT, ANSWER], [ASK, {**CALLS, "tool_calls": [other]}, OUTPUT, ANSWER]]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat} for chat in chats]), "x.parquet")
-    found = examples(Source(path="x.parquet", format="messages"))
+    found = rows_of(Source(path="x.parquet", format="messages"))
     assert [row["messages"][1]["tool_calls"] for row in found] == [[CALL], [other]]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public files are not here")
 def test_all_of_a_public_file_of_tool_calls():
-    found = account(
+    found = inspect_rows(
         Source(path=str(SHARED / "glaive_toolcall_zh_demo.json"), format="sharegpt"), keep=(kept := []).append
     )
     assert (found.read, found.bad, found.problems) == (300, 0, [])
@@ -280,7 +280,7 @@ def test_an_answer_that_is_missing(kind, row, name, null, blank, absent):
     good = {**row, name: {"messages": [ASKED, ANSWER], "sharegpt": [ASKED, ANSWER], "labelled": True}.get(kind, "a")}
     rows = [good, {**row, name: None}, {**row, name: " "}, row]
     Path("x.jsonl").write_text("\n".join(map(text, rows)), encoding="utf-8")
-    done = account(Source(path="x.jsonl", format=kind), keep=(kept := []).append)
+    done = inspect_rows(Source(path="x.jsonl", format=kind), keep=(kept := []).append)
     assert (done.read, done.bad, len(kept)) == (4, 3, 1)
     assert done.problems == [f"x.jsonl:{line}: {why}" for line, why in enumerate([null, blank, absent], 2)]
 
@@ -359,7 +359,7 @@ def test_labels_that_are_none(row, message):
 
 def test_a_table_has_labels_as_text():
     Path("x.csv").write_text("prompt,completion,label\nq,r,true\nq,r,0\n", encoding="utf-8")
-    found = examples(Source(path="x.csv", format="labelled"))
+    found = rows_of(Source(path="x.csv", format="labelled"))
     assert [row["label"] for row in found] == [True, False]
 
 
@@ -472,7 +472,7 @@ def test_other_braces_are_text(words):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public files are not here")
 def test_a_public_file_with_placeholders():
     path = str(SHARED / "identity.json")
-    kept = examples(Source(path=path, format="alpaca", fill={"name": "小医", "author": "Stagewise"}))
+    kept = rows_of(Source(path=path, format="alpaca", fill={"name": "小医", "author": "Stagewise"}))
     assert len(kept) == 91
     assert "{{" not in text(kept)
     assert problems(Source(path=path, format="alpaca")) == (

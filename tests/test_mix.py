@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages._mix import counts, draw
+from stages.data.mixture import counts, draw
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 from planned import CHAIN, INIT, ROWS, STAGES, pretend
 
-from pipeline import artifact, config, plan, runner
 from pipeline.cli import main
-from pipeline.content import Hashes
+from pipeline.config.checker import load_config
+from pipeline.config.pipeline import folder_name
 from pipeline.errors import ConfigError, StageFailed
-from stages import _checkpoint
+from pipeline.plan import fingerprint, placing
+from pipeline.plan import step as step_module
+from pipeline.plan.fingerprint import installed_versions
+from pipeline.plan.placing import build_plan
+from pipeline.plan.step import Plan, check_unchanged, refuse_plan
+from pipeline.run import runner
+from pipeline.saves import artifact
+from pipeline.saves.content import Hashes
+from stages.training.checkpoint import seal
 
 
 def refused(*problems):
@@ -203,7 +211,7 @@ def test_a_file_that_is_read_in_another_way_is_other_data(project):
     after = project.plan(CHAIN.replace("books.jsonl", "books.txt"))
     assert [name for name in before if before[name].fingerprint != after[name].fingerprint] == STAGES
     assert ROWS["books.jsonl"].count("\n") == 2
-    assert plan.build(config.load(Path("x.yaml")), Path("saves")).rows["books"] == 1
+    assert build_plan(load_config(Path("x.yaml")), Path("saves")).rows["books"] == 1
 
 
 def test_the_name_of_data_that_cleaning_compares_with_changes_nothing(project):
@@ -361,10 +369,10 @@ def test_holding_out_every_row_is_refused_before_anything_runs(project):
 def test_data_that_changes_while_the_run_goes_on_stops_the_stage_that_reads_it(project, read):
     step = project.plan()["sft"]
     pretend_to_start(step)
-    plan.check_unchanged(step, Hashes(None), read=read)
+    check_unchanged(step, Hashes(None), read=read)
     project.write("consult.jsonl", '{"instruction": "a", "output": "c"}\n')
     with pytest.raises(StageFailed) as caught:
-        plan.check_unchanged(step, Hashes(None), read=read)
+        check_unchanged(step, Hashes(None), read=read)
     assert str(caught.value) == "stage `sft`: `consult.jsonl` changed while the run was going on; run again"
 
 
@@ -387,15 +395,15 @@ def test_a_folder_that_rotted_is_never_started_from(project):
     stat = path.stat()
     ((key, entry),) = hashes.known.items()
     hashes.known[key] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, entry[3]]
-    plan.check_unchanged(step, hashes)
+    check_unchanged(step, hashes)
     with pytest.raises(StageFailed) as caught:
-        plan.check_unchanged(step, hashes, read=True)
+        check_unchanged(step, hashes, read=True)
     assert str(caught.value) == (
         f"stage `sft`: `{step.config.model[-1]}`, which it starts from, is damaged (`model.safetensors` has changed); "
         "nothing was read from it; run again to make it anew"
     )
     with pytest.raises(StageFailed):  # and now that is remembered
-        plan.check_unchanged(step, hashes)
+        check_unchanged(step, hashes)
 
 
 # Data files
@@ -463,7 +471,7 @@ def test_problems_of_model_data_and_settings_are_reported_at_once_in_the_order_o
 
 @pytest.mark.parametrize("saves", ["books.jsonl", "books.jsonl/saves/deep"])
 def test_saves_that_cannot_be_a_folder_are_refused(project, monkeypatch, saves):
-    monkeypatch.setattr("pipeline.content.REST_NS", -(10**10))  # so that there are hashes to be saved
+    monkeypatch.setattr("pipeline.saves.content.REST_NS", -(10**10))  # so that there are hashes to be saved
     assert project.validate(INIT, "--saves", saves) == refused(
         f"{saves}: cannot be written; choose another folder with `--saves DIR`"
     )
@@ -476,7 +484,7 @@ def test_saves_that_are_read_only_are_refused(project):
 
 
 def test_saves_on_a_read_only_file_system_are_refused(project, monkeypatch):
-    monkeypatch.setattr(plan, "_read_only", lambda folder: True)
+    monkeypatch.setattr(placing, "_read_only", lambda folder: True)
     assert project.validate(INIT) == refused("saves: cannot be written; choose another folder with `--saves DIR`")
 
 
@@ -584,7 +592,7 @@ def test_a_version_of_a_library_or_of_the_stage_changes_the_fingerprint(project,
     monkeypatch.setattr("stages.dpo.VERSION", 99)
     after = project.plan()
     assert [name for name in before if before[name].fingerprint != after[name].fingerprint] == STAGES[3:]
-    monkeypatch.setattr(plan, "_version", lambda library: "0.0.1")
+    monkeypatch.setattr(fingerprint, "_version", lambda library: "0.0.1")
     assert [name for name, step in project.plan().items() if step.fingerprint != after[name].fingerprint] == STAGES
 
 
@@ -664,8 +672,10 @@ def test_changed_data_is_named_by_the_setting_that_reads_it(ran):
 
 
 def test_another_version_is_named(ran, monkeypatch):
-    versions = plan.versions
-    monkeypatch.setattr(plan, "versions", lambda use: {**versions(use), **({"trl": "9.9"} if use == "dpo" else {})})
+    versions = installed_versions
+    monkeypatch.setattr(
+        placing, "installed_versions", lambda use: {**versions(use), **({"trl": "9.9"} if use == "dpo" else {})}
+    )
     old = versions("dpo")["trl"]
     assert why(ran)["dpo"] == ("run", f"because `trl` {old} → 9.9")
 
@@ -689,13 +699,13 @@ def test_a_damaged_folder_is_made_anew_and_those_below_stay(ran):
 def begin(project, step, *reached, **changes):
     """Leave what a run of this step leaves that was killed, with sealed checkpoints."""
     step.part.mkdir(parents=True, exist_ok=True)
-    planned = plan.Plan(config.load(Path("x.yaml")), Path("saves"), Hashes(None))
-    (step.part / "spec.json").write_text(json.dumps({**plan.begin(step, planned), **changes}), encoding="utf-8")
+    planned = Plan(load_config(Path("x.yaml")), Path("saves"), Hashes(None))
+    (step.part / "spec.json").write_text(json.dumps({**step_module.begin(step, planned), **changes}), encoding="utf-8")
     for number in reached:
         checkpoint = step.part / "checkpoints" / f"checkpoint-{number}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text('{"max_steps": 12}', encoding="utf-8")
-        _checkpoint.seal(checkpoint)
+        seal(checkpoint)
 
 
 def test_a_stage_that_was_stopped_goes_on_at_its_newest_sealed_checkpoint(project):
@@ -715,7 +725,7 @@ def test_going_on_with_another_kind_of_machine_is_told(project):
 def test_a_stage_that_would_not_go_on_exactly_says_so(project):
     text = CHAIN.replace("logging_steps: 10}", "dataloader_persistent_workers: true, dataloader_num_workers: 1}")
     project.write("x.yaml", text)
-    planned = plan.build(config.load(Path("x.yaml")), Path("saves"))
+    planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
     reason = "with `dataloader_persistent_workers`, dropout draws other numbers after a stop; remove it"
     assert planned.notes == [f"stage `sft` does not go on bit for bit after a stop: {reason}"]
     assert {step.name: step.inexact for step in planned.steps} == {**dict.fromkeys(STAGES), "sft": reason}
@@ -753,8 +763,8 @@ def test_the_second_way_out_starts_over_and_keeps_the_work_for_going_back(projec
     old = project.plan()["sft"]
     begin(project, old, 5)
     project.write("x.yaml", LOWER)
-    planned = plan.build(config.load(Path("x.yaml")), Path("saves"), fresh=["sft"])
-    plan.refuse(planned)
+    planned = build_plan(load_config(Path("x.yaml")), Path("saves"), fresh=["sft"])
+    refuse_plan(planned)
     step = next(step for step in planned.steps if step.name == "sft")
     assert (step.state, step.why, step.left) == ("run", "`--fresh` starts it over", (old.part,))
     runner._make_room(step)
@@ -776,7 +786,7 @@ def test_unfinished_work_of_others_is_none_of_our_business(project, other):
 def test_a_stage_can_be_started_over_with_the_same_settings(project):
     step = project.plan()["pt"]
     begin(project, step, 5)
-    planned = plan.build(config.load(Path("x.yaml")), Path("saves"), fresh=["pt"])
+    planned = build_plan(load_config(Path("x.yaml")), Path("saves"), fresh=["pt"])
     assert [(step.state, step.why) for step in planned.steps][1] == ("run", "`--fresh` starts it over")
     runner._make_room(planned.steps[1])
     assert sorted(path.name for path in Path("saves").glob("pt-*")) == [step.part.name, f"{step.part.name}.old-1"]
@@ -784,7 +794,7 @@ def test_a_stage_can_be_started_over_with_the_same_settings(project):
 
 
 def test_a_finished_stage_can_be_made_again_and_is_kept_aside(ran):
-    planned = plan.build(config.load(Path("x.yaml")), Path("saves"), fresh=["pt"])
+    planned = build_plan(load_config(Path("x.yaml")), Path("saves"), fresh=["pt"])
     assert [step.state for step in planned.steps] == ["done", "run", "done", "done", "done", "done"]
     runner._make_room(planned.steps[1])
     kept = planned.steps[1].folder.with_name(f"{planned.steps[1].folder.name}.old-1")
@@ -793,9 +803,9 @@ def test_a_finished_stage_can_be_made_again_and_is_kept_aside(ran):
 
 def test_only_a_stage_that_will_be_looked_at_can_be_started_over(project):
     project.write("x.yaml", CHAIN)
-    pipeline = config.load(Path("x.yaml"))
+    pipeline = load_config(Path("x.yaml"))
     with pytest.raises(ConfigError) as error:
-        plan.build(pipeline, Path("saves"), until="pt", fresh=["dpoo", "sft", "pt"])
+        build_plan(pipeline, Path("saves"), until="pt", fresh=["dpoo", "sft", "pt"])
     assert error.value.problems == [
         "--fresh dpoo: there is no such stage; did you mean `dpo`?",
         "--fresh sft: it comes after `--until pt`",
@@ -833,7 +843,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_runs(project, monkeypa
 
 def problems(project, text=CHAIN):
     project.write("x.yaml", text)
-    return plan.build(config.load(Path("x.yaml")), Path("saves")).problems
+    return build_plan(load_config(Path("x.yaml")), Path("saves")).problems
 
 
 @pytest.mark.parametrize("end", ["", ".part"])
@@ -874,7 +884,7 @@ def test_saves_may_be_a_link_itself(project):
     ],
 )
 def test_the_name_of_a_config_cannot_be_that_of_anything_else_in_saves(name, folder):
-    assert config.folder_name(Path(name)) == folder
+    assert folder_name(Path(name)) == folder
 
 
 def test_two_configs_of_one_name_do_not_share_their_links(project):
@@ -900,7 +910,7 @@ def test_a_folder_of_a_later_version_is_not_taken_for_damage(ran):
 
 
 def test_planning_writes_nothing_but_what_it_learnt_of_data(project, monkeypatch):
-    monkeypatch.setattr("pipeline.content.REST_NS", -(10**10))
+    monkeypatch.setattr("pipeline.saves.content.REST_NS", -(10**10))
     project.plan()
     written = sorted(path for path in Path("saves").rglob("*") if path.is_file())
     assert [str(path.parent) for path in written] == ["saves", *["saves/.rows"] * 6]
@@ -911,10 +921,10 @@ def test_planning_writes_nothing_but_what_it_learnt_of_data(project, monkeypatch
 
 def test_a_plan_ends_at_the_stage_it_is_asked_for(project):
     project.write("x.yaml", CHAIN)
-    pipeline = config.load(Path("x.yaml"))
-    assert [step.name for step in plan.build(pipeline, Path("saves"), until="sft").steps] == STAGES[:3]
+    pipeline = load_config(Path("x.yaml"))
+    assert [step.name for step in build_plan(pipeline, Path("saves"), until="sft").steps] == STAGES[:3]
     with pytest.raises(ConfigError) as error:
-        plan.build(pipeline, Path("saves"), until="sftt")
+        build_plan(pipeline, Path("saves"), until="sftt")
     assert error.value.problems == ["--until sftt: there is no such stage; did you mean `sft`?"]
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from planned import INIT, TOP
 
-from pipeline import config, plan
+from pipeline.config.checker import load_config
 from pipeline.errors import StageFailed
+from pipeline.plan.placing import build_plan
+from pipeline.plan.step import check_unchanged
 
 COMMIT = "b" * 40
 TWO = INIT.replace("path: books.jsonl", "path: books")
@@ -52,10 +54,10 @@ def test_a_folder_of_one_file_is_that_file(project):
 
 def test_a_file_that_changes_while_the_run_goes_on(books):
     books.write("x.yaml", TWO)
-    planned = plan.build(config.load(Path("x.yaml")), Path("saves"))
+    planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
     books.write("books/b.jsonl", '{"text": "other"}\n')
     with pytest.raises(StageFailed, match=r"^stage `init`: `books/b.jsonl` changed while the run was going on"):
-        plan.check_unchanged(planned.steps[0], planned.hashes)
+        check_unchanged(planned.steps[0], planned.hashes)
 
 
 # The Hub
@@ -85,7 +87,7 @@ def hub(project, monkeypatch):
 
 def build(project, text, **settings):
     project.write("x.yaml", text)
-    return plan.build(config.load(Path("x.yaml")), Path("saves"), **settings)
+    return build_plan(load_config(Path("x.yaml")), Path("saves"), **settings)
 
 
 def test_a_plan_does_not_download_and_a_run_does(project, hub):

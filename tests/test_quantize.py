@@ -14,8 +14,11 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from pipeline.errors import StageError
-from stages import _generate, _model, quantize
+from stages import quantize
+from stages.model import generation
+from stages.model.facts import Facts, Needs, read_facts
+from stages.model.folder import carried_files, load_tokenizer
+from stages.runtime.errors import StageError
 
 ASKED = ["高血压", "糖尿病", "感冒", "发烧", "失眠", "胃炎", "贫血", "哮喘", "肺炎", "湿疹"]
 TOLD = [
@@ -104,13 +107,13 @@ def quality(folder, other, made, work):
     """An original against itself, against another model, and against its own rounding, beside plain torch."""
     import torch
 
-    from stages import _quality
+    from stages.measuring import quality as quality_module
 
     texts = [[5, 6, 7, 8, 9, 10], [20, 21, 22], list(range(30, 60))]
-    first, second, near = (_generate.load([str(path)])[0] for path in (folder, other, folder))
-    _quality.rounded(near, made)
-    losses = _quality.reference(first, texts, work / "original.safetensors")
-    found = [_quality.compared(model, texts, work / "original.safetensors") for model in (first, second)]
+    first, second, near = (generation.load([str(path)])[0] for path in (folder, other, folder))
+    quality_module.rounded(near, made)
+    losses = quality_module.reference(first, texts, work / "original.safetensors")
+    found = [quality_module.compared(model, texts, work / "original.safetensors") for model in (first, second)]
     ours = plain(first, second, texts)
     weight, rounded = (dict(model.named_parameters())["model.layers.1.mlp.down_proj.weight"] for model in (first, near))
     groups = weight.detach().float().reshape(-1, 32)
@@ -185,10 +188,10 @@ def grid(group, settings):
 def near(settings):
     import torch
 
-    from stages import _quality
+    from stages.measuring import quality as quality_module
 
     matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
-    return matrix.tolist(), _quality.nearest(matrix, settings).tolist()
+    return matrix.tolist(), quality_module.nearest(matrix, settings).tolist()
 
 
 @pytest.mark.train
@@ -199,18 +202,18 @@ def test_what_cannot_be_rounded_says_why(done, models, worker, tmp_path):
 
 
 def rounded_of(folder, made):
-    from stages import _quality
+    from stages.measuring import quality as quality_module
 
-    return _quality.rounded(_generate.load([str(folder)])[0], made)
+    return quality_module.rounded(generation.load([str(folder)])[0], made)
 
 
 def test_positions_are_spread_over_all_texts(monkeypatch):
-    from stages import _quality
+    from stages.measuring import quality as quality_module
 
     texts = [range(5), range(2), range(9)]
-    assert _quality._places(texts) == [[0, 1, 2, 3], [0], [0, 1, 2, 3, 4, 5, 6, 7]]
-    monkeypatch.setattr(_quality, "POSITIONS", 5)
-    assert _quality._places(texts) == [[0, 2], [], [0, 2, 5]]
+    assert quality_module._places(texts) == [[0, 1, 2, 3], [0], [0, 1, 2, 3, 4, 5, 6, 7]]
+    monkeypatch.setattr(quality_module, "POSITIONS", 5)
+    assert quality_module._places(texts) == [[0, 2], [], [0, 2, 5]]
 
 
 def sha256(folder):
@@ -302,18 +305,18 @@ def test_perplexity_stays_near_and_bytes_shrink(done, kind):
 @pytest.mark.train
 @KINDS
 def test_it_takes_what_was_said_and_little_more(done, models, kind):
-    needs = quantize.needs(done(kind).config, _model.facts(models(kind)))
+    needs = quantize.needs(done(kind).config, read_facts(models(kind)))
     metrics = done(kind).metrics
     assert 0.6 * metrics["bytes_after"] <= needs.disk <= metrics["bytes_after"]
     assert 0.6 * metrics["bytes_before"] <= needs.memory <= metrics["bytes_before"]
-    assert quantize.facts_after(done(kind).config, _model.facts(models(kind))).stored == needs.disk
+    assert quantize.facts_after(done(kind).config, read_facts(models(kind))).stored == needs.disk
 
 
 @pytest.mark.train
 @KINDS
 def test_every_inner_layer_is_quantized_and_the_rest_is_whole(done, models, kind):
-    before = _model.facts(models(kind)).weights
-    after = _model.facts(done(kind).out).weights
+    before = read_facts(models(kind)).weights
+    after = read_facts(done(kind).out).weights
     inner = {name for name, shape in before.items() if quantize.LAYER.search(name) and len(shape) == 2}
     assert {name.removesuffix("qweight") + "weight" for name in after if name.endswith("qweight")} == inner
     assert before.keys() - inner == {name for name in after if name.endswith((".weight", ".bias"))} & before.keys()
@@ -350,7 +353,7 @@ def test_config_says_how_it_was_quantized_and_no_more(done, models, kind):
 def same_weights(asked, folder, out):
     held_out, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
     assert not {*map(tuple, held_out)} & {*map(tuple, calibration)}
-    quantize._quantize(asked, _model.facts(folder), folder, calibration, out)
+    quantize._quantize(asked, read_facts(folder), folder, calibration, out)
     return sha256(out / "model")
 
 
@@ -364,7 +367,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models,
 
 
 def encoded(asked, folder):
-    tokenizer = _model.load_tokenizer([str(folder)])
+    tokenizer = load_tokenizer([str(folder)])
     rows = quantize._encoded(asked, folder)
     return [[tokenizer.decode(ids) for ids in part] for part in (rows, *quantize.split(rows, 16, 7))]
 
@@ -400,7 +403,7 @@ def test_memory_or_disk_gives_the_same_weights(done, models, worker, data, tmp_p
 
 def losses(asked, folder, work, out):
     _, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
-    return quantize._summary(quantize._quantize(asked, _model.facts(folder), folder, calibration, work), out)
+    return quantize._summary(quantize._quantize(asked, read_facts(folder), folder, calibration, work), out)
 
 
 @pytest.mark.train
@@ -439,7 +442,7 @@ def halve(folder, out):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(out)
-    for path in _model.carried_files(folder):
+    for path in carried_files(folder):
         (out / path.name).write_bytes(path.read_bytes())
     return out
 
@@ -451,7 +454,7 @@ def poison(folder, out):
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.nn.init.constant_(model.transformer.h[0].mlp.dense_h_to_4h.weight, math.nan)
     model.save_pretrained(out)
-    for path in _model.carried_files(folder):
+    for path in carried_files(folder):
         (out / path.name).write_bytes(path.read_bytes())
     return out
 
@@ -502,14 +505,14 @@ def adapt(folder, out):
 
     targets = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), targets).save_pretrained(out)
-    for path in _model.carried_files(folder):
+    for path in carried_files(folder):
         (out / path.name).write_bytes(path.read_bytes())
     return out
 
 
 def respond(*folders):
     asked = [{"role": "user", "content": "高血压患者第3天应该注意什么？"}]
-    return _generate.respond({"model": list(map(str, folders)), "messages": asked, "max_new_tokens": 5})
+    return generation.respond({"model": list(map(str, folders)), "messages": asked, "max_new_tokens": 5})
 
 
 @pytest.mark.train
@@ -517,10 +520,10 @@ def test_the_command_line_writes_json_alone_and_folds_adapters(models, worker, t
     base, adapter = models("tied"), worker(adapt, models("tied"), tmp_path / "adapter")
     asked = {"messages": [{"role": "user", "content": "高血压患者第3天应该注意什么？"}], "max_new_tokens": 5}
     done = subprocess.run(
-        [sys.executable, "-m", "stages._generate", str(base), str(adapter)],
+        [sys.executable, "-m", "stages.model.generation", str(base), str(adapter)],
         input=json.dumps(asked).encode(),
         stdout=subprocess.PIPE,
-        cwd=Path(_generate.__file__).parent.parent,
+        cwd=Path(generation.__file__).parent.parent,
         check=True,
     )
     answer = json.loads(done.stdout)
@@ -534,7 +537,7 @@ def missing(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return _generate.load([str(folder)])[1]
+    return generation.load([str(folder)])[1]
 
 
 @pytest.mark.train
@@ -556,25 +559,25 @@ def test_rows_to_measure_on_are_never_calibrated_with():
 
 def test_the_size_of_the_result_is_told_before():
     weights = {"model.layers.0.mlp.down_proj.weight": (576, 1536), "model.embed_tokens.weight": (1000, 577)}
-    facts = _model.Facts("the model", {}, {**weights, "model.norm.weight": (577,)}, stored=10)
+    facts = Facts("the model", {}, {**weights, "model.norm.weight": (577,)}, stored=10)
     source = {"path": "rows.jsonl", "format": "text"}
     whole, four = 2 * (1000 * 577 + 577), 576 * 1536 // 2
     groups = config("base", source, group_size=64)
-    assert quantize.needs(groups, facts) == _model.Needs(10, four + 2 * 576 * 1536 // 64 + whole)
+    assert quantize.needs(groups, facts) == Needs(10, four + 2 * 576 * 1536 // 64 + whole)
     rows = config("base", source, group_size=-1, bits=8)
-    assert quantize.needs(rows, facts) == _model.Needs(10, 2 * four + 2 * 576 + whole)
+    assert quantize.needs(rows, facts) == Needs(10, 2 * four + 2 * 576 + whole)
     assert quantize.facts_after(rows, facts).stored == quantize.needs(rows, facts).disk
     kept = config("base", source, group_size=-1, bits=8, offload_to_disk=True)
     assert quantize.needs(kept, facts).disk == 2 * quantize.needs(rows, facts).disk
     assert quantize.facts_after(kept, facts).stored == quantize.needs(rows, facts).disk
-    assert quantize.needs(rows, _model.Facts("not here", {}, known=False)) == _model.Needs(0, 0)
+    assert quantize.needs(rows, Facts("not here", {}, known=False)) == Needs(0, 0)
 
 
 def test_what_cannot_work_is_known_before_torch_is_loaded():
     shapes = {"q_proj": (64, 576), "k_proj": (64, 576), "down_proj": (576, 1536)}
     weights = {f"model.layers.0.mlp.{name}.weight": shape for name, shape in shapes.items()}
     weights["model.embed_tokens.weight"] = (1000, 577)
-    facts = _model.Facts("the model", {}, weights)
+    facts = Facts("the model", {}, weights)
     source = {"path": "rows.jsonl", "format": "text"}
     assert quantize.check(config("base", source, group_size=64), facts) == []
     assert quantize.check(config("base", source, group_size=-1), facts) == []
@@ -586,7 +589,7 @@ def test_what_cannot_work_is_known_before_torch_is_loaded():
             "that; set `group_size: 64`",
         )
     ]
-    quantized = _model.Facts("the model", {"quantization_config": {}}, {})
+    quantized = Facts("the model", {"quantization_config": {}}, {})
     asked = quantize.Config(
         model=["base", "adapter"],
         calibration={"data": [source]},
@@ -635,4 +638,4 @@ def test_how_gptqmodel_says_that_it_only_rounded():
 @pytest.mark.train
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"^a fresh process could not use (.|\n)*config\.json"):
-        _generate.ask([str(tmp_path)])
+        generation.ask([str(tmp_path)])

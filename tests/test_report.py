@@ -8,9 +8,15 @@ from pathlib import Path
 import planned
 import pytest
 
-from pipeline import artifact, charts, config, plan
 from pipeline.cli import main
-from pipeline.content import Hashes
+from pipeline.config.checker import load_config
+from pipeline.plan.fingerprint import installed_versions
+from pipeline.plan.placing import build_plan
+from pipeline.plan.step import stands_on
+from pipeline.saves import artifact
+from pipeline.saves.content import Hashes
+from pipeline.saves.links import link
+from pipeline.views import charts
 
 CONFIG = planned.TOP + (
     """\
@@ -100,7 +106,7 @@ def asked(before=ATTACK, after="Rest & water"):
 
 
 def build(name="x.yaml", assignments=()):
-    return {step.name: step for step in plan.build(config.load(Path(name), assignments), Path("saves")).steps}
+    return {step.name: step for step in build_plan(load_config(Path(name), assignments), Path("saves")).steps}
 
 
 def pretend(step, metrics, files=(), **record):
@@ -110,12 +116,12 @@ def pretend(step, metrics, files=(), **record):
         (step.part / name).write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     record = {
         **{"stage": step.name, "use": step.stage.use, "fingerprint": step.fingerprint, "recipe": dict(step.recipe)},
-        **{"inputs": dict(step.inputs), "stands_on": plan.stands_on(step), "metrics": metrics, "ignored_gates": []},
-        **{"versions": plan.versions(step.stage.use), "started": 1763800000.0, "seconds": 62.0, **record},
+        **{"inputs": dict(step.inputs), "stands_on": stands_on(step), "metrics": metrics, "ignored_gates": []},
+        **{"versions": installed_versions(step.stage.use), "started": 1763800000.0, "seconds": 62.0, **record},
         "machine": {"host": "host", "system": "Linux", "cores": 2, "gpu": False},
     }
     artifact.finish(step.part, step.folder, record, Hashes(None))
-    artifact.link(step.folder, step.link)
+    link(step.folder, step.link)
 
 
 def run(steps, table=TABLE, answers=None, metrics=PT):
@@ -309,7 +315,7 @@ def test_a_stage_that_is_not_finished_shows_how_far_it_came(made):
 def test_a_folder_that_two_configs_use_says_so(made):
     made.write("z.yaml", CONFIG)
     for step in build("z.yaml").values():
-        artifact.link(step.folder, step.link) if step.state == "done" else None
+        link(step.folder, step.link) if step.state == "done" else None
     assert "nothing it depends on has changed also used by z" in Page(page(made)).text
 
 
@@ -352,7 +358,7 @@ def two(made):
     table = {**TABLE, "figures": [*figures({"init": 21.125, "pt": 17.5}), *TABLE["figures"][2:]]}
     steps = build("y.yaml")
     steps.pop("init")
-    artifact.link(build()["init"].folder, Path("saves/y/init"))
+    link(build()["init"].folder, Path("saves/y/init"))
     pretend(steps["pt"], {**PT, "eval_loss": 2.0})
     values = {"models": ["init", "pt"], "figures": {"perplexity": {"consult": {"init": 21.125, "pt": 17.5}}}}
     files = [("evaluation.json", [table]), ("answers.jsonl", [asked(after="Sleep")])]

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from planned import CHAIN, ROWS, STAGES, pretend
 
-from pipeline import config, plan
+from pipeline.config.checker import load_config
+from pipeline.plan import fingerprint
+from pipeline.plan.placing import build_plan
 
 DOCS = Path(__file__).parent.parent / "docs" / "reliability.md"
 ASSIGNMENT = re.compile(r"`([a-z0-9_.]+=.+)`\Z")
@@ -92,8 +94,8 @@ def test_what_runs_again(project, monkeypatch, change, assignment, again):
         pretend(step)
     project.text, fresh, name = CHAIN, [], "x.yaml"
     if assignment is None and change.startswith("the version of a library"):
-        version = plan._version
-        monkeypatch.setattr(plan, "_version", lambda library: "1.17.0" if library == "trl" else version(library))
+        version = fingerprint._version
+        monkeypatch.setattr(fingerprint, "_version", lambda library: "1.17.0" if library == "trl" else version(library))
     elif assignment is None and change.startswith("the version of one of our own"):
         monkeypatch.setattr("stages.dpo.VERSION", 99)
     elif change == "asking for it":
@@ -102,8 +104,8 @@ def test_what_runs_again(project, monkeypatch, change, assignment, again):
         CHANGES[change](project)
         name = "y.yaml" if change.startswith("names") else name
     project.write(name, project.text)
-    pipeline = config.load(Path(name), [assignment] if assignment else [])
-    planned = plan.build(pipeline, Path("saves"), fresh=fresh)
+    pipeline = load_config(Path(name), [assignment] if assignment else [])
+    planned = build_plan(pipeline, Path("saves"), fresh=fresh)
     assert planned.problems == []
     states = {step.stage.use: step.state for step in planned.steps}
     assert list(states) == STAGES

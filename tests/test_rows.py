@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.errors import StageError
-from stages import _files, _rows
-from stages._rows import Source, examples, problems, rows
+from stages.data import files
+from stages.data import source as source_module
+from stages.data.source import Source, problems, rows, rows_of
+from stages.runtime.errors import StageError
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ GOOD = [
 @pytest.mark.parametrize(("kind", "row", "expected"), GOOD)
 def test_good(kind, row, expected):
     path = write("x.jsonl", [row])
-    assert examples(of(path, kind)) == [expected]
+    assert rows_of(of(path, kind)) == [expected]
     assert problems(of(path, kind)) == (1, [])
 
 
@@ -266,7 +267,7 @@ def test_bad(kind, row, message):
 def test_the_first_bad_rows_are_raised():
     path = write("x.jsonl", [{"text": "a"}, {"text": ""}, {"text": None}])
     with pytest.raises(StageError) as error:
-        examples(of(path))
+        rows_of(of(path))
     assert str(error.value) == (
         "x.jsonl:2: `text` is empty; fill it in or leave the row out; x.jsonl:3: `text` is null; it must be text"
     )
@@ -287,7 +288,7 @@ def test_rows_are_as_the_file_has_them():
 def test_columns_may_swap_names():
     path = write("x.jsonl", [{"prompt": "answer", "completion": "question"}])
     source = of(path, "prompt_completion", columns={"prompt": "completion", "completion": "prompt"})
-    assert examples(source) == [{"messages": say("u:question", "a:answer")}]
+    assert rows_of(source) == [{"messages": say("u:question", "a:answer")}]
 
 
 def test_a_row_lacks_a_column():
@@ -393,7 +394,7 @@ def test_json_array():
 
 
 def test_json_may_be_an_object_a_line():
-    assert examples(of(write("x.json", '\n{"text": "a"}\n\n{"text": "b"}'))) == [{"text": "a"}, {"text": "b"}]
+    assert rows_of(of(write("x.json", '\n{"text": "a"}\n\n{"text": "b"}'))) == [{"text": "a"}, {"text": "b"}]
 
 
 JSON = "not valid JSON"
@@ -450,7 +451,7 @@ def test_csv():
 def test_a_long_line(name):
     long = "长" * 1_000_000
     content = {"x.csv": f"text\n{long}\n", "x.jsonl": [{"text": long}], "x.txt": long}[name]
-    assert examples(of(write(name, content))) == [{"text": long}]
+    assert rows_of(of(write(name, content))) == [{"text": long}]
 
 
 def test_parquet():
@@ -460,7 +461,7 @@ def test_parquet():
     chats = [{"chat": HI}, {"chat": HI[:1]}, {"chat": None}]
     parquet.write_table(pyarrow.Table.from_pylist(chats), "x.parquet")
     source = of("x.parquet", "messages", columns={"messages": "chat"})
-    assert examples(source.model_copy(update={"max_samples": 1})) == [{"messages": HI}]
+    assert rows_of(source.model_copy(update={"max_samples": 1})) == [{"messages": HI}]
     assert problems(source) == (
         3,
         [
@@ -510,8 +511,8 @@ def test_max_samples(name):
         "x.csv": "text\na\nb\nc",
     }
     path = write(name, content[name])
-    assert examples(of(path, max_samples=2)) == table[:2]
-    assert examples(of(path, max_samples=9)) == table
+    assert rows_of(of(path, max_samples=2)) == table[:2]
+    assert rows_of(of(path, max_samples=9)) == table
 
 
 def test_limit():
@@ -550,20 +551,20 @@ def test_encodings_are_detected(name, text, encoding):
     content |= {"x.jsonl": field, "x.json": f"[{field}]"}
     path = write(name, mark + content[name], encoding)
     expected = content["x.csv"].split("\n")[1] if name == "x.csv" else bare
-    assert examples(of(path)) == [{"text": expected}]
+    assert rows_of(of(path)) == [{"text": expected}]
 
 
 def test_only_the_first_lines_decide(monkeypatch):
-    monkeypatch.setattr(_files, "_SAMPLE", 100)
+    monkeypatch.setattr(files, "_SAMPLE", 100)
     path = write("x.jsonl", [{"text": CHINESE}] * 50, "gb18030")
-    assert examples(of(path)) == [{"text": CHINESE}] * 50
+    assert rows_of(of(path)) == [{"text": CHINESE}] * 50
     path = write("x.txt", CHINESE * 50, "gb18030")
-    assert examples(of(path)) == [{"text": CHINESE * 50}]
+    assert rows_of(of(path)) == [{"text": CHINESE * 50}]
 
 
 def test_the_named_encoding_wins():
     path = write("x.txt", "高血压".encode("gb18030"))
-    assert examples(of(path, encoding="latin-1")) == [{"text": "¸ßÑªÑ¹"}]
+    assert rows_of(of(path, encoding="latin-1")) == [{"text": "¸ßÑªÑ¹"}]
 
 
 MEND = "mend it, or name the encoding with `encoding:`"
@@ -603,7 +604,7 @@ def test_a_bad_byte_after_good_rows():
 
 
 def test_importing_costs_only_pydantic():
-    code = "import stages._rows, sys; print({'pyarrow', 'charset_normalizer', 'torch'} & {*sys.modules})"
-    root = Path(_rows.__file__).parents[1]
+    code = "import stages.data.source, sys; print({'pyarrow', 'charset_normalizer', 'torch'} & {*sys.modules})"
+    root = Path(source_module.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact, cli
+from pipeline import cli
+from pipeline.saves import artifact
 
 pytestmark = pytest.mark.train
 

@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 from planned import TOP, pretend
 
-from pipeline import artifact, config, plan
-from pipeline.content import Hashes
-from pipeline.errors import StageError, StageFailed
-from stages import _inference, _rows, _select_points, _select_scores, select
+from pipeline.config.checker import load_config
+from pipeline.errors import StageFailed
+from pipeline.plan.placing import build_plan
+from pipeline.plan.step import check_unchanged
+from pipeline.saves import artifact
+from pipeline.saves.content import Hashes
+from stages import select
+from stages.data.source import Source, rows_of
+from stages.measuring import points
+from stages.model import inference
+from stages.runtime.errors import StageError
 
 CHAIN = (
     TOP
@@ -92,7 +99,7 @@ def test_rows_that_were_damaged_after_the_plan_stop_the_stage_that_reads_them(pr
     steps = project.plan(CHAIN)
     (steps["select"].folder / "model.safetensors").write_bytes(b"Weights")
     with pytest.raises(StageFailed, match=r"whose rows it reads, is damaged \(`model.safetensors` has changed\)"):
-        plan.check_unchanged(steps["sft"], Hashes(None), read=True)
+        check_unchanged(steps["sft"], Hashes(None), read=True)
     (steps["select"].folder / artifact.RECORD).unlink()
     assert project.plan(CHAIN)["select"].state == "run"
 
@@ -162,10 +169,10 @@ def chosen(tmp_path, count, **settings):
     """Run the stage on `count` numbered rows; its metrics, the numbers kept, and the scores it wrote."""
     rows = [{"instruction": f"问{number}", "output": f"答{number}"} for number in range(count)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    source = _rows.Source(path=str(tmp_path / "data.jsonl"), format="alpaca")
+    source = Source(path=str(tmp_path / "data.jsonl"), format="alpaca")
     made = select.Config(model=["m"], data=[source], **settings)
     metrics = select.run(made, tmp_path)
-    kept = _rows.examples(_rows.Source(path=str(tmp_path / "rows.jsonl"), format="messages"))
+    kept = rows_of(Source(path=str(tmp_path / "rows.jsonl"), format="messages"))
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     return metrics, [int(row["messages"][0]["content"][1:]) for row in kept], scores
 
@@ -175,7 +182,7 @@ def given(monkeypatch):
     """Put results in the place of what a model would say."""
 
     def put(name, result):
-        monkeypatch.setattr(_select_scores, name, lambda *_, **__: result)
+        monkeypatch.setattr(select, name, lambda *_, **__: result)
 
     return put
 
@@ -223,13 +230,13 @@ def test_quality_is_above_alpha(given, tmp_path):
 
 
 def test_necessity_is_below_beta_and_keeps_the_rows_own_answers(given, tmp_path):
-    given("answers", ["坏", "好", None, "坏"])
+    given("own_answers", ["坏", "好", None, "坏"])
     given("rewards", ([-2.0, 1.0, -1.0], 0))
     _, kept, scores = chosen(tmp_path, 4, method="necessity", scorer="s", below=0.0)
     assert kept == [0, 3]
     assert [score["answer"] for score in scores] == ["坏", "好", None, "坏"]
     assert [score["necessity"] for score in scores] == [-2.0, 1.0, None, -1.0]
-    row = _rows.examples(_rows.Source(path=str(tmp_path / "rows.jsonl"), format="messages"))[0]
+    row = rows_of(Source(path=str(tmp_path / "rows.jsonl"), format="messages"))[0]
     assert row["messages"][-1]["content"] == "答0"
     assert chosen(tmp_path, 4, method="necessity", scorer="s", keep=1)[1] == [0]  # the worst
 
@@ -244,11 +251,11 @@ def test_k_center_takes_the_farthest_point_each_time():
     for seed in range(12):
         first = random.Random(seed).randrange(4)
         seen.add(first)
-        assert _select_points.k_center(LINE, 4, seed)[0] == ORDERS[first]
+        assert points.k_center(LINE, 4, seed)[0] == ORDERS[first]
     assert seen == set(ORDERS)
     seed = next(seed for seed in range(12) if random.Random(seed).randrange(4) == 0)
-    assert _select_points.k_center(LINE, 3, seed) == ([0, 2, 3], [0.0, 10.0, 4.0])
-    assert _select_points.radius(LINE, [0, 2]) == 4.0
+    assert points.k_center(LINE, 3, seed) == ([0, 2, 3], [0.0, 10.0, 4.0])
+    assert points.radius(LINE, [0, 2]) == 4.0
 
 
 def test_k_center_in_the_stage(given, tmp_path):
@@ -271,18 +278,18 @@ def test_k_center_stops_when_all_points_are_chosen(given, tmp_path):
 
 def test_principal_components_hold_the_share():
     line = np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
-    assert _select_points.principal(line, 0.95) == pytest.approx(np.array([[-5.0], [0.0], [5.0]]))
+    assert points.principal(line, 0.95) == pytest.approx(np.array([[-5.0], [0.0], [5.0]]))
     cross = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # variances 9 : 1
-    assert _select_points.principal(cross, 0.85) == pytest.approx(np.array([[3.0], [-3.0], [0.0], [0.0]]))
-    assert _select_points.principal(cross, 0.95).shape == (4, 2)
-    assert _select_points.principal(np.ones((3, 2)), 0.95).shape == (3, 1)
+    assert points.principal(cross, 0.85) == pytest.approx(np.array([[3.0], [-3.0], [0.0], [0.0]]))
+    assert points.principal(cross, 0.95).shape == (4, 2)
+    assert points.principal(np.ones((3, 2)), 0.95).shape == (3, 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_k_means_finds_groups_that_lie_apart(seed):
     groups = np.array([[0.0, 0.0], [0.0, 1.0], [100.0, 0.0], [1.0, 0.0], [100.0, 1.0], [0.0, 100.0], [1.0, 100.0]])
-    assert _select_points.k_means(groups, 3, seed) == [0, 0, 1, 0, 1, 2, 2]
-    assert _select_points.k_means(np.ones((3, 2)), 2, seed) == [0, 0, 0]
+    assert points.k_means(groups, 3, seed) == [0, 0, 1, 0, 1, 2, 2]
+    assert points.k_means(np.ones((3, 2)), 2, seed) == [0, 0, 0]
 
 
 def test_car_joins_the_best_of_all_with_the_best_of_each_cluster(given, tmp_path):
@@ -298,7 +305,7 @@ def test_car_joins_the_best_of_all_with_the_best_of_each_cluster(given, tmp_path
 
 
 def test_batches_hold_the_longest_rows_first_and_no_more_than_they_may():
-    assert list(_inference.batches([3, 9, 5, 3, 20], 10)) == [[4], [1], [2, 0], [3]]
+    assert list(inference.batches([3, 9, 5, 3, 20], 10)) == [[4], [1], [2, 0], [3]]
 
 
 # The rows that it leaves
@@ -325,17 +332,17 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rows_read_back_exactly(given, tmp_path, kind):
     (tmp_path / "data.jsonl").write_text(json.dumps(KINDS[kind]) + "\n", encoding="utf-8")
-    source = _rows.Source(path=str(tmp_path / "data.jsonl"), format=kind, fill={})
+    source = Source(path=str(tmp_path / "data.jsonl"), format=kind, fill={})
     given("embeddings", (np.ones((1, 1), dtype=np.float32), 0))
     made = select.Config(model=["m"], data=[source], method="k_center", keep=1)
     select.run(made, tmp_path)
-    again = _rows.Source(path=str(tmp_path / "rows.jsonl"), format=select.rows_after(made), encoding="utf-8", fill={})
-    assert _rows.examples(again) == _rows.examples(source)
+    again = Source(path=str(tmp_path / "rows.jsonl"), format=select.rows_after(made), encoding="utf-8", fill={})
+    assert rows_of(again) == rows_of(source)
 
 
 def test_the_config_survives_its_way_to_the_worker(project):
     project.write("x.yaml", CHAIN)
-    step = plan.build(config.load(Path("x.yaml")), Path("saves")).steps[2]
+    step = build_plan(load_config(Path("x.yaml")), Path("saves")).steps[2]
     assert select.Config.model_validate(step.config.model_dump(mode="json")) == step.config
 
 

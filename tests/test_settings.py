@@ -11,8 +11,9 @@ import textwrap
 
 import pytest
 
+from pipeline.config.library_names import MANAGED, MOVED
+from pipeline.config.settings import _hidden, problem, settings
 from pipeline.errors import ConfigError
-from pipeline.settings import MANAGED, MOVED, _hidden, problem, settings
 
 SFT = "trl.trainer.sft_config:SFTConfig"
 DPO = "trl.trainer.dpo_config:DPOConfig"
@@ -364,7 +365,7 @@ def test_a_library_that_is_not_there(reference, expected):
 def test_no_library_is_imported():
     loaded = isolated(f"""
         import sys
-        from pipeline.settings import problem
+        from pipeline.config.settings import problem
         for reference in {list(REFERENCES.values())!r}:
             problem(reference, "lr_scheduler_type", "cosin"), problem(reference, "loss_type", "x")
         heavy = ("torch", "transformers", "trl", "peft", "accelerate", "gptqmodel", "numpy")

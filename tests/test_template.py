@@ -5,8 +5,8 @@ import json
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.errors import StageError
-from stages._template import names, text, tokens
+from stages.chat.template import template_names, template_text, template_tokens
+from stages.runtime.errors import StageError
 
 TURNS = [
     {"role": "user", "content": "感冒了？"},
@@ -24,7 +24,7 @@ def rendered(template, messages, **more):
 
 def refusal(template):
     with pytest.raises(StageError) as error:
-        text(template)
+        template_text(template)
     return str(error.value)
 
 
@@ -45,18 +45,18 @@ EXPECTED = {
 
 
 def test_every_built_in_template_is_known_here():
-    assert names() == sorted(EXPECTED)
+    assert template_names() == sorted(EXPECTED)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_built_in_template_writes_a_conversation(name):
-    assert rendered(text(name), TURNS, add_generation_prompt=True) == EXPECTED[name]
+    assert rendered(template_text(name), TURNS, add_generation_prompt=True) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_the_prompt_is_how_the_trained_text_begins(name):
-    prompt = rendered(text(name), TURNS[:1], add_generation_prompt=True)
-    whole = rendered(text(name), TURNS[:2], add_generation_prompt=False)
+    prompt = rendered(template_text(name), TURNS[:1], add_generation_prompt=True)
+    whole = rendered(template_text(name), TURNS[:2], add_generation_prompt=False)
     assert whole.startswith(prompt + "多喝水。")
 
 
@@ -70,7 +70,7 @@ def test_the_prompt_is_how_the_trained_text_begins(name):
     ],
 )
 def test_a_system_message_takes_the_place_of_the_template_s_own(name, expected):
-    assert rendered(text(name), SYSTEM) == expected
+    assert rendered(template_text(name), SYSTEM) == expected
 
 
 PROMPT = {
@@ -86,15 +86,15 @@ def test_a_prompt_template_of_the_tutorials_becomes_a_chat_template(tmp_path):
     path.write_text(json.dumps(PROMPT, ensure_ascii=False), encoding="utf-8")
     ask = '问 "题"\\:\n### 问题:\n{}\n### 回答:\n'
     wanted = ask.format("感冒了？") + "多喝水。</s>\n" + ask.format("还有呢？")
-    assert rendered(text(str(path)), TURNS, add_generation_prompt=True) == wanted
-    assert rendered(text(str(path)), SYSTEM) == "你是医生。\n" + ask.format("感冒了？")
+    assert rendered(template_text(str(path)), TURNS, add_generation_prompt=True) == wanted
+    assert rendered(template_text(str(path)), SYSTEM) == "你是医生。\n" + ask.format("感冒了？")
 
 
 @pytest.mark.parametrize("ask", ["{{ 7 * 7 }}{instruction}{% raw %}", "{instruction}'\"\\n", "{# {instruction} #}"])
 def test_jinja_inside_a_prompt_template_is_plain_text(tmp_path, ask):
     path = tmp_path / "med.json"
     path.write_text(json.dumps({"prompt_no_input": ask}), encoding="utf-8")
-    assert rendered(text(str(path)), TURNS[:1]) == ask.replace("{instruction}", "感冒了？")
+    assert rendered(template_text(str(path)), TURNS[:1]) == ask.replace("{instruction}", "感冒了？")
 
 
 def test_a_jinja_file_is_taken_as_it_is(tmp_path):
@@ -102,7 +102,7 @@ def test_a_jinja_file_is_taken_as_it_is(tmp_path):
     content = "{%- for m in messages %}{% if m.content == '' %}{% continue %}{% endif %}{% generation %}{{ m.content }}"
     content += "{{ eos_token }}{% endgeneration %}{% endfor %}\n"
     path.write_text(content, encoding="utf-8")
-    assert text(str(path)) == content
+    assert template_text(str(path)) == content
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_is_no_template_is_refused(tmp_path, monkeypatch, name, content, ex
 
 
 def test_tokens_are_the_marks_that_a_template_writes():
-    assert {name: tokens(text(name)) for name in names()} == {
+    assert {name: template_tokens(template_text(name)) for name in template_names()} == {
         "alpaca_zh": [],
         "chatml": ["<|im_end|>", "<|im_start|>"],
         "llama3": ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"],
@@ -152,4 +152,4 @@ def test_tokens_are_the_marks_that_a_template_writes():
         "plain": [],
         "qwen": ["<|im_end|>", "<|im_start|>"],
     }
-    assert tokens("{{ '<|a|>' }} <|b c|> <d> <|a|>") == ["<|a|>"]
+    assert template_tokens("{{ '<|a|>' }} <|b c|> <d> <|a|>") == ["<|a|>"]

@@ -9,7 +9,7 @@ import pytest
 import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from stages import _tiktoken
+from stages.chat import fast_tokens
 
 DATA = Path(__file__).parent.parent / "data"
 MARKS = ["<|im_start|>", "<|im_end|>"]
@@ -44,7 +44,7 @@ def words(kind: str):
         case "smollm2":
             return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
         case _:
-            regex = {"qwen": _tiktoken._QWEN, "bloom": _tiktoken._BLOOM}[kind]
+            regex = {"qwen": fast_tokens._QWEN, "bloom": fast_tokens._BLOOM}[kind]
             split = pre_tokenizers.Split(Regex(regex), "isolated")
             return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
 
@@ -80,7 +80,7 @@ def both():
     def get(kind):
         if kind not in made:
             backend = trained(kind)
-            made[kind] = (backend, _tiktoken.twin(backend))
+            made[kind] = (backend, fast_tokens.twin(backend))
         backend, twin = made[kind]
         assert twin is not None
         return backend, twin
@@ -108,22 +108,22 @@ def test_the_ids_are_the_tokenizers_own(both, kind, special):
     assert [
         (text, found) for text, found, wanted in zip(texts, asked, own, strict=True) if found not in (None, wanted)
     ] == []
-    with _tiktoken.used(backend, twin):
-        assert _tiktoken.ids(backend, texts, special=special) == own
-    assert _tiktoken.ids(backend, texts, special=special) is None
+    with fast_tokens.used(backend, twin):
+        assert fast_tokens.ids(backend, texts, special=special) == own
+    assert fast_tokens.ids(backend, texts, special=special) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_letter_is_of_the_same_class(kind):
     """Each is put after what shows its class: a vocabulary that joins `a`, `1`, `!`, a space or a line end with the
     first byte of any letter does so only where both are of one word."""
-    characters = {byte: character for character, byte in _tiktoken._BYTES.items()}
+    characters = {byte: character for character, byte in fast_tokens._BYTES.items()}
     firsts = [characters[byte] for byte in [*range(0x80), *range(0xC2, 0xF5)]]
     merges = [(characters[ord(before)], first) for before in "a1! \n'" for first in firsts]
     vocabulary = {token: number for number, token in enumerate([*characters.values(), *map("".join, merges)])}
     backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = words(kind)
-    twin = _tiktoken.twin(backend)
+    twin = fast_tokens.twin(backend)
     for start in [*range(0, 0x10000, 256), *range(0x1F000, 0x20000, 256), 0x20000, 0x30000, 0xE0000]:
         step = 64 if chr(start).isalpha() and chr(start + 255).isalpha() and start >= 0x3400 else 1  # Han and Hangul
         letters = [chr(code) for code in range(start, start + 256, step) if not 0xD800 <= code < 0xE000]
@@ -216,14 +216,14 @@ def test_a_tokenizer_that_tiktoken_could_miss_is_left_alone(both, name):
     before = json.dumps(told)
     change(told, name)
     assert json.dumps(told) != before
-    assert _tiktoken.twin(Tokenizer.from_str(json.dumps(told))) is None
+    assert fast_tokens.twin(Tokenizer.from_str(json.dumps(told))) is None
 
 
 def test_it_does_miss_a_token_that_other_merges_come_before(both):
     told = json.loads(both("gpt2")[0].to_str())
     change(told, "a token that other merges come before")
     vocabulary = told["model"]["vocab"]
-    ranks = {bytes(map(_tiktoken._BYTES.__getitem__, token)): number for token, number in vocabulary.items()}
+    ranks = {bytes(map(fast_tokens._BYTES.__getitem__, token)): number for token, number in vocabulary.items()}
     theirs = tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
     assert theirs.encode("abc") == [258]
     assert Tokenizer.from_str(json.dumps(told)).encode("abc").ids == [256, vocabulary["c"]]
@@ -237,19 +237,19 @@ def test_it_does_miss_a_token_that_other_merges_come_before(both):
 def test_a_text_that_tiktoken_could_miss_goes_to_the_tokenizer(both, kind, text):
     backend, twin = both(kind)
     assert twin(text, False) is None
-    with _tiktoken.used(backend, twin):
+    with fast_tokens.used(backend, twin):
         texts = ["a", text, "b"]
-        assert _tiktoken.ids(backend, texts, special=False) == [backend.encode(each).ids for each in texts]
+        assert fast_tokens.ids(backend, texts, special=False) == [backend.encode(each).ids for each in texts]
 
 
 def test_a_byte_that_the_vocabulary_lacks_goes_to_the_tokenizer():
-    alphabet = [character for character, byte in _tiktoken._BYTES.items() if byte not in (4, 0xF1)]
+    alphabet = [character for character, byte in fast_tokens._BYTES.items() if byte not in (4, 0xF1)]
     backend = trained("gpt2", alphabet, [piece for piece in PIECES if "\x04" not in piece])
-    twin = _tiktoken.twin(backend)
+    twin = fast_tokens.twin(backend)
     for text in ("a\x04b", "a\U00040000b"):  # the second's bytes begin with 0xF1
         assert twin(text, False) is None
-        with _tiktoken.used(backend, twin):
-            assert _tiktoken.ids(backend, [text], special=False) == [backend.encode(text).ids]
+        with fast_tokens.used(backend, twin):
+            assert fast_tokens.ids(backend, [text], special=False) == [backend.encode(text).ids]
     assert twin("a\U0001f642b", False) == backend.encode("a\U0001f642b").ids
 
 
@@ -262,17 +262,17 @@ def test_what_is_added_around_a_text(both):
 def test_an_added_token_counts(both):
     backend = Tokenizer.from_str(both("gpt2")[0].to_str())
     backend.add_special_tokens([AddedToken("<|eot|>", special=True)])
-    assert _tiktoken.twin(backend)("a<|eot|>", False) == backend.encode("a<|eot|>").ids
+    assert fast_tokens.twin(backend)("a<|eot|>", False) == backend.encode("a<|eot|>").ids
     assert backend.encode("a<|eot|>").ids[1:] == [backend.token_to_id("<|eot|>")]
 
 
 def test_a_tokenizer_that_cuts_its_marks_is_left_alone(both):
     backend = Tokenizer.from_str(both("gpt2")[0].to_str())
     backend.encode_special_tokens = True  # transformers' `split_special_tokens`; it is not in to_str()
-    assert _tiktoken.twin(backend) is None
+    assert fast_tokens.twin(backend) is None
 
 
 def test_another_tokenizer_is_not_answered_for(both):
     backend, twin = both("gpt2")
-    with _tiktoken.used(backend, twin):
-        assert _tiktoken.ids(both("bloom")[0], ["a"], special=False) is None
+    with fast_tokens.used(backend, twin):
+        assert fast_tokens.ids(both("bloom")[0], ["a"], special=False) is None

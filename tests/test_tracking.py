@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 from planned import CHAIN
 
-from pipeline import config, plan, tracking
+from pipeline.config.checker import load_config
+from pipeline.plan.placing import build_plan
+from pipeline.plan.step import begin
+from pipeline.run import tracking
 
 OUT = Path("saves/sft-0123456789ab.part")
 VARIABLES = {
@@ -32,8 +35,8 @@ def clean(monkeypatch):
 @pytest.fixture
 def specs(project):
     project.write("x.yaml", CHAIN)
-    planned = plan.build(config.load(Path("x.yaml")), Path("saves"))
-    return {step.name: plan.begin(step, planned) for step in planned.steps}
+    planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
+    return {step.name: begin(step, planned) for step in planned.steps}
 
 
 def test_all_stages_of_a_run_have_one_name(project, specs):

@@ -8,18 +8,22 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cli
-from pipeline.errors import StageError
-from stages import _account, _clean, _drawn, _rows, _template, sft
+from stages import sft
+from stages.chat import encoding
+from stages.chat.template import install_template
+from stages.data import cleaning, drawing
+from stages.data.source import Source
+from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
 
 WORDS = "感冒发烧咳嗽头疼失眠胃疼血压饮食锻炼睡眠皮肤牙齿眼睛耳朵心脏肝脏肾脏骨骼肌肉神经"
 
 
-def source(path: Path, texts: list[str], **settings) -> _rows.Source:
+def source(path: Path, texts: list[str], **settings) -> Source:
     rows = [{"instruction": text, "output": f"关于{text}，应当去看医生。{text * 3}"} for text in texts]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return _rows.Source(path=str(path), format="alpaca", **settings)
+    return Source(path=str(path), format="alpaca", **settings)
 
 
 def different(count: int, salt: int) -> list[str]:
@@ -29,7 +33,7 @@ def different(count: int, salt: int) -> list[str]:
 
 
 def read(data, out, **settings) -> SimpleNamespace:
-    with _drawn.draw(sft.Config(model=["m"], data=data, **settings), out) as drawn:
+    with drawing.draw(sft.Config(model=["m"], data=data, **settings), out) as drawn:
         return SimpleNamespace(train=list(drawn.train()), held=drawn.held, account=drawn.account)
 
 
@@ -79,7 +83,7 @@ def test_no_row_to_train_on_is_like_a_held_out_one(tmp_path):
     found = read([data], tmp_path, eval_data=[held])
     assert questions(found.train) == texts[:4] + texts[5:]
     assert found.account[0]["like_held_out"] == 1
-    assert _clean.overlap(found.held, found.train) == []
+    assert cleaning.overlap(found.held, found.train) == []
 
 
 def test_held_out_rows_that_leave_nothing_are_refused(tmp_path):
@@ -118,7 +122,7 @@ def test_cleaning_and_bad_rows_are_in_the_account_and_told(tmp_path):
         f"{path}:62: the row has no `output`; alpaca rows need `instruction` and `output` (map other names with "
         "`columns:`)"
     ]
-    assert _drawn.told(entry).startswith(
+    assert drawing.told(entry).startswith(
         f"{path}: 62 rows read, 59 to train on, 1 dropped (bad), 1 dropped (exact duplicate), "
     )
 
@@ -181,13 +185,13 @@ def test_a_pair_is_shown_as_two_sequences_with_only_the_answers_in_the_loss(tiny
         "rejected": [{"role": "assistant", "content": "不知道。"}],
     }
     tokenizer = _tokenizer(tiny("llama"))
-    shown = [_account.pieces(tokenizer, sequence) for sequence in _account.encode(tokenizer, [row])[0]]
+    shown = [encoding.pieces(tokenizer, sequence) for sequence in encoding.encode(tokenizer, [row])[0]]
     assert [[words for words, in_loss in sample if in_loss] for sample in shown] == [["多休息。</s>"], ["不知道。</s>"]]
 
 
 def _tokenizer(folder):
-    from stages import _model
+    from stages.model.folder import load_tokenizer
 
-    tokenizer = _model.load_tokenizer([str(folder)])
-    _template.install(tokenizer, None)
+    tokenizer = load_tokenizer([str(folder)])
+    install_template(tokenizer, None)
     return tokenizer

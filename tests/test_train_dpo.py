@@ -5,9 +5,11 @@ import re
 
 import pytest
 
-from pipeline import settings
-from pipeline.errors import Interrupted, StageError
-from stages import _model, _rows, dpo, sft
+from pipeline.config import settings
+from stages import dpo, sft
+from stages.data.source import Source
+from stages.model.folder import load_model
+from stages.runtime.errors import Interrupted, StageError
 
 pytestmark = pytest.mark.train
 
@@ -53,7 +55,7 @@ def test_the_reference_is_the_sft_model_and_stays_it(tuned, train, rows, lora):
     trainer = train(dpo, tuned, rows("preference", 4), lora=lora, trainer={**ONE, "max_steps": 3}).trainer
     batch = next(iter(trainer.get_train_dataloader()))
     reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
-    start, base = (summed(_model.load(list(map(str, chain))), batch) for chain in (tuned, tuned[:1]))
+    start, base = (summed(load_model(list(map(str, chain))), batch) for chain in (tuned, tuned[:1]))
     assert (reference - start).abs().max() < 1e-3
     assert (reference - base).abs().max() > 0.1
     assert (reference - summed(trainer.model.eval(), batch)).abs().max() > 0.1
@@ -66,7 +68,7 @@ WRONG = re.compile(
 
 
 def test_a_reference_that_is_the_base_is_caught(tuned, train, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "_reference", lambda config, args: _model.load([str(tuned[0])]))
+    monkeypatch.setattr(dpo, "_reference", lambda config, args: load_model([str(tuned[0])]))
     with pytest.raises(StageError) as caught:
         train(dpo, tuned, rows("preference", 4), lora=None, out=tmp_path, trainer=ONE)
     assert WRONG.fullmatch(str(caught.value))
@@ -171,4 +173,4 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(tuned, train, rows, 
 def written(path, prompts):
     pair = '{{"prompt": "{}", "chosen": "多休息，多喝水。", "rejected": "不知道。"}}\n'
     path.write_text("".join(map(pair.format, prompts)), encoding="utf-8")
-    return _rows.Source(path=str(path), format="preference")
+    return Source(path=str(path), format="preference")

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact, cli
-from stages import _generate, _inference, _model, _rows, _tasks, _template, evaluate
+from pipeline import cli
+from pipeline.saves import artifact
+from stages import evaluate
+from stages.chat.labels import IGNORED
+from stages.chat.template import template_text
+from stages.data.source import Source, rows_of
+from stages.measuring import tasks
+from stages.model import generation, inference
+from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 
 pytestmark = pytest.mark.train
 
 ROOT = Path(__file__).parent.parent
-MED = _template.text("med")
+MED = template_text("med")
 
 
 def settings(models, **given):
@@ -60,7 +67,7 @@ def test_perplexity_is_that_of_plain_torch(tiny, rows, tmp_path, architecture):
     folder = tiny(architecture)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    texts, talks = _rows.examples(rows("text", 10)), _rows.examples(rows("alpaca", 10))
+    texts, talks = rows_of(rows("text", 10)), rows_of(rows("alpaca", 10))
     documents = [([first, *tokenizer(row["text"], add_special_tokens=False)["input_ids"]], 1) for row in texts]
     prompts = [
         tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True) for row in talks
@@ -87,10 +94,10 @@ def test_perplexity_is_that_of_plain_torch(tiny, rows, tmp_path, architecture):
 
 def test_a_long_text_is_cut_into_pieces_and_none_is_lost(tiny, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "发热三天以上应当就医。" * 30}, ensure_ascii=False))
-    source = _rows.Source(path=str(tmp_path / "long.jsonl"), format="text")
+    source = Source(path=str(tmp_path / "long.jsonl"), format="text")
     folder = tiny("llama")
-    tokenizer = _model.load_tokenizer([str(folder)])
-    ids = tokenizer(_rows.examples(source)[0]["text"], add_special_tokens=False)["input_ids"]
+    tokenizer = load_tokenizer([str(folder)])
+    ids = tokenizer(rows_of(source)[0]["text"], add_special_tokens=False)["input_ids"]
     first = [tokenizer.bos_token_id]
     pieces = [(first + ids[start : start + 31], 1) for start in range(0, len(ids), 31)]
     _, found = measured({"one": folder}, tmp_path, data={"long": source}, max_length=32)
@@ -104,15 +111,15 @@ def test_answer_match_swaps_questions(tiny, tmp_path, monkeypatch):
     rows = [("猫", "甲甲"), ("狗", "乙乙"), ("鱼", "丙丙")]
     lines = [json.dumps({"instruction": asked, "output": said}, ensure_ascii=False) + "\n" for asked, said in rows]
     (tmp_path / "talks.jsonl").write_text("".join(lines), encoding="utf-8")
-    tokenizer = _model.load_tokenizer([str(tiny("llama"))])
+    tokenizer = load_tokenizer([str(tiny("llama"))])
     seen = []
 
     def losses(model, texts, tokens, told=None):
         seen.append([tokenizer.decode(ids) for ids, _ in texts])
         return [1.0 + any(asked in text and said not in text for asked, said in rows[:2]) for text in seen[-1]]
 
-    monkeypatch.setattr(_inference, "losses", losses)
-    source = _rows.Source(path=str(tmp_path / "talks.jsonl"), format="alpaca")
+    monkeypatch.setattr(inference, "losses", losses)
+    source = Source(path=str(tmp_path / "talks.jsonl"), format="alpaca")
     _, found = measured({"one": tiny("llama")}, tmp_path, data={"talks": source})
     assert [("猫" in text, "甲甲" in text) for text in seen[1]][:2] == [(True, True), (False, True)]
     assert ("猫" in seen[1][5], "丙丙" in seen[1][5]) == (True, True)  # the last row gets the first question
@@ -133,19 +140,19 @@ def test_answer_match_of_rows_that_are_cut_counts_the_same_tokens_twice(tiny, ro
 
 def test_preference_is_that_of_plain_torch(tiny, adapt, rows, tmp_path):
     first, second = [tiny("llama")], [tiny("llama"), adapt([tiny("llama")])]
-    pairs = _rows.examples(rows("preference", 6))
-    tokenizer = _model.load_tokenizer([str(tiny("llama"))])
+    pairs = rows_of(rows("preference", 6))
+    tokenizer = load_tokenizer([str(tiny("llama"))])
 
     def logp(model, row, side):
         prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=True)["input_ids"]
-        labels = [_template.IGNORED] * start + ids[start:]
-        return -_inference.summed_losses(model, [(ids, labels)])[0], len(ids) - start
+        labels = [IGNORED] * start + ids[start:]
+        return -inference.summed_losses(model, [(ids, labels)])[0], len(ids) - start
 
     found = {}
     for name, chain in (("one", first), ("two", second)):
-        model = _model.load(list(map(str, chain)))
+        model = load_model(list(map(str, chain)))
         found[name] = [(logp(model, row, "chosen"), logp(model, row, "rejected")) for row in pairs]
     margins = {name: [c - r for (c, _), (r, _) in both] for name, both in found.items()}
     rewards = [two - one for one, two in zip(margins["one"], margins["two"], strict=True)]
@@ -170,17 +177,17 @@ def test_preference_is_that_of_plain_torch(tiny, adapt, rows, tmp_path):
 def test_answers_are_those_of_each_model_alone_and_each_model_is_loaded_once(
     tiny, rows, tmp_path, monkeypatch, architecture
 ):
-    folder, loaded, real = tiny(architecture), [], _generate.load
-    monkeypatch.setattr(_generate, "load", lambda folders: (loaded.append(folders), real(folders))[1])
+    folder, loaded, real = tiny(architecture), [], generation.load
+    monkeypatch.setattr(generation, "load", lambda folders: (loaded.append(folders), real(folders))[1])
     given = {"data": {"talks": rows("alpaca", 4)}, "prompts": {"talks": rows("alpaca", 4)}, "batch_tokens": 700}
     table, found = measured({"one": folder, "two": folder}, tmp_path, **given, generation={"max_new_tokens": 12})
     assert loaded == [[str(folder)], [str(folder)]]
-    model = _model.load([str(folder)])
-    _model.set_stop_tokens(model, _model.load_tokenizer([str(folder)]))
+    model = load_model([str(folder)])
+    set_stop_tokens(model, load_tokenizer([str(folder)]))
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    asked = _rows.examples(rows("alpaca", 4))
+    asked = rows_of(rows("alpaca", 4))
     for line, row in zip(lines, asked, strict=True):
-        alone = _generate.generate(model, str(folder), row["messages"][:1], 12)
+        alone = generation.generate(model, str(folder), row["messages"][:1], 12)
         assert [line["answers"][name]["answer"] for name in ("one", "two")] == [alone, alone]
         assert (line["reference"], line["prompt"]) == (row["messages"][1]["content"], row["messages"][:1])
     assert found["answer_tokens"]["talks"]["one"] == pytest.approx(
@@ -194,9 +201,9 @@ def test_answers_are_those_of_each_model_alone_and_each_model_is_loaded_once(
 
 
 def test_the_stop_rate_counts_answers_that_ended(tiny, tmp_path, monkeypatch):
-    stop = _model.load_tokenizer([str(tiny("llama"))]).eos_token_id
+    stop = load_tokenizer([str(tiny("llama"))]).eos_token_id
     answers = [[5, 6, 7, 8, stop], [5] * 8, [stop], [9, 9]]
-    monkeypatch.setattr(_inference, "answers", lambda *_, **__: answers)
+    monkeypatch.setattr(inference, "answers", lambda *_, **__: answers)
     _, found = measured({"one": tiny("llama")}, tmp_path, prompts=["a", "b", "c", "d"])
     assert found["stop_rate"]["prompts"]["one"] == 0.5
     assert found["repetition"]["prompts"]["one"] == pytest.approx((0 + 0.8) / 2)  # the others are too short
@@ -252,9 +259,9 @@ def test_a_task_without_its_data_says_why_and_costs_no_other_figure(tiny, tmp_pa
 
 
 def test_a_figure_that_is_no_mean_of_rows_is_the_harness_own():
-    measured = _tasks._measured(0.7, [0.5, 0.6])
+    measured = tasks._measured(0.7, [0.5, 0.6])
     assert evaluate._metrics.figure("f1", measured, 1) == {"value": 0.7, "ci": None, "n": 2, "why": None}
-    assert _tasks._measured(0.55, [0.5, 0.6]).rows == [(0.5, 1.0), (0.6, 1.0)]
+    assert tasks._measured(0.55, [0.5, 0.6]).rows == [(0.5, 1.0), (0.6, 1.0)]
 
 
 # Through the command line

@@ -10,7 +10,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from stages import _model, _template, evaluate, quantize
+from stages import evaluate, quantize
+from stages.chat.labels import encode_chat
+from stages.chat.template import install_template, template_text
+from stages.model.facts import read_facts
 
 pytestmark = pytest.mark.train
 
@@ -68,7 +71,7 @@ def build(folder):
     )
     bpe.train_from_iterator([*TOLD.values(), *GENERAL, *ASKED], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>")
-    _template.install(tokenizer, _template.text("med"))
+    install_template(tokenizer, template_text("med"))
     torch.manual_seed(0)
     torch.set_num_threads(1)
     ends = {"vocab_size": 400, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
@@ -96,7 +99,7 @@ def build(folder):
     save("pt")
     for name, shift in (("shuffled", 1), ("sft", 0)):
         model = LlamaForCausalLM.from_pretrained(folder / "pt")
-        train([_template.encode(tokenizer, row) for row in talks(ASKED[:3], shift)], 60)
+        train([encode_chat(tokenizer, row) for row in talks(ASKED[:3], shift)], 60)
         save(name)
     prefer(model, tokenizer)
     save("dpo")
@@ -107,7 +110,7 @@ def build(folder):
         calibration = {"data": [source], "samples": 8}
         (folder / name).mkdir()
         config = quantize.Config(model=[str(folder / "merge")], bits=bits, group_size=32, calibration=calibration)
-        quantize._quantize(config, _model.facts(folder / "merge"), folder / "merge", rows(config), folder / "work")
+        quantize._quantize(config, read_facts(folder / "merge"), folder / "merge", rows(config), folder / "work")
         quantize._publish(folder / "merge", folder / "work/model", folder / name)
         shutil.rmtree(folder / "work")
 
@@ -125,7 +128,7 @@ def prefer(model, tokenizer):
     def margins():
         sums = []
         for shift in (0, 1):
-            rows = [_template.encode(tokenizer, row) for row in talks(ASKED[:3], shift)]
+            rows = [encode_chat(tokenizer, row) for row in talks(ASKED[:3], shift)]
             sums.append(torch.stack([-model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss * sum(
                 label != -100 for label in labels) for ids, labels in rows]))  # fmt: skip
         return sums[0] - sums[1]
@@ -149,7 +152,7 @@ def judge(folder, models):
     gates = [gate for gate in given["gates"] if {gate["stage"], gate["versus"]} <= models.keys()]
     out = folder / ("-".join(models.values()) + ".out")
     out.mkdir()
-    config = evaluate.Config(compare=compare, data=data, gates=gates, template=_template.text("med"))
+    config = evaluate.Config(compare=compare, data=data, gates=gates, template=template_text("med"))
     evaluate.run(config, out)
     said = evaluate.verdicts(config, out)
     names = [f"{gate['metric']} of {gate['stage']}" for gate in gates]

@@ -4,8 +4,11 @@ import shutil
 
 import pytest
 
-from pipeline.errors import StageError
-from stages import _lora, _model, sft
+from stages import sft
+from stages.model.facts import read_facts
+from stages.model.folder import load_model
+from stages.model.lora import Adapter
+from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
 
@@ -31,8 +34,8 @@ def test_folding_is_what_peft_merges(tiny, adapt, kind):
 
     base = tiny("llama", tied=False)
     adapter = adapt([base], **KINDS[kind])
-    merged = PeftModel.from_pretrained(_model.load([str(base)]), adapter).merge_and_unload()
-    same(_model.load([str(base), str(adapter)]).state_dict(), merged.state_dict())
+    merged = PeftModel.from_pretrained(load_model([str(base)]), adapter).merge_and_unload()
+    same(load_model([str(base), str(adapter)]).state_dict(), merged.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["plain", "DoRA", "whole modules"])
@@ -42,10 +45,10 @@ def test_adapters_are_folded_in_their_order(tiny, adapt, kind):
     base = tiny("llama", tied=False)
     first = adapt([base], seed=1, **KINDS[kind])
     second = adapt([base, first], seed=2, **KINDS[kind])
-    merged = _model.load([str(base)])
+    merged = load_model([str(base)])
     for adapter in (first, second):
         merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
-    same(_model.load([str(base), str(first), str(second)]).state_dict(), merged.state_dict())
+    same(load_model([str(base), str(first), str(second)]).state_dict(), merged.state_dict())
 
 
 @pytest.mark.parametrize("lora", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}], ids=str)
@@ -54,8 +57,8 @@ def test_biases_that_were_trained_are_folded(tiny, adapt, lora):
 
     base = tiny("bloom")
     adapter = adapt([base], **lora)
-    merged = PeftModel.from_pretrained(_model.load([str(base)]), adapter).merge_and_unload()
-    same(_model.load([str(base), str(adapter)]).state_dict(), merged.state_dict())
+    merged = PeftModel.from_pretrained(load_model([str(base)]), adapter).merge_and_unload()
+    same(load_model([str(base), str(adapter)]).state_dict(), merged.state_dict())
 
 
 def test_a_fresh_adapter_changes_nothing(tiny, tmp_path):
@@ -64,15 +67,15 @@ def test_a_fresh_adapter_changes_nothing(tiny, tmp_path):
 
     base = str(tiny("qwen2"))
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(_model.load([base]), config).save_pretrained(tmp_path)
-    for name, weight in _model.load([base, str(tmp_path)]).state_dict().items():
-        assert torch.equal(weight, _model.load([base]).state_dict()[name])
+    get_peft_model(load_model([base]), config).save_pretrained(tmp_path)
+    for name, weight in load_model([base, str(tmp_path)]).state_dict().items():
+        assert torch.equal(weight, load_model([base]).state_dict()[name])
 
 
 def test_an_adapter_of_another_model_is_refused(tiny, adapt):
     adapter = adapt([tiny("llama")], target_modules=["q_proj", "up_proj"])
     with pytest.raises(StageError) as caught:
-        _model.load([str(tiny("bloom")), str(adapter)])
+        load_model([str(tiny("bloom")), str(adapter)])
     assert str(caught.value) == (
         f"8 tensors of the adapter `{adapter}` have no place in the base (first "
         "`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`): it was trained on another model, or its kind "
@@ -85,12 +88,12 @@ def test_an_adapter_that_is_cut_off_is_refused(tiny, adapt, tmp_path):
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(StageError, match=rf"^the adapter `{adapter}` cannot be read \(.+\)$"):
-        _lora.Adapter(str(adapter))
+        Adapter(str(adapter))
 
 
 def test_kinds_that_could_not_be_folded_are_refused_before_training(tiny, rows):
     def problems(lora, **kind):
-        facts = _model.facts(tiny("llama", **kind), "the base")
+        facts = read_facts(tiny("llama", **kind), "the base")
         return sft.check(sft.Config(model=["base"], data=[rows("alpaca", 1)], lora=lora), facts)
 
     advice = "later stages could not fold the adapter into its base; remove it"
@@ -120,6 +123,6 @@ def test_an_adapter_is_folded_as_it_was_trained(tiny, train, rows, start):
     ids = torch.arange(4, 40)[None]
     with torch.no_grad():
         expected = done.trainer.model.eval()(input_ids=ids).logits
-        folded = _model.load([str(base), str(done.out)])(input_ids=ids).logits
+        folded = load_model([str(base), str(done.out)])(input_ids=ids).logits
         assert (folded - expected).abs().max() <= 1e-5
-        assert (_model.load([str(base)])(input_ids=ids).logits - expected).abs().max() > 1e-3
+        assert (load_model([str(base)])(input_ids=ids).logits - expected).abs().max() > 1e-3

@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from pipeline.errors import StageError
-from stages import _model, merge
+from stages import merge
+from stages.model.facts import read_facts
+from stages.model.folder import carried_files, load_model
+from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
 
@@ -95,7 +97,7 @@ def test_tied_embeddings_stay_tied(tiny, adapt, tmp_path, architecture):
 
     base = tiny(architecture)
     merged([base, adapt([base])], tmp_path)
-    assert "lm_head.weight" not in _model.facts(tmp_path).weights
+    assert "lm_head.weight" not in read_facts(tmp_path).weights
     assert (tmp_path / "config.json").read_bytes() == (base / "config.json").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.tie_word_embeddings
@@ -111,7 +113,7 @@ def test_a_large_model_is_written_as_several_files_and_an_index(tiny, adapt, tmp
     assert files == [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
     assert metrics["shards"] == len(files) > 3
     assert set(index["weight_map"].values()) == set(files)
-    assert index["weight_map"].keys() == _model.facts(chain[0]).weights.keys()
+    assert index["weight_map"].keys() == read_facts(chain[0]).weights.keys()
     assert all((tmp_path / name).stat().st_size < 160_000 for name in files)
     assert (served(tmp_path) - trained(chain)).abs().max() <= 1e-4
 
@@ -123,7 +125,7 @@ def test_a_base_in_several_files_is_merged(tiny, adapt, tmp_path):
     out.mkdir()
     source = tiny("qwen2", tied=False)
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(base, max_shard_size="150KB")
-    for path in _model.carried_files(source):
+    for path in carried_files(source):
         shutil.copy(path, base)
     assert len(list(base.glob("*.safetensors"))) > 2
     chain = [base, adapt([base])]
@@ -165,7 +167,7 @@ def test_a_bfloat16_base_stays_bfloat16(tiny, adapt, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     out.mkdir()
     AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(base)
-    for path in _model.carried_files(tiny("llama")):
+    for path in carried_files(tiny("llama")):
         shutil.copy(path, base)
     merged([base, adapt([base])], out)
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
@@ -189,9 +191,9 @@ def test_an_adapter_of_another_model_is_refused(tiny, adapt, tmp_path):
 
 
 def test_a_merge_that_went_wrong_is_noticed(tiny, adapt, tmp_path, monkeypatch):
-    from stages import _lora
+    from stages.model.lora import Adapter
 
-    monkeypatch.setattr(_lora.Adapter, "scale", lambda self, module: 1.0)  # it is lora_alpha 8 / r 4
+    monkeypatch.setattr(Adapter, "scale", lambda self, module: 1.0)  # it is lora_alpha 8 / r 4
     base = tiny("llama")
     with pytest.raises(StageError, match=r"^the merged model is not the chain: its logits differ by up to [0-9.e-]+; "):
         merged([base, adapt([base])], tmp_path)
@@ -214,8 +216,8 @@ def test_in_bfloat16_a_lost_adapter_is_seen_and_the_stage_after_starts_from_the_
     (tmp_path / "whole").mkdir()
     (tmp_path / "lost").mkdir()
     assert merged(chain, tmp_path / "whole")["logit_difference"] <= 1e-4
-    started = _model.load(list(map(str, chain)), dtype="float32").state_dict()
-    written = _model.load([str(tmp_path / "whole")], dtype="auto").state_dict()
+    started = load_model(list(map(str, chain)), dtype="float32").state_dict()
+    written = load_model([str(tmp_path / "whole")], dtype="auto").state_dict()
     assert all(weight.dtype == torch.bfloat16 for weight in written.values())
     assert all(torch.equal(started[name], weight.float()) for name, weight in written.items())
     merged(chain[:2], tmp_path / "lost", verify=False)

@@ -4,7 +4,11 @@ import json
 
 import pytest
 
-from stages import _model, _template, _trainer, dpo, init, merge, pt, sft
+from stages import dpo, init, merge, pt, sft
+from stages.chat.template import template_text
+from stages.model.facts import Facts, Needs, read_facts
+from stages.model.folder import load_model
+from stages.training import needs as needs_module
 
 pytestmark = pytest.mark.train
 
@@ -32,7 +36,7 @@ def middle(tmp_path_factory, rows):
     """A model that outweighs its tokenizer, and what is known of it before it is made."""
     folder = tmp_path_factory.mktemp("middle")
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400}
-    settings = {"data": [rows("alpaca", 20)], "tie_word_embeddings": False, "template": _template.text("med")}
+    settings = {"data": [rows("alpaca", 20)], "tie_word_embeddings": False, "template": template_text("med")}
     config = init.Config(architecture="llama", **settings, **sizes)
     init.run(config, folder)
     return folder, config
@@ -88,14 +92,14 @@ def test_training_takes_what_was_said_and_little_more(middle, train, rows, tmp_p
     reference = getattr(done.trainer, "ref_model", None)
     memory = peak.memory + (size(reference.parameters()) if reference is not None else 0)
     config = stage.Config(model=str(middle[0]), data=[source], **asked)
-    needs = stage.needs(config, _model.facts(middle[0]))
+    needs = stage.needs(config, read_facts(middle[0]))
     assert close(needs.disk, peak.disk), f"{needs.disk:,} of {peak.disk:,} bytes on disk"
     assert close(needs.memory, memory), f"{needs.memory:,} of {memory:,} bytes in memory"
     if settings["lora"] is None:
-        stored = _model.facts(tmp_path).stored
-        assert stage.facts_after(config, _model.facts(middle[0])).stored == stored
+        stored = read_facts(tmp_path).stored
+        assert stage.facts_after(config, read_facts(middle[0])).stored == stored
     else:
-        assert stage.facts_after(config, _model.facts(middle[0])) == _model.facts(middle[0])
+        assert stage.facts_after(config, read_facts(middle[0])) == read_facts(middle[0])
 
 
 @pytest.mark.parametrize(
@@ -120,13 +124,13 @@ def test_the_weights_that_lora_trains_are_counted_as_peft_makes_them(middle, lor
     from peft import LoraConfig, get_peft_model
 
     settings = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora}
-    model = get_peft_model(_model.load([str(middle[0])]), LoraConfig(**settings))
+    model = get_peft_model(load_model([str(middle[0])]), LoraConfig(**settings))
     made, _ = model.get_nb_trainable_parameters()
-    assert _trainer._adapter_parameters(lora, _model.facts(middle[0])) == made
+    assert needs_module._adapter_parameters(lora, read_facts(middle[0])) == made
 
 
 def test_a_lora_base_is_counted_in_16_bits_where_it_will_be(middle, rows, monkeypatch):
-    facts = _model.facts(middle[0])
+    facts = read_facts(middle[0])
 
     def memory(gpu, **trainer):
         monkeypatch.setattr("shutil.which", lambda name: gpu)
@@ -143,8 +147,8 @@ def test_init_takes_what_was_said(middle):
     folder, config = middle
     written = (folder / "model.safetensors").stat().st_size
     assert close(init.needs(config).disk, written)
-    assert init.needs(config) == _model.Needs(init.facts(config).stored, init.facts(config).stored)
-    known, found = init.facts(config).weights, _model.facts(folder).weights
+    assert init.needs(config) == Needs(init.facts(config).stored, init.facts(config).stored)
+    known, found = init.facts(config).weights, read_facts(folder).weights
     assert {name: found[name] for name in known} == dict(known)
     assert {len(shape) for name, shape in found.items() if name not in known} == {1}
 
@@ -152,19 +156,19 @@ def test_init_takes_what_was_said(middle):
 @pytest.mark.parametrize("shard_size", ["4GB", "0.5MB"])
 def test_merge_takes_what_was_said(middle, adapt, tmp_path, shard_size):
     config = merge.Config(model=[str(middle[0]), str(adapt([middle[0]]))], shard_size=shard_size, verify=False)
-    needs = merge.needs(config, _model.facts(middle[0]))
+    needs = merge.needs(config, read_facts(middle[0]))
     metrics = merge.run(config, tmp_path)
-    assert needs.disk == _model.facts(tmp_path).stored
+    assert needs.disk == read_facts(tmp_path).stored
     assert close(needs.disk, sum(path.stat().st_size for path in tmp_path.iterdir()))
     assert close(needs.memory, max(path.stat().st_size for path in tmp_path.glob("*.safetensors")))
     assert metrics["shards"] == (1 if shard_size == "4GB" else 4)
     verified = config.model_copy(update={"verify": True})
-    assert merge.needs(verified, _model.facts(middle[0])).memory == 2 * 4 * _model.facts(middle[0]).parameters
+    assert merge.needs(verified, read_facts(middle[0])).memory == 2 * 4 * read_facts(middle[0]).parameters
 
 
 def test_nothing_is_said_of_a_model_that_is_not_here_yet(rows):
-    unknown = _model.Facts("`org/name`", {}, known=False)
+    unknown = Facts("`org/name`", {}, known=False)
     for stage in (pt, sft, dpo):
         config = stage.Config(model="org/name", data=[rows("alpaca", 1)], lora={"r": 4})
-        assert stage.needs(config, unknown) == _model.Needs(0, 0)
-    assert merge.needs(merge.Config(model="org/name"), unknown) == _model.Needs(0, 0)
+        assert stage.needs(config, unknown) == Needs(0, 0)
+    assert merge.needs(merge.Config(model="org/name"), unknown) == Needs(0, 0)

@@ -12,8 +12,12 @@ from typing import get_args
 
 import pytest
 
-from pipeline.errors import Interrupted, StageError
-from stages import _model, _packing, _rows, init, pt, sft
+from stages import init, pt, sft
+from stages.data.source import Source, rows_of
+from stages.model import bloom
+from stages.model.facts import Facts
+from stages.runtime.errors import Interrupted, StageError
+from stages.training import packing
 
 pytestmark = pytest.mark.train
 
@@ -44,7 +48,7 @@ def written(path, lengths):
     letters = random.Random(0)
     texts = ["".join(letters.choices("BFGJKQVWXYZ", k=length - 1)) for length in lengths]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return _rows.Source(path=str(path), format="text")
+    return Source(path=str(path), format="text")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def loss_alone(model, batch, documents):
 
 
 def test_every_architecture_that_may_pack_is_proven_below():
-    assert set(_packing.EXACT) == set(ARCHITECTURES)
+    assert set(packing.EXACT) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -214,7 +218,7 @@ def test_bloom_s_attention_dropout_is_kept():
 
     sizes = {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 20}
     model = BloomForCausalLM(BloomConfig(**sizes, attention_dropout=0.5, hidden_dropout=0.0))
-    _packing.install(model)
+    bloom.install(model)
     batch = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     torch.manual_seed(0)
     with torch.no_grad():
@@ -228,17 +232,17 @@ def test_bloom_s_position_bias_is_fine_in_16_bits_far_into_a_row():
     import torch
 
     slopes = torch.tensor([0.5, 2**-8])
-    bias = _packing.alibi(slopes, 2000, torch.bfloat16)[0, :, 1999]
+    bias = bloom.alibi(slopes, 2000, torch.bfloat16)[0, :, 1999]
     assert bias[:, 1997:].tolist() == [[-1.0, -0.5, 0.0], [-(2**-7), -(2**-8), 0.0]]
     assert bias.shape == (2, 2000)
-    assert _packing.alibi(slopes, 3, torch.float32).shape == (1, 2, 8, 8)
+    assert bloom.alibi(slopes, 3, torch.float32).shape == (1, 2, 8, 8)
 
 
 def test_positions_that_do_not_count_up_are_refused():
     import torch
 
     with pytest.raises(ValueError, match="must count up from 0"):
-        _packing.layout(torch.tensor([[0, 1, 3, 4]]), torch.ones(2), torch.float32)
+        bloom.layout(torch.tensor([[0, 1, 3, 4]]), torch.ones(2), torch.float32)
 
 
 def test_the_held_out_loss_is_that_of_documents_alone(tiny, train, texts):
@@ -303,7 +307,7 @@ def test_packing_loses_no_token_of_many_documents(tiny, train, tmp_path):
     asked = {"max_length": ROOM, "max_steps": 1}
     done = train(pt, [tiny("llama")], source, trainer=asked)
     tokenizer = tokenizer_of(tiny("llama"))
-    whole = [[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in _rows.examples(source)]
+    whole = [[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in rows_of(source)]
     expected = [ids[start : start + ROOM] for ids in whole for start in range(0, len(ids), ROOM)]
     assert len(expected) > 1000  # TRL packs a thousand rows at a time
     assert sorted(pieces_of(done.trainer.train_dataset)) == sorted(map(tuple, expected))
@@ -431,7 +435,7 @@ UNPROVEN = (
 def test_what_would_let_packed_rows_read_each_other_is_refused(rows, stage, trainer, config, expected):
     kind = "text" if stage is pt else "alpaca"
     asked = stage.Config(model="m", data=[rows(kind, 1)], template="{{ messages }}", trainer=trainer)
-    facts = _model.Facts("`m`", config, tokenizer={"eos_token": "</s>"})
+    facts = Facts("`m`", config, tokenizer={"eos_token": "</s>"})
     assert [problem for problem in stage.check(asked, facts) if problem[0].startswith("trainer")] == expected
 
 
@@ -441,7 +445,7 @@ def test_a_model_that_was_unknown_while_planning_is_refused_before_it_is_trained
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
     asked = {"packing": True, "packing_strategy": "bfd", "padding_free": False}
     with pytest.raises(StageError) as caught:
-        _packing.prepare(model, SimpleNamespace(**asked))
+        packing.prepare(model, SimpleNamespace(**asked))
     assert str(caught.value) == UNPROVEN + "`packing: false`"
-    _packing.prepare(model, SimpleNamespace(**{**asked, "packing": False}))
-    _packing.prepare(model, SimpleNamespace(**{**asked, "packing_strategy": "wrapped"}))
+    packing.prepare(model, SimpleNamespace(**{**asked, "packing": False}))
+    packing.prepare(model, SimpleNamespace(**{**asked, "packing_strategy": "wrapped"}))

@@ -11,9 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import cli, worker
-from pipeline.errors import StageError
-from stages import _account, _drawn, _prepared, _processes, _rows, _template, _tiktoken, sft
+from pipeline import cli
+from stages import sft
+from stages.chat import encoding, fast_tokens
+from stages.chat.template import template_text
+from stages.data import drawing
+from stages.data.source import Source, kept_rows
+from stages.runtime.errors import StageError, explain
+from stages.runtime.processes import parallel_map
+from stages.training import preparation
 
 pytestmark = pytest.mark.train
 
@@ -34,12 +40,12 @@ def prepared(tiny, tmp_path):
     out.mkdir(parents=True)
 
     def run(architecture="llama", template="med", max_length=200, processes=None, **settings):
-        sources = [_rows.Source(path=str(file), format="alpaca", **settings.pop("source", {}))]
-        named = {"model": [str(tiny(architecture))], "data": sources, "template": _template.text(template), **settings}
+        sources = [Source(path=str(file), format="alpaca", **settings.pop("source", {}))]
+        named = {"model": [str(tiny(architecture))], "data": sources, "template": template_text(template), **settings}
         config = sft.Config.model_validate(named)
         args = SimpleNamespace(max_length=max_length, dataset_num_proc=processes, per_device_train_batch_size=8)
         tokenizer = sft._supervised._trainer.tokenizer(config)
-        return _prepared.prepare(config, tokenizer, args, out)
+        return preparation.prepare(config, tokenizer, args, out)
 
     run.file, run.out, run.saves = file, out, tmp_path / "saves"
     return run
@@ -130,16 +136,16 @@ def test_several_processes_prepare_the_same_bytes(prepared, monkeypatch):
     alone = content(prepared.saves) if prepared(processes=1, eval_size=5) else {}
     for folder in entries(prepared.saves):
         _remove(folder)
-    monkeypatch.setattr(_prepared, "FEW", 0)
-    monkeypatch.setattr(_drawn, "_ROWS", 16)
-    pids, real = prepared.saves / "pids", _account.encode
+    monkeypatch.setattr(preparation, "FEW", 0)
+    monkeypatch.setattr(drawing, "_ROWS", 16)
+    pids, real = prepared.saves / "pids", encoding.encode
 
     def encode(*arguments):
         with open(pids, "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         return real(*arguments)
 
-    monkeypatch.setattr(_account, "encode", encode)
+    monkeypatch.setattr(encoding, "encode", encode)
     together = prepared(processes=2, eval_size=5)
     used = set(map(int, pids.read_text(encoding="utf-8").split())) - {os.getpid()}
     assert len(used) == 2
@@ -156,14 +162,14 @@ def test_several_processes_prepare_the_same_bytes(prepared, monkeypatch):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_tiktoken_gives_the_same_rows(prepared, monkeypatch, processes):
     write(prepared.file, 300)
-    monkeypatch.setattr(_prepared, "FEW", 0)
-    monkeypatch.setattr(_drawn, "_ROWS", 16)
+    monkeypatch.setattr(preparation, "FEW", 0)
+    monkeypatch.setattr(drawing, "_ROWS", 16)
     prepared(processes=processes)
     (folder,) = entries(prepared.saves)
     alone = (folder / "train.arrow").read_bytes()
     _remove(folder)
-    monkeypatch.setattr(_prepared, "SOME", 3)
-    counts, find = prepared.saves / "counts", _tiktoken.twin
+    monkeypatch.setattr(preparation, "SOME", 3)
+    counts, find = prepared.saves / "counts", fast_tokens.twin
 
     def counted(backend):
         twin = find(backend)
@@ -175,7 +181,7 @@ def test_tiktoken_gives_the_same_rows(prepared, monkeypatch, processes):
 
         return encode
 
-    monkeypatch.setattr(_tiktoken, "twin", counted)
+    monkeypatch.setattr(fast_tokens, "twin", counted)
     prepared(processes=processes)
     assert (folder / "train.arrow").read_bytes() == alone
     asked = len(counts.read_text(encoding="utf-8").splitlines())
@@ -185,9 +191,9 @@ def test_tiktoken_gives_the_same_rows(prepared, monkeypatch, processes):
 @pytest.mark.parametrize("settings", [{}, {"eval_size": 2}, {"weights": [1.0]}], ids=str)
 def test_rows_are_tokenized_while_they_are_read_where_all_are_taken(prepared, monkeypatch, settings):
     write(prepared.file, 64)
-    monkeypatch.setattr(_drawn, "_ROWS", 16)
-    monkeypatch.setattr(_prepared, "FEW", 0)
-    seen, kept, encode = [], _rows.kept, _account.encode
+    monkeypatch.setattr(drawing, "_ROWS", 16)
+    monkeypatch.setattr(preparation, "FEW", 0)
+    seen, kept, encode = [], kept_rows, encoding.encode
 
     def read(*arguments):
         for placed in kept(*arguments):
@@ -198,8 +204,8 @@ def test_rows_are_tokenized_while_they_are_read_where_all_are_taken(prepared, mo
         seen.append("tokenized")
         return encode(*arguments)
 
-    monkeypatch.setattr(_rows, "kept", read)
-    monkeypatch.setattr(_account, "encode", tokenized)
+    monkeypatch.setattr(drawing, "kept_rows", read)
+    monkeypatch.setattr(encoding, "encode", tokenized)
     prepared(processes=1, **settings)
     apart = [*["read"] * 64, *["tokenized"] * (5 if "eval_size" in settings else 4)]
     assert seen == (apart if settings else [*["read"] * 16, "tokenized"] * 4)
@@ -210,8 +216,8 @@ def test_bad_rows_at_the_end_of_a_file_stop_the_preparation(prepared, monkeypatc
     write(prepared.file, 64)
     with open(prepared.file, "a", encoding="utf-8") as file:
         file.write('{"instruction": "a"}\n' * 2)
-    monkeypatch.setattr(_drawn, "_ROWS", 16)
-    monkeypatch.setattr(_prepared, "FEW", 0)
+    monkeypatch.setattr(drawing, "_ROWS", 16)
+    monkeypatch.setattr(preparation, "FEW", 0)
     with pytest.raises(StageError, match=r"rows\.jsonl:65: the row has no `output`; .*\(map other names"):
         prepared(processes=2, **settings)
     assert [folder.suffix for folder in entries(prepared.saves)] == [".part"]
@@ -224,18 +230,18 @@ def _remove(folder: Path) -> None:
 
 
 def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch):
-    monkeypatch.setattr(_prepared, "FEW", 0)
-    monkeypatch.setattr(_drawn, "_ROWS", 2)
+    monkeypatch.setattr(preparation, "FEW", 0)
+    monkeypatch.setattr(drawing, "_ROWS", 2)
     here = os.getpid()
 
     def encode(*_):
         assert os.getpid() != here, "the work is not done in another process"
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(_account, "encode", encode)
+    monkeypatch.setattr(encoding, "encode", encode)
     with pytest.raises(MemoryError) as caught:
         prepared(processes=2)
-    assert worker.explain(caught.value).startswith("out of memory; ")
+    assert explain(caught.value).startswith("out of memory; ")
     assert [folder.suffix for folder in entries(prepared.saves)] == [".part"]
     monkeypatch.undo()
     assert prepared().train.num_rows == 6
@@ -243,13 +249,13 @@ def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch)
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(prepared, monkeypatch):
-    real = _account.encode
+    real = encoding.encode
 
     def encode(*arguments):
         write(prepared.file, 6, salt="另")
         return real(*arguments)
 
-    monkeypatch.setattr(_account, "encode", encode)
+    monkeypatch.setattr(encoding, "encode", encode)
     with pytest.raises(StageError) as caught:
         prepared()
     assert str(caught.value) == "a data file changed while it was read; run again"
@@ -280,15 +286,15 @@ def _runs(pid: int) -> bool:
 
 
 def test_few_items_need_no_other_process():
-    assert list(_processes.mapped(lambda _: os.getpid(), range(3), 2, few=3)) == [os.getpid()] * 3
-    assert os.getpid() not in list(_processes.mapped(lambda _: os.getpid(), range(4), 2, few=3))
-    assert list(_processes.mapped(lambda item: item * 2, range(50), 2)) == [2 * item for item in range(50)]
+    assert list(parallel_map(lambda _: os.getpid(), range(3), 2, few=3)) == [os.getpid()] * 3
+    assert os.getpid() not in list(parallel_map(lambda _: os.getpid(), range(4), 2, few=3))
+    assert list(parallel_map(lambda item: item * 2, range(50), 2)) == [2 * item for item in range(50)]
 
 
 def test_shares_are_told_in_rows_and_tokens(prepared, tiny, tmp_path):
     long = [{"instruction": "问", "output": "很长的回答。" * 20} for _ in range(6)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long), encoding="utf-8")
-    sources = [_rows.Source(path=str(path), format="alpaca") for path in (prepared.file, tmp_path / "long.jsonl")]
+    sources = [Source(path=str(path), format="alpaca") for path in (prepared.file, tmp_path / "long.jsonl")]
     account = prepared(data=sources, weights=[1, 1], max_length=1000).account
     short, other = account["data"]
     assert short["share_of_rows"] == other["share_of_rows"] == 0.5

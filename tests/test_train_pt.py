@@ -4,7 +4,10 @@ from itertools import chain
 
 import pytest
 
-from stages import _drawn, _prepared, _rows, pt
+from stages import pt
+from stages.data import drawing
+from stages.data.source import load, rows_of
+from stages.training import preparation
 
 pytestmark = pytest.mark.train
 
@@ -21,14 +24,14 @@ def tokenizer_of(folder):
 def documents(tiny, rows):
     """The ids of each text, its end included, as the exported tokenizer gives them."""
     tokenizer = tokenizer_of(tiny("llama"))
-    texts = [row["text"] for row in _rows.examples(rows("text", COUNT))]
+    texts = [row["text"] for row in rows_of(rows("text", COUNT))]
     return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
 
 @pytest.mark.parametrize("room", [7, 64, 10_000, None])
 def test_documents_are_cut_into_pieces_and_none_is_lost(tiny, rows, documents, room):
-    placed = [_drawn.Placed(0, place, row) for place, row in _rows.load(rows("text", COUNT))[0]]
-    made, (tokens,) = _prepared.sequences(tokenizer_of(tiny("llama")), room, True, 1)(next(_drawn.chunks(placed)))
+    placed = [drawing.Placed(0, place, row) for place, row in load(rows("text", COUNT))[0]]
+    made, (tokens,) = preparation.sequences(tokenizer_of(tiny("llama")), room, True, 1)(next(drawing.chunks(placed)))
     pieces = made["input_ids"].to_pylist()
     assert tokens.tokens == tokens.trained == sum(map(len, documents))
     assert list(chain(*pieces)) == list(chain(*documents))

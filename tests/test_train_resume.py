@@ -11,8 +11,12 @@ import json
 
 import pytest
 
-from pipeline.errors import Interrupted
-from stages import _checkpoint, _rows, _template, _trainer, dpo, init, pt, sft
+from stages import dpo, init, pt, sft
+from stages.chat.template import template_text
+from stages.data.source import Source
+from stages.runtime.errors import Interrupted
+from stages.training.checkpoint import newest_whole
+from stages.training.settings import inexact_resume
 
 pytestmark = pytest.mark.train
 
@@ -134,7 +138,7 @@ def small(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("small")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
     init.run(
-        init.Config(architecture="llama", data=[rows("alpaca", 40)], template=_template.text("med"), **sizes), folder
+        init.Config(architecture="llama", data=[rows("alpaca", 40)], template=template_text("med"), **sizes), folder
     )
     return folder
 
@@ -155,7 +159,7 @@ def data(tmp_path_factory):
         kinds = {pt: "text", sft: "prompt_completion", dpo: "preference"}
         path = folder / f"{kinds[stage]}-{count}.jsonl"
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        return _rows.Source(path=str(path), format=kinds[stage])
+        return Source(path=str(path), format=kinds[stage])
 
     return source
 
@@ -197,7 +201,7 @@ def test_a_stop_at_any_step_leaves_no_trace(go, tmp_path, at, stop, name):
     def stopped(out, step):
         with pytest.raises(Interrupted, match=rf"^stopped at step {step} of {asked}$"):
             go(name, out, at(step, "on_step_end", stop))
-        assert _checkpoint.newest_whole(out / "checkpoints")[0].name == f"checkpoint-{step}"
+        assert newest_whole(out / "checkpoints")[0].name == f"checkpoint-{step}"
 
     for step in range(1, steps):
         once = folder(tmp_path, f"once-{step}")
@@ -223,7 +227,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_leaves_no_trace(go, t
     out = folder(tmp_path, "killed")
     with pytest.raises(Killed):
         go(name, out, at(3, "on_step_end", kill), **saved)
-    assert _checkpoint.newest_whole(out / "checkpoints")[0].name == "checkpoint-2"
+    assert newest_whole(out / "checkpoints")[0].name == "checkpoint-2"
     assert result(go(name, out, **saved)) == whole
 
 
@@ -255,7 +259,7 @@ SAID = (
 
 def test_a_stop_between_two_checkpoints_adds_a_candidate_for_the_best_and_the_user_is_told(go, tmp_path, at, stop):
     asked = {**BETWEEN, "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    assert _trainer.inexact(sft.Config(model="m", data=[source()], trainer=asked)) == SAID
+    assert inexact_resume(sft.Config(model="m", data=[source()], trainer=asked)) == SAID
     whole = result(go("without a best", folder(tmp_path, "whole"), **asked))
     out = folder(tmp_path, "stopped")
     with pytest.raises(Interrupted):
@@ -285,11 +289,11 @@ def test_a_stop_between_two_checkpoints_adds_a_candidate_for_the_best_and_the_us
     ],
 )
 def test_what_is_not_exact_is_said(settings, said):
-    assert _trainer.inexact(sft.Config(model="m", data=[source()], trainer=settings)) == said
+    assert inexact_resume(sft.Config(model="m", data=[source()], trainer=settings)) == said
 
 
 def source():
-    return _rows.Source(path="rows.jsonl", format="messages")
+    return Source(path="rows.jsonl", format="messages")
 
 
 def folder(tmp_path, name):

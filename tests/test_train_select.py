@@ -7,15 +7,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import artifact, cli
-from pipeline.errors import StageError
-from stages import _generate, _inference, _model, _rows, _select_scores, _template, select
+from pipeline import cli
+from pipeline.saves import artifact
+from stages import select
+from stages.chat.labels import IGNORED
+from stages.chat.template import install_template, template_text
+from stages.data.source import Source, rows_of
+from stages.measuring.scores import answer_losses, embeddings, opening, own_answers, rewards
+from stages.model import generation, inference
+from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
 
 DATA = Path(__file__).parent.parent / "data"
-MED = _template.text("med")
-UNREAD = _rows.Source(path="none.jsonl", format="messages")
+MED = template_text("med")
+UNREAD = Source(path="none.jsonl", format="messages")
 
 
 def talk(question, answer, *more):
@@ -56,13 +63,13 @@ def test_ifd_is_that_of_plain_torch(tiny, rows, tmp_path, architecture):
     source, folder = rows("alpaca", 12), tiny(architecture)
     metrics = select.run(settings(folder, source, batch_tokens=700), tmp_path)
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
-    talks = _rows.examples(source)
+    talks = rows_of(source)
     expected = [ifd_by_hand(folder, row["messages"]) for row in talks]
     assert [score["ifd"] for score in scores] == pytest.approx(expected, abs=1e-5)
     helped = [index for index in range(12) if expected[index] <= 1]
     best = sorted(sorted(helped, key=lambda index: -expected[index])[:5])
-    kept = _rows.Source(path=str(tmp_path / "rows.jsonl"), format="messages")
-    assert _rows.examples(kept) == [talks[index] for index in best]
+    kept = Source(path=str(tmp_path / "rows.jsonl"), format="messages")
+    assert rows_of(kept) == [talks[index] for index in best]
     assert metrics["dropped"].get("with an IFD above 1", 0) == 12 - len(helped)
 
 
@@ -83,8 +90,8 @@ class Certain:
 
 def test_ifd_of_a_model_that_can_be_computed_by_hand():
     # Answer 2, 3 after question 1: ln 4/3 a token. Alone: ln 4 a token. IFD = ln(4/3) / ln 4 = 0.2075.
-    no = _template.IGNORED
-    given, alone = _inference.summed_losses(Certain(), [([0, 1, 2, 3], [no, no, 2, 3]), ([0, 2, 3], [no, 2, 3])])
+    no = IGNORED
+    given, alone = inference.summed_losses(Certain(), [([0, 1, 2, 3], [no, no, 2, 3]), ([0, 2, 3], [no, 2, 3])])
     assert (given, alone) == pytest.approx((2 * math.log(4 / 3), 2 * math.log(4)))
     assert select.ifd([given / 2], [alone / 2]) == pytest.approx([0.20752], abs=1e-5)
 
@@ -94,12 +101,12 @@ def test_every_answer_of_a_conversation_counts_and_its_end_of_turn_does_not(tiny
 
     folder, seen = tiny("llama"), []
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    real = _inference.summed_losses
-    monkeypatch.setattr(_inference, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1])
+    real = inference.summed_losses
+    monkeypatch.setattr(inference, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1])
     row = talk("头疼怎么办？", "多休息。", "还疼呢？", "去看医生。")
-    given, alone = _select_scores.answer_losses(settings(folder, UNREAD), [row], tmp_path)
+    given, alone = answer_losses(settings(folder, UNREAD), [row], tmp_path)
     shown = [
-        (tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != _template.IGNORED]))
+        (tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != IGNORED]))
         for ids, labels in seen
     ]
     assert sorted(shown) == [
@@ -120,14 +127,14 @@ def test_every_answer_of_a_conversation_counts_and_its_end_of_turn_does_not(tiny
     ],
 )
 def test_what_opens_an_answer_alone(tiny, template, expected):
-    tokenizer = _model.load_tokenizer([str(tiny("llama"))])
-    _template.install(tokenizer, _template.text(template))
-    assert tokenizer.decode(_select_scores.opening(tokenizer)) == expected
+    tokenizer = load_tokenizer([str(tiny("llama"))])
+    install_template(tokenizer, template_text(template))
+    assert tokenizer.decode(opening(tokenizer)) == expected
 
 
 def test_rows_longer_than_the_limit_are_dropped_and_counted(tiny, tmp_path):
     rows = [talk("问", "答" * 300), talk("头疼怎么办？", "多休息，多喝水。")]
-    given, alone = _select_scores.answer_losses(settings(tiny("llama"), UNREAD, max_length=100), rows, tmp_path)
+    given, alone = answer_losses(settings(tiny("llama"), UNREAD, max_length=100), rows, tmp_path)
     assert (given[0], alone[0]) == (None, None)
     assert given[1] > 0 < alone[1]
 
@@ -161,11 +168,11 @@ def judge(tmp_path_factory):
 
 def source_of(tmp_path, *rows):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return _rows.Source(path=str(tmp_path / "data.jsonl"), format="messages")
+    return Source(path=str(tmp_path / "data.jsonl"), format="messages")
 
 
 def kept(tmp_path):
-    rows = _rows.examples(_rows.Source(path=str(tmp_path / "rows.jsonl"), format="messages"))
+    rows = rows_of(Source(path=str(tmp_path / "rows.jsonl"), format="messages"))
     return [row["messages"][-1]["content"] for row in rows]
 
 
@@ -187,12 +194,12 @@ def test_a_scorer_reads_texts_pairs_and_its_own_chat_template(judge, tmp_path):
     pair = {"prompt": ask, "chosen": [{"role": "assistant", "content": "坏"}], "rejected": ask}
     rows = [{"text": "上好"}, pair, talk("上", "坏")]
     root = math.sqrt(2)
-    assert _select_scores.rewards(made, rows, tmp_path)[0] == pytest.approx([root, -root, -root])
+    assert rewards(made, rows, tmp_path)[0] == pytest.approx([root, -root, -root])
     shutil.copytree(judge, tmp_path / "chat")
     ends = "{% for message in messages %}{{ message['content'] }}{% endfor %}好"
     (tmp_path / "chat" / "chat_template.jinja").write_text(ends, encoding="utf-8")
     made = made.model_copy(update={"scorer": str(tmp_path / "chat")})
-    assert _select_scores.rewards(made, rows, tmp_path)[0] == pytest.approx([root, root, root])
+    assert rewards(made, rows, tmp_path)[0] == pytest.approx([root, root, root])
 
 
 def test_rows_that_a_scorer_cannot_take_whole_are_cut_and_counted(judge, tmp_path):
@@ -204,7 +211,7 @@ def test_rows_that_a_scorer_cannot_take_whole_are_cut_and_counted(judge, tmp_pat
 def test_necessity_scores_the_models_own_answers(tiny, judge, tmp_path, monkeypatch):
     said = {"甲": "坏", "乙": "好", "丙": "上"}
     source = source_of(tmp_path, *(talk(question, "答" + question) for question in said))
-    monkeypatch.setattr(_select_scores, "answers", lambda *_: list(said.values()))
+    monkeypatch.setattr(select, "own_answers", lambda *_: list(said.values()))
     made = settings(tiny("llama"), source, method="necessity", keep=None, below=0.0, scorer=str(judge))
     select.run(made, tmp_path)
     assert kept(tmp_path) == ["答甲"]
@@ -218,11 +225,11 @@ def test_necessity_scores_the_models_own_answers(tiny, judge, tmp_path, monkeypa
 def test_answers_in_batches_are_those_of_each_question_alone(tiny, rows, tmp_path, architecture):
     folder, source = tiny(architecture), rows("alpaca", 6)
     made = settings(folder, source, method="necessity", scorer="s", max_new_tokens=12, batch_tokens=700)
-    asked = _rows.examples(source)
-    found = _select_scores.answers(made, asked, tmp_path)
-    model = _model.load([str(folder)])
-    _model.set_stop_tokens(model, _model.load_tokenizer([str(folder)]))
-    assert found == [_generate.generate(model, str(folder), row["messages"][:-1], 12) for row in asked]
+    asked = rows_of(source)
+    found = own_answers(made, asked, tmp_path)
+    model = load_model([str(folder)])
+    set_stop_tokens(model, load_tokenizer([str(folder)]))
+    assert found == [generation.generate(model, str(folder), row["messages"][:-1], 12) for row in asked]
 
 
 def test_embeddings_are_means_of_hidden_states(judge, tiny, rows, tmp_path):
@@ -231,17 +238,15 @@ def test_embeddings_are_means_of_hidden_states(judge, tiny, rows, tmp_path):
     root = math.sqrt(2)
     asked = [talk("好上", "坏"), talk("好", "坏坏坏")]
     made = settings("no", UNREAD, method="k_center", embedder=str(judge), batch_tokens=4)
-    points, cut = _select_scores.embeddings(made, asked, tmp_path, answer=False)
+    points, cut = embeddings(made, asked, tmp_path, answer=False)
     assert points.tolist() == [pytest.approx([root / 2, root / 2]), pytest.approx([root, 0.0])]
     assert cut == 0
-    points, _ = _select_scores.embeddings(made, asked[1:], tmp_path, answer=True)
+    points, _ = embeddings(made, asked[1:], tmp_path, answer=True)
     assert points[0] == pytest.approx([-2 * root / 5, root / 5])  # 好, a line break that counts as 上, three times 坏
     source, folder = rows("alpaca", 3), tiny("bloom")
-    points, _ = _select_scores.embeddings(
-        settings(folder, source, method="k_center"), _rows.examples(source), tmp_path, answer=False
-    )
-    model, tokenizer = _model.load([str(folder)]), _model.load_tokenizer([str(folder)])
-    for point, row in zip(points, _rows.examples(source), strict=True):
+    points, _ = embeddings(settings(folder, source, method="k_center"), rows_of(source), tmp_path, answer=False)
+    model, tokenizer = load_model([str(folder)]), load_tokenizer([str(folder)])
+    for point, row in zip(points, rows_of(source), strict=True):
         ids = tokenizer(row["messages"][0]["content"], return_tensors="pt")
         with torch.no_grad():
             expected = model.base_model(**ids).last_hidden_state[0].mean(dim=0)
@@ -251,7 +256,7 @@ def test_embeddings_are_means_of_hidden_states(judge, tiny, rows, tmp_path):
 def test_a_model_without_a_scoring_head_is_refused(tiny, tmp_path):
     made = settings("no", UNREAD, method="quality", keep=None, above=0.0, scorer=str(tiny("llama")))
     with pytest.raises(StageError, match=r"has no `score.weight`, so its scores would be random; choose a reward mod"):
-        _select_scores.rewards(made, [talk("a", "b")], tmp_path)
+        rewards(made, [talk("a", "b")], tmp_path)
 
 
 # Through the command line
@@ -285,11 +290,11 @@ def test_a_chain_with_a_selection(tmp_path, capsys):
 
     first, times = run()
     folder = Path(first["select"]["folder"])
-    rows = _rows.examples(_rows.Source(path=str(folder / "rows.jsonl"), format="messages"))
-    tokenizer = _model.load_tokenizer([first["sft"]["folder"]])
+    rows = rows_of(Source(path=str(folder / "rows.jsonl"), format="messages"))
+    tokenizer = load_tokenizer([first["sft"]["folder"]])
     lengths = [len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows]
     asked = {row["messages"][0]["content"] for row in rows}
-    known = _rows.examples(_rows.Source(path=str(DATA / "med_qa.json"), format="alpaca", max_samples=24))
+    known = rows_of(Source(path=str(DATA / "med_qa.json"), format="alpaca", max_samples=24))
     assert len(asked & {row["messages"][0]["content"] for row in known}) == first["select"]["metrics"]["kept"] == 4
     assert (first["sft"]["metrics"]["rows"], first["sft"]["metrics"]["tokens"]) == (4, sum(lengths))
     assert artifact.read(Path(first["sft"]["folder"]))["model"] == [first["init"]["folder"], first["sft"]["folder"]]

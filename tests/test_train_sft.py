@@ -6,9 +6,13 @@ import shutil
 
 import pytest
 
-from pipeline.artifact import TO_GO_ON
-from pipeline.errors import Interrupted, StageError
-from stages import _checkpoint, _generate, _rows, _template, sft
+from pipeline.saves.artifact import TO_GO_ON
+from stages import sft
+from stages.chat.labels import IGNORED, encode_chat
+from stages.data.source import Source, rows_of
+from stages.model import generation
+from stages.runtime.errors import Interrupted, StageError
+from stages.training.checkpoint import newest_whole, rotate, seal
 
 pytestmark = pytest.mark.train
 
@@ -30,7 +34,7 @@ def talk(question, answer):
 
 def written(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return _rows.Source(path=str(path), format="messages")
+    return Source(path=str(path), format="messages")
 
 
 def sha256(path):
@@ -79,16 +83,16 @@ def done(tiny, train, rows):
 def test_the_loss_is_that_of_the_answers_alone(tiny, train, rows):
     source = rows("alpaca", 8)
     first = train(sft, [tiny("llama")], source, trainer={"max_steps": 1, "per_device_train_batch_size": 8})
-    expected = loss_by_hand(tiny("llama"), [row["messages"] for row in _rows.examples(source)])
+    expected = loss_by_hand(tiny("llama"), [row["messages"] for row in rows_of(source)])
     assert first.metrics["loss_first"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_batch_holds_answers_their_ends_and_padding(done, rows):
     tokenizer = done.trainer.processing_class
-    told = {row["messages"][-1]["content"] + "</s>" for row in _rows.examples(rows("alpaca", 8))}
+    told = {row["messages"][-1]["content"] + "</s>" for row in rows_of(rows("alpaca", 8))}
     for batch in done.trainer.get_train_dataloader():
         for labels in batch["labels"]:
-            assert tokenizer.decode(labels[labels != _template.IGNORED]) in told
+            assert tokenizer.decode(labels[labels != IGNORED]) in told
 
 
 def test_a_model_that_learnt_a_row_gives_its_answer_and_stops(tiny, train, tmp_path):
@@ -101,7 +105,7 @@ def test_a_model_that_learnt_a_row_gives_its_answer_and_stops(tiny, train, tmp_p
     asked = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_tensors="pt")
     ids = model.generate(**asked, max_new_tokens=100, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert tokenizer.decode(ids) == "多休息，多喝水。</s>"
-    assert _generate.generate(model, str(out), row["messages"][:1], 100) == "多休息，多喝水。"
+    assert generation.generate(model, str(out), row["messages"][:1], 100) == "多休息，多喝水。"
 
 
 @pytest.mark.parametrize(("architecture", "tied"), [("bloom", True), ("qwen3", False)])
@@ -151,9 +155,9 @@ def test_rows_without_room_for_their_answer_are_dropped_and_counted(tiny, train,
     question, answer = "感冒了怎么办？", "多休息。"
     talks = [talk(question, answer), talk(question * 20, answer), talk(question, answer * 20)]
     tokenizer = tokenizer_of(tiny("llama"))
-    encoded = [_template.encode(tokenizer, row["messages"]) for row in talks]
+    encoded = [encode_chat(tokenizer, row["messages"]) for row in talks]
     room = len(encoded[0][0])
-    trained = sum(label != _template.IGNORED for _, labels in encoded for label in labels[:room])
+    trained = sum(label != IGNORED for _, labels in encoded for label in labels[:room])
     source = written(tmp_path / "rows.jsonl", talks)
     with pytest.raises(StageError) as error:
         train(sft, [tiny("llama")], source, trainer={"max_length": room})
@@ -188,9 +192,7 @@ def test_held_out_rows_are_measured_before_and_after_and_never_trained_on(done, 
     trained = [tuple(ids) for ids in done.trainer.train_dataset["input_ids"]]
     held = [tuple(ids) for ids in done.trainer.eval_dataset["input_ids"]]
     tokenizer = tokenizer_of(tiny("llama"))
-    examples = {
-        tuple(_template.encode(tokenizer, row["messages"])[0]): row for row in _rows.examples(rows("alpaca", 8))
-    }
+    examples = {tuple(encode_chat(tokenizer, row["messages"])[0]): row for row in rows_of(rows("alpaca", 8))}
     assert (len(trained), len(held)) == (6, 2)
     assert {*trained, *held} == examples.keys()
     expected = loss_by_hand(tiny("llama"), [examples[ids]["messages"] for ids in held])
@@ -293,7 +295,7 @@ def checkpoint(folder, step, *, sealed=True):
     for name in ("model.safetensors", "optimizer.pt", "training_args.bin"):
         (made / name).write_bytes(f"{name} at step {step}".encode())
     if sealed:
-        _checkpoint.seal(made)
+        seal(made)
     return made
 
 
@@ -301,7 +303,7 @@ def test_the_newest_sealed_checkpoint_is_used(tmp_path):
     for step in (2, 9, 10):
         made = checkpoint(tmp_path, step)
     checkpoint(tmp_path, 11, sealed=False)
-    assert _checkpoint.newest_whole(tmp_path) == (made, [])
+    assert newest_whole(tmp_path) == (made, [])
     assert names(made) == ["complete.json", "model.safetensors", "optimizer.pt"]
 
 
@@ -319,7 +321,7 @@ def test_damage_is_seen(tmp_path, harm, damage):
     older, newer = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     harm(newer)
     note = f"checkpoint-4 is damaged ({damage}); it is kept as corrupt-checkpoint-4, the one before is used"
-    assert _checkpoint.newest_whole(tmp_path) == (older, [note])
+    assert newest_whole(tmp_path) == (older, [note])
     assert names(tmp_path) == ["checkpoint-2", "corrupt-checkpoint-4"]
 
 
@@ -338,11 +340,11 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(tmp_path, ha
         made[step] = checkpoint(tmp_path, step, sealed=False)
         state = {"best_model_checkpoint": f"elsewhere/checkpoint-{best}"}
         (made[step] / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
-        _checkpoint.seal(made[step])
-    assert _checkpoint.newest_whole(tmp_path, with_best=True) == (made[6], [])
+        seal(made[step])
+    assert newest_whole(tmp_path, with_best=True) == (made[6], [])
     harm(made[4])
-    assert _checkpoint.newest_whole(tmp_path) == (made[6], [])
-    found, notes = _checkpoint.newest_whole(tmp_path, with_best=True)
+    assert newest_whole(tmp_path) == (made[6], [])
+    found, notes = newest_whole(tmp_path, with_best=True)
     assert found == made[2]
     assert notes[0] == (
         f"checkpoint-6 is damaged (the best one until then, checkpoint-4: {damage}); it is kept as "
@@ -352,14 +354,14 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(tmp_path, ha
 
 def test_nothing_to_go_on_from(tmp_path):
     checkpoint(tmp_path, 2, sealed=False)
-    assert _checkpoint.newest_whole(tmp_path) == (None, [])
-    assert _checkpoint.newest_whole(tmp_path / "none") == (None, [])
+    assert newest_whole(tmp_path) == (None, [])
+    assert newest_whole(tmp_path / "none") == (None, [])
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     for step in (2, 4, 6, 10):
         checkpoint(tmp_path, step)
-    _checkpoint.rotate(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    rotate(tmp_path, 2, str(tmp_path / "checkpoint-2"))
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-2", "checkpoint-6"]
 
 

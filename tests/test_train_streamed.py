@@ -5,18 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import Interrupted, StageError
-from stages import _rows, _streamed, pt, sft
+from stages import pt, sft
+from stages.data.source import Source
+from stages.runtime.errors import Interrupted, StageError
+from stages.training import streaming
 
 pytestmark = pytest.mark.train
 
 ASKED = {"max_steps": 6, "max_length": 200, "per_device_train_batch_size": 4}
 
 
-def write(path: Path, count: int, word: str = "第") -> _rows.Source:
+def write(path: Path, count: int, word: str = "第") -> Source:
     rows = [{"instruction": f"{word}{number}个问题？", "output": f"多休息{number}天。"} for number in range(count)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return _rows.Source(path=str(path), format="alpaca")
+    return Source(path=str(path), format="alpaca")
 
 
 def answers(done) -> list[str]:
@@ -54,7 +56,7 @@ def test_weights_draw_without_end(tiny, train, tmp_path):
     few, many = write(tmp_path / "a.jsonl", 5, "甲"), write(tmp_path / "b.jsonl", 50, "乙")
     config = sft.Config(model=["m"], data=[few, many], weights=[1, 3], streaming=True, trainer={"max_steps": 1})
     drawn = [
-        row["messages"][0]["content"][0] for _, (_, row) in zip(range(2000), _streamed._mixed(config), strict=False)
+        row["messages"][0]["content"][0] for _, (_, row) in zip(range(2000), streaming._mixed(config), strict=False)
     ]
     assert 0.22 < drawn.count("甲") / 2000 < 0.28
 
@@ -65,7 +67,7 @@ def test_held_out_rows_are_prepared_and_rows_like_them_are_not_trained_on(tiny, 
     with open(data.path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"instruction": long, "output": "多喝水，多休息。"}) + "\n")
     held.write_text(json.dumps({"instruction": long, "output": "多喝水，多休息！"}), encoding="utf-8")
-    source = _rows.Source(path=str(held), format="alpaca")
+    source = Source(path=str(held), format="alpaca")
     done = train(sft, [tiny("llama")], data, streaming=True, eval_data=[source], trainer=ASKED)
     assert "多喝水，多休息。" not in answers(done)
     assert len(answers(done)) == 20
@@ -73,7 +75,7 @@ def test_held_out_rows_are_prepared_and_rows_like_them_are_not_trained_on(tiny, 
 
 
 def test_too_many_bad_rows_stop_a_stream_early(tiny, train, tmp_path, monkeypatch):
-    monkeypatch.setattr(_streamed, "_CHECKED", 10)
+    monkeypatch.setattr(streaming, "_CHECKED", 10)
     data = write(tmp_path / "a.jsonl", 200)
     path = Path(data.path)
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -87,9 +89,9 @@ def test_too_many_bad_rows_stop_a_stream_early(tiny, train, tmp_path, monkeypatc
 
 
 def test_what_a_stream_cannot_do_is_said_before(tmp_path):
-    data = _rows.Source(path="a.jsonl", format="alpaca", clean=["html", "near_duplicates"])
+    data = Source(path="a.jsonl", format="alpaca", clean=["html", "near_duplicates"])
     asked = {"model": ["m"], "data": [data], "streaming": True, "eval_size": 0.1}
-    assert _streamed.check(sft.Config(**asked)) == [
+    assert streaming.check(sft.Config(**asked)) == [
         ("trainer.max_steps", "a stream has no known length; set `max_steps`"),
         ("eval_size", "rows of a stream cannot be held out before they are read; name others with `eval_data`"),
         (

@@ -6,8 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.errors import StageError
-from stages import _rows, _template, dpo, merge, pt, sft
+from stages import dpo, merge, pt, sft
+from stages.chat.labels import IGNORED, encode_chat, end_of_turn
+from stages.chat.rendering import render
+from stages.chat.template import install_template, template_names, template_text
+from stages.data.source import Source, rows_of
+from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
 
@@ -70,27 +74,27 @@ def tokenizer(tiny, template, tmp_path):
     (tmp_path / "prompt.json").write_text(json.dumps(PROMPT), encoding="utf-8")
     named = template if "." not in template else str(tmp_path / template)
     made = tokenizer_of(tiny("llama", template=None))
-    _template.install(made, _template.text(named))
+    install_template(made, template_text(named))
     return made
 
 
 def test_every_built_in_template_is_tried():
-    assert [name for name in ENDS if "." not in name] == _template.names()
+    assert [name for name in ENDS if "." not in name] == template_names()
 
 
 @TEMPLATES
 @TALKING
 def test_a_conversation_is_tokenized_as_the_exported_tokenizer_does(tokenizer, messages):
-    assert _template.encode(tokenizer, messages)[0] == ids_of(tokenizer, messages)
+    assert encode_chat(tokenizer, messages)[0] == ids_of(tokenizer, messages)
 
 
 @TEMPLATES
 @TALKING
 def test_the_loss_sees_the_answers_and_their_ends_and_nothing_else(tokenizer, template, messages):
-    ids, labels = _template.encode(tokenizer, messages)
+    ids, labels = encode_chat(tokenizer, messages)
     answers = [[]]
     for id_, label in zip(ids, labels, strict=True):
-        if label != _template.IGNORED:
+        if label != IGNORED:
             assert label == id_
             answers[-1].append(label)
         elif answers[-1]:
@@ -164,8 +168,8 @@ def answers(tokenizer, ids, labels):
     """The stretches that are in the loss, as text."""
     found = [[]]
     for id_, label in zip(ids, labels, strict=True):
-        assert label in (id_, _template.IGNORED)
-        if label != _template.IGNORED:
+        assert label in (id_, IGNORED)
+        if label != IGNORED:
             found[-1].append(label)
         elif found[-1]:
             found.append([])
@@ -177,7 +181,7 @@ def answers(tokenizer, ids, labels):
 @pytest.mark.parametrize("before", [[], [SYSTEM]])
 def test_calls_and_answers_are_in_the_loss_and_what_tools_give_back_is_not(tokenizer, template, tools, before):
     messages = [*before, *CALLED]
-    ids, labels = _template.encode(tokenizer, messages, tools)
+    ids, labels = encode_chat(tokenizer, messages, tools)
     assert ids == ids_of(tokenizer, messages, tools=tools)
     assert answers(tokenizer, ids, labels) == TOLD[template]
     for number, message in enumerate(messages):
@@ -192,7 +196,7 @@ def test_calls_and_answers_are_in_the_loss_and_what_tools_give_back_is_not(token
 )
 def test_tools_stand_in_the_system_prompt(tokenizer, begin):
     told = json.dumps(TOOLS[0], ensure_ascii=False)
-    written = _template.render(tokenizer, CALLED[:3], prompt=True, tools=TOOLS)
+    written = render(tokenizer, CALLED[:3], prompt=True, tools=TOOLS)
     assert written == (
         f"{begin}# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{told}\n</tools>\n\n"
@@ -201,7 +205,7 @@ def test_tools_stand_in_the_system_prompt(tokenizer, begin):
         f"<|im_start|>user\n布洛芬吃多少？<|im_end|>\n<|im_start|>assistant\n{HERMES[0]}\n"
         "<|im_start|>user\n<tool_response>\n400 mg\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
-    both = _template.render(tokenizer, CALLED, tools=TOOLS)
+    both = render(tokenizer, CALLED, tools=TOOLS)
     assert "user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n" in both
 
 
@@ -210,7 +214,7 @@ def test_tools_stand_in_the_system_prompt(tokenizer, begin):
 def test_tools_stand_in_the_first_question_of_llama3(tokenizer, before):
     told = json.dumps(TOOLS[0], ensure_ascii=False, indent=4)
     system = f"\n\n{SYSTEM['content']}" * len(before)
-    written = _template.render(tokenizer, [*before, *CALLED[:3]], prompt=True, tools=TOOLS)
+    written = render(tokenizer, [*before, *CALLED[:3]], prompt=True, tools=TOOLS)
     assert written == (
         f"<s><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython{system}<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a "
@@ -233,7 +237,7 @@ def test_llama3_writes_a_call_as_llama_3_1_s_own_template_does(tokenizer):
     written = theirs.apply_chat_template([SYSTEM, *CALLED[:4]], tools=TOOLS, tokenize=False, date_string="today")
     dates = "\nCutting Knowledge Date: December 2023\nToday Date: today\n\n"
     plain = written.replace(dates, "\n\n").replace('"400 mg"', "400 mg")
-    assert plain == _template.render(tokenizer, [SYSTEM, *CALLED[:4]], tools=TOOLS)
+    assert plain == render(tokenizer, [SYSTEM, *CALLED[:4]], tools=TOOLS)
 
 
 LEAVES_OUT = {
@@ -249,31 +253,31 @@ LEAVES_OUT = {
 @pytest.mark.parametrize(("messages", "tools"), [(TURNS, TOOLS), (CALLED, None)])
 def test_a_template_that_would_leave_tools_out_is_refused(tokenizer, template, messages, tools):
     with pytest.raises(StageError) as error:
-        _template.encode(tokenizer, messages, tools)
+        encode_chat(tokenizer, messages, tools)
     assert str(error.value) == (
         f"the template does not write {LEAVES_OUT[template]}; choose `template: chatml`, `llama3` or `qwen`, or leave "
         "rows with tools out"
     )
-    _template.encode(tokenizer, TURNS)
+    encode_chat(tokenizer, TURNS)
 
 
 def test_a_thought_that_only_the_last_turn_has(tiny):
     tokenizer = tokenizer_of(tiny("llama", template=None))
     tokenizer.chat_template = THINKING
     messages = CALLED[:4]
-    ids, labels = _template.encode(tokenizer, messages[:2])
+    ids, labels = encode_chat(tokenizer, messages[:2])
     thought = "<think>\n\n</think>\n\n"
     called = '<tool_call>dose{"药": "布洛芬"}</tool_call><|im_end|>'
     assert answers(tokenizer, ids, labels) == [thought + called]
-    ids, labels = _template.encode(tokenizer, messages)
+    ids, labels = encode_chat(tokenizer, messages)
     assert answers(tokenizer, ids, labels) == [called, f"{thought}每次 400 mg。<|im_end|>"]
 
 
 @pytest.mark.skipif(not SHARED.is_file(), reason="the public file is not here")
 @pytest.mark.parametrize("template", ["chatml", "llama3"])
 def test_all_of_a_public_file_of_tool_calls_is_tokenized(tokenizer, template):
-    for row in _rows.examples(_rows.Source(path=str(SHARED), format="sharegpt")):
-        ids, labels = _template.encode(tokenizer, row["messages"], row.get("tools"))
+    for row in rows_of(Source(path=str(SHARED), format="sharegpt")):
+        ids, labels = encode_chat(tokenizer, row["messages"], row.get("tools"))
         said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
         told = answers(tokenizer, ids, labels)
         assert len(told) == len(said)
@@ -289,8 +293,8 @@ def test_pairs_with_calls_reach_the_trainer_whole(tiny, train, tmp_path):
     plain = {"prompt": TURNS[:1], "chosen": TURNS[1:2], "rejected": TURNS[3:]}
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, [pair, plain])), encoding="utf-8")
-    source = _rows.Source(path=str(path), format="preference")
-    model, template = [tiny("llama", template=None)], _template.text("chatml")
+    source = Source(path=str(path), format="preference")
+    model, template = [tiny("llama", template=None)], template_text("chatml")
     done = train(dpo, model, source, template=template, trainer={"max_steps": 1, "max_length": 1000})
     first, second = (done.trainer.train_dataset[number] for number in (0, 1))
     tokenizer = done.trainer.processing_class
@@ -299,7 +303,7 @@ def test_pairs_with_calls_reach_the_trainer_whole(tiny, train, tmp_path):
     assert tokenizer.decode(first["rejected_ids"]) == HERMES[0].replace("布洛芬", "阿司匹林")
     assert second["prompt_ids"] == ids_of(tokenizer, TURNS[:1], add_generation_prompt=True)
     with pytest.raises(StageError, match=r"^the template does not write the tools"):
-        train(dpo, model, source, template=_template.text("med"), trainer={"max_steps": 1})
+        train(dpo, model, source, template=template_text("med"), trainer={"max_steps": 1})
 
 
 @TEMPLATES
@@ -309,8 +313,8 @@ def test_a_tokenizer_that_starts_text_with_bos_starts_a_conversation_with_one_to
     text, bos = tokenizer.chat_template, tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     assert tokenizer("感冒")["input_ids"][0] == bos
-    _template.install(tokenizer, text)
-    ids, _ = _template.encode(tokenizer, TURNS)
+    install_template(tokenizer, text)
+    ids, _ = encode_chat(tokenizer, TURNS)
     assert ids == ids_of(tokenizer, TURNS)
     assert ids[0] == bos
     assert ids.count(bos) == 1
@@ -326,7 +330,7 @@ def test_decoding_gives_back_every_character(tiny, text):
 
 def test_decoding_gives_back_every_row_of_the_data(tiny, rows):
     tokenizer = tokenizer_of(tiny("qwen3"))
-    for row in _rows.examples(rows("text", 114)):
+    for row in rows_of(rows("text", 114)):
         assert tokenizer.decode(tokenizer(row["text"])["input_ids"]) == row["text"]
 
 
@@ -351,9 +355,9 @@ WRONG = {
 @pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
 def test_a_template_that_could_not_be_served_is_refused(tiny, text, message):
     tokenizer = tokenizer_of(tiny("llama"))
-    _template.install(tokenizer, text)
+    install_template(tokenizer, text)
     with pytest.raises(StageError) as caught:
-        _template.encode(tokenizer, TURNS)
+        encode_chat(tokenizer, TURNS)
     assert str(caught.value) == message
 
 
@@ -367,7 +371,7 @@ def test_a_template_that_could_not_be_served_is_refused(tiny, text, message):
 )
 def chain(request, tiny, train, rows, tmp_path_factory):
     architecture, tied, template = request.param
-    text = _template.text(template)
+    text = template_text(template)
     folders, done = [tiny(architecture, tied=tied, template=None)], {}
     for stage, kind in ((pt, "text"), (sft, "alpaca"), (dpo, "preference")):
         done[stage] = train(stage, folders, rows(kind, 4), template=text)
@@ -381,20 +385,20 @@ def test_sft_trains_on_the_ids_that_every_folder_gives(chain, rows):
     trained = chain.done[sft].trainer.train_dataset["input_ids"]
     for folder in chain.folders:
         tokenizer = tokenizer_of(folder)
-        assert [ids_of(tokenizer, row["messages"]) for row in _rows.examples(rows("alpaca", 4))] == list(trained)
+        assert [ids_of(tokenizer, row["messages"]) for row in rows_of(rows("alpaca", 4))] == list(trained)
 
 
 def test_dpo_trains_on_the_ids_that_every_folder_gives(chain, rows):
     trained = list(chain.done[dpo].trainer.train_dataset)
     for folder in chain.folders:
         tokenizer = tokenizer_of(folder)
-        for row, got in zip(_rows.examples(rows("preference", 4)), trained, strict=True):
+        for row, got in zip(rows_of(rows("preference", 4)), trained, strict=True):
             assert got["prompt_ids"] == ids_of(tokenizer, row["prompt"], add_generation_prompt=True)
             for answer in ("chosen", "rejected"):  # up to the end of turn: what follows is not the model's to say
                 whole = ids_of(tokenizer, row["prompt"] + row[answer])
                 ends = len(got["prompt_ids"] + got[f"{answer}_ids"])
                 assert got["prompt_ids"] + got[f"{answer}_ids"] == whole[:ends]
-                assert got[f"{answer}_ids"][-1] == _template.end_of_turn(tokenizer)
+                assert got[f"{answer}_ids"][-1] == end_of_turn(tokenizer)
                 assert not tokenizer.decode(whole[ends:]).strip()
 
 

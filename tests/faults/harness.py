@@ -27,12 +27,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
-from pipeline.artifact import RECORD
-from pipeline.content import HASHES, Hashes
-from stages._checkpoint import MARK
-from stages._prepared import FOLDER
-from stages._processes import end_with_parent
+from pipeline.saves import artifact as artifact_module
+from pipeline.saves.artifact import RECORD
+from pipeline.saves.content import HASHES, Hashes
+from stages.runtime.processes import end_with_parent
+from stages.training.checkpoint import MARK
+from stages.training.preparation import FOLDER
 from tests.faults import calls
 from tests.faults.calls import CONTENT, LOG, Call, Ended
 
@@ -152,7 +152,7 @@ class Slot:
         files = sorted(path for path in self.saves.glob("*-*/*") if path.is_file())
         if files:
             with open(self.saves / HASHES, "w", encoding="utf-8") as file:
-                clock = artifact._clock(file.fileno(), max(path.stat().st_ctime_ns for path in files))
+                clock = artifact_module._clock(file.fileno(), max(path.stat().st_ctime_ns for path in files))
             hashes = Hashes(self.saves / HASHES)
             hashes.of(files, clock=clock)
             hashes.save()
@@ -331,17 +331,19 @@ def import_everything() -> None:
     """What the runner's server imports, once; no thread may be started and no tensor made in this process."""
     import importlib
 
-    from pipeline import runner, worker
+    from pipeline.run import process, runner
+    from pipeline.run.process import ENVIRONMENT, PRELOAD
+    from pipeline.saves import artifact as artifact_module
 
-    os.environ.update({**runner.ENVIRONMENT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    for name in (*runner.PRELOAD, "pipeline.cli", "pipeline.progress", *(f"stages.{name}" for name in STAGES)):
+    os.environ.update({**ENVIRONMENT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    for name in (*PRELOAD, "pipeline.cli", "pipeline.views.progress", *(f"stages.{name}" for name in STAGES)):
         importlib.import_module(name)
 
-    class Forked(runner._Forked):
+    class Forked(process._Forked):
         """A stage forked from the runner itself, with the fresh process that `quantize` asks forked before it."""
 
         def __init__(self, part: Path) -> None:
-            os.close(os.open(part / worker.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+            os.close(os.open(part / artifact_module.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
             fork = multiprocessing.get_context("fork")
             ours, theirs = fork.Pipe()
             self.fresh = fork.Process(target=_be_fresh, args=(theirs, ours))
@@ -356,12 +358,12 @@ def import_everything() -> None:
             self.fresh.join()  # it ends when nobody can ask it any more
             return super().exit_code()
 
-    runner._Forked = Forked
+    process._Forked = Forked
 
 
 def _be_fresh(channel: Connection, other: Connection) -> None:
     """The process that nothing of the stage can help: it reads a folder and changes no file."""
-    from stages import _generate
+    from stages.model import generation
 
     end_with_parent()
     other.close()
@@ -373,12 +375,12 @@ def _be_fresh(channel: Connection, other: Connection) -> None:
     output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    channel.send(_generate.respond(request))
+    channel.send(generation.respond(request))
 
 
 def _be_stage(spec: str, channel: Connection, other: Connection) -> None:
-    from pipeline import worker
-    from stages import _generate
+    from pipeline.run import worker
+    from stages.model import generation
 
     other.close()
 
@@ -386,7 +388,7 @@ def _be_stage(spec: str, channel: Connection, other: Connection) -> None:
         channel.send({"model": model, "messages": messages, "max_new_tokens": max_new_tokens, "texts": texts})
         return channel.recv()
 
-    _generate.ask = ask
+    generation.ask = ask
     worker.main(spec)
 
 

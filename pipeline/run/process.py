@@ -1,0 +1,255 @@
+"""The process of a stage: forked from a warm server, or started by accelerate's launcher."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline import secret
+from pipeline.errors import StageFailed
+from pipeline.plan.step import Step
+from pipeline.run import worker
+from pipeline.saves import artifact
+from pipeline.saves.artifact import SPEC
+from stages.model.device import has_gpu
+from stages.runtime.errors import OUT_OF_MEMORY, Interrupted
+from stages.runtime.events import EVENTS_FILE, LAUNCHED
+from stages.runtime.processes import end_with_parent
+
+# Not with a GPU: some of these open it while they are imported, and CUDA does not survive a fork.
+PRELOAD = [
+    "torch",
+    "pipeline.run.worker",
+    "datasets",
+    "peft",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "transformers.models.auto.modeling_auto",
+]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # models are fetched before the first stage, by the runner
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # a tokenizer's threads and a fork do not go together
+    "GPTQMODEL_CPU_WORKERS": "2",  # its thread pool fails on machines with two cores or less
+}
+
+
+class View(Protocol):
+    """What the runner tells whoever draws."""
+
+    def step(self, step: Step, state: str, detail: str = "") -> None: ...
+    def event(self, step: Step, event: dict[str, Any]) -> None: ...
+
+
+class Child(Protocol):
+    """A stage's process: forked, or the launcher of several."""
+
+    pid: int | None
+
+    def is_alive(self) -> bool: ...
+    def wait(self, seconds: float) -> None: ...
+    def exit_code(self) -> int | None: ...
+    def kill(self) -> None: ...
+
+
+class Stop:
+    """How often the user asked to stop."""
+
+    count = 0
+
+
+def follow(step: Step, view: View, stop: Stop) -> dict[str, Any]:
+    """Start the stage's process and pass on its events until it ends; the last one, `done`.
+
+    Raises:
+        Interrupted, StageFailed: as `run`.
+    """
+    events = Events(step.part / EVENTS_FILE)
+    child: Child = _Launched(step) if step.stage.launch.processes > 1 else _Forked(step.part)
+    asked = 0
+    while child.is_alive():
+        child.wait(0.1)
+        for event in events.new():
+            view.event(step, event)
+        if stop.count > asked and _ask_to_stop(child, events, step, view, hard=stop.count > 1):
+            asked = stop.count
+    for event in events.new():
+        view.event(step, event)
+    return _result(step, child.exit_code(), events.last, asked > 0)
+
+
+def _ask_to_stop(child: Child, events: "Events", step: Step, view: View, *, hard: bool) -> bool:
+    """Tell the stage to stop at its next step, or end it; False while it cannot be told yet."""
+    if hard:
+        child.kill()
+        return True
+    pid = events.last.get("start", {}).get("pid") or child.pid
+    if pid is None:
+        return False
+    view.event(step, {"kind": "note", "text": "stopping; Ctrl-C again leaves at once"})
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    return True
+
+
+def _result(step: Step, code: int | None, last: dict[str, dict[str, Any]], asked: bool) -> dict[str, Any]:
+    if code == 0 and "done" in last:
+        return last["done"]
+    last = json.loads(secret.mask(json.dumps(last, ensure_ascii=False)))
+    log = f"its log is {step.part / artifact.LOG}"
+    if "interrupted" in last or (asked and "error" not in last):
+        how = last.get("interrupted", {}).get("text", "stopped")
+        raise Interrupted(f"stage `{step.name}` {how}; run the same command again to go on")
+    if "error" in last:
+        error = last["error"]
+        text = error["text"] or "ended with a fault of ours:\n" + error["traceback"].rstrip()
+        least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
+        raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
+    least = f"; {_least(step)}" if code == -signal.SIGKILL and step.needs.memory else ""
+    raise StageFailed(f"stage `{step.name}` {_death(code)}{least}; {log}; run again to go on from its last checkpoint")
+
+
+def _least(step: Step) -> str:
+    return f"it takes at least {artifact.size_of(step.needs.memory)} of memory, and activations come on top"
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = {
+            "SIGKILL": " (kill -9, or the system ran out of memory)",
+            "SIGSEGV": " (a crash in native code)",
+        }
+        return f"was ended by signal {-code} {name}{hint.get(name, '')}"
+    return f"ended with exit code {code} and no result"
+
+
+class Events:
+    """Reads the lines that a growing events file has gained."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position, self.last = path, 0, {}  # type: Path, int, dict[str, dict[str, Any]]
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.position)
+            chunk = file.read()
+        end = chunk.rfind(b"\n") + 1
+        self.position += end
+        found = [event for line in chunk[:end].splitlines() if (event := _event(line)) is not None]
+        for event in found:
+            if event["kind"] != "error" or "error" not in self.last:  # the first process to fail knows the cause
+                self.last[event["kind"]] = event
+        return found
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """An event, or None for a line that a full disk cut off."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event
+
+
+class _Forked:
+    """A stage forked from the warm server."""
+
+    def __init__(self, part: Path) -> None:
+        warm(part / artifact.LOG)
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=worker.main, args=(str(part / SPEC),))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        self.process.join(seconds)
+
+    def exit_code(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def warm(log: Path) -> None:
+    """Start the server that children fork from, if it is not there yet; what its imports print goes to the log."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+    multiprocessing.set_forkserver_preload(
+        ["pipeline.run.server", *(["pipeline.run.worker"] if has_gpu() else PRELOAD)]
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the runner's to handle
+    try:
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, handle):
+            os.close(descriptor)
+
+
+class _Launched:
+    """A stage started by accelerate's launcher in several processes of one machine."""
+
+    def __init__(self, step: Step) -> None:
+        processes = step.stage.launch.processes
+        # `--multi_gpu` is accelerate's word for several processes on this machine; `--cpu` would start only one.
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", "--main_process_port", str(_free_port())]
+        command += ["-m", "pipeline.run.worker", str(step.part / SPEC)]
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
+        environment[LAUNCHED] = "1"
+        if not has_gpu():
+            environment["ACCELERATE_USE_CPU"] = "true"
+        with open(step.part / artifact.LOG, "ab") as log:
+            # A session of its own: Ctrl-C reaches the runner, which tells the first process to stop.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+        self.pid: int | None = None  # the launcher itself is never told; it would end its processes at once
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait(self, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def exit_code(self) -> int | None:
+        return self.process.returncode
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,200 @@
+"""A plan in, finished folders out. The runner makes, renames and removes folders; it never imports torch.
+
+Each stage runs in a child forked from a server that has imported torch, transformers, trl and peft once, so a
+crash cannot take the runner with it, memory comes back, and the imports are paid once a run. With several
+processes a stage goes through accelerate's launcher instead.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import secret
+from pipeline.errors import Busy, GateClosed
+from pipeline.plan.fingerprint import installed_versions
+from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts, stands_on
+from pipeline.run import card
+from pipeline.run.process import Stop, View, follow
+from pipeline.saves import artifact
+from pipeline.saves import content as content_module
+from pipeline.saves.artifact import SPEC
+from pipeline.saves.links import claim, link
+from pipeline.saves.locks import locked
+from stages.model.device import has_gpu
+from stages.runtime.events import EVENTS_FILE
+
+GATES = "gates.json"  # what the gates of a config's last run said
+
+
+def run(planned: Plan, view: View) -> list[dict[str, Any]]:
+    """Run every step that is not done, in order; the records of all of them.
+
+    Raises:
+        StageFailed: a stage ended without a result.
+        Interrupted: a signal came; running again goes on.
+        Busy: another run is at work on the same stage.
+        GateClosed: a gate said no, and the plan does not ignore gates.
+    """
+    records: list[dict[str, Any]] = []
+    gates = _Gates(planned)
+    content_module.clear_torn(planned.saves)
+    claim(planned)
+    for step in planned.steps:
+        if step.state == "done":  # linked before the first stage starts, so that `gc` knows that they are needed
+            link(step.folder, step.link)
+    with _signals() as stop:
+        for step in planned.steps:
+            record = artifact.read(step.folder)
+            if record is not None and step.state == "done":
+                _tidy(step)
+                view.step(step, "done")
+            else:
+                there = zip(planned.steps, records, strict=False)
+                before = [card.Made(above, known.get("metrics", {})) for above, known in there]
+                record = _run_step(step, planned, view, stop, gates, before)
+            link(step.folder, step.link)
+            records.append(record)
+            gates.judge(step)
+    return records
+
+
+class _Gates:
+    """What the gates of this run have said; kept in `gates.json` beside the links."""
+
+    def __init__(self, planned: Plan) -> None:
+        self.planned, self.said = planned, []  # type: Plan, list[dict[str, Any]]
+        self.ignored: list[str] = []
+
+    def judge(self, step: Step) -> None:
+        """Go on, or stop the run.
+
+        Raises:
+            GateClosed: a gate says no, and gates are not ignored.
+        """
+        verdicts = gate_verdicts(step, self.planned)
+        if not verdicts:
+            return
+        closed = [verdict.text for verdict in verdicts if not verdict.passed]
+        self.said += [
+            {"stage": step.name, "folder": step.folder.name, "passed": verdict.passed, "text": verdict.text}
+            for verdict in verdicts
+        ]
+        file = self.planned.saves / self.planned.pipeline.name / GATES
+        content = {"ignored": self.planned.ignore_gates, "gates": self.said}
+        file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        if self.planned.ignore_gates:
+            self.ignored += closed
+        elif closed:
+            raise GateClosed(
+                "\n".join([f"the gates of `{step.name}` say no, and nothing after it was run:", *closed])
+                + f"\nall figures are in {step.link}; change what made them worse, or the gate, or go on all the same "
+                "with `--ignore-gates`"
+            )
+
+
+def _tidy(step: Step) -> None:
+    """Delete what a run that was killed at its very end left in a finished folder."""
+    if any((step.folder / name).exists() for name in artifact.TO_GO_ON):
+        with contextlib.suppress(Busy), locked(step):  # a run that still holds it deletes it itself
+            artifact.clear_leftovers(step.folder)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Stop]:
+    """SIGINT and SIGTERM are counted instead of ending the runner."""
+    stop = Stop()
+
+    def handler(number: int, frame: object) -> None:
+        stop.count += 1
+
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def _run_step(
+    step: Step, planned: Plan, view: View, stop: Stop, gates: _Gates, before: Sequence[card.Made]
+) -> dict[str, Any]:
+    """Run one step to its finished folder, and hold its lock until that has its name."""
+    began, clock = time.time(), time.monotonic()
+    hashes = planned.hashes
+    with locked(step):
+        record = artifact.read(step.folder)
+        if record is not None and not step.fresh and artifact.damage(step.folder, record, hashes) is None:
+            view.step(step, "done")  # another run finished it while this one worked on earlier steps
+            return record
+        check_unchanged(step, hashes, read=True)
+        _make_room(step)
+        spec = step.part / f"{SPEC}.new"
+        spec.write_text(json.dumps(begin(step, planned), ensure_ascii=False, indent=1), encoding="utf-8")
+        spec.replace(step.part / SPEC)
+        view.step(step, "running")
+        try:
+            done = follow(step, view, stop)
+        finally:
+            for name in (artifact.LOG, EVENTS_FILE):
+                secret.mask_file(step.part / name)
+        check_unchanged(step, hashes)
+        versions = installed_versions(step.stage.use)
+        if getattr(step.stage.module, "CARD", False):
+            card.write(step.part, step, done["metrics"], planned, before, versions)
+        secret.forbid(step.part, step.name)
+        record = {
+            "stage": step.name,
+            "use": step.stage.use,
+            "fingerprint": step.fingerprint,
+            "recipe": dict(step.recipe),
+            "inputs": dict(step.inputs),
+            "model": step.produces,
+            "stands_on": stands_on(step),
+            "metrics": done["metrics"],
+            "inexact_after_a_stop": step.inexact,
+            "ignored_gates": list(gates.ignored),
+            "versions": versions,
+            "machine": {
+                "host": platform.node(),
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+                "gpu": has_gpu(),
+            },
+            "started": round(began, 3),
+            "seconds": round(time.monotonic() - clock, 3),
+            "memory": done["memory"],
+        }
+        artifact.finish(step.part, step.folder, record, hashes)
+        hashes.save()
+    view.step(step, "ran")
+    return record
+
+
+def _make_room(step: Step) -> None:
+    """An empty folder to work in, but for what an earlier try left to go on from; what is in the way is set aside."""
+    if step.folder.exists():  # damaged, or to be made again
+        step.folder.rename(_free_name(step.folder))
+    if step.fresh and step.part.exists():
+        step.part.rename(_free_name(step.part))
+    for part in step.left if step.fresh else ():  # given up, yet kept for going back to those settings
+        spec = {**(artifact.begun(part) or {}), "of": None}
+        (part / SPEC).write_text(json.dumps(spec, ensure_ascii=False, indent=1), encoding="utf-8")
+    step.part.mkdir(parents=True, exist_ok=True)
+    for path in step.part.iterdir():
+        if path.name in artifact.TO_GO_ON or path.name == artifact.LOG:
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (name := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    return name

@@ -1,0 +1,87 @@
+"""One stage in a process of its own: its spec in, its folder and events out.
+
+Forked from a warm server (see `runner`), or started by accelerate's launcher as `python -m pipeline.run.worker SPEC`
+in each of several processes. What the libraries print goes to the folder's `log.txt`.
+"""
+
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline import secret
+from pipeline.run import tracking
+from pipeline.saves import artifact
+from pipeline.saves.locks import held_file
+from stages.runtime.errors import Interrupted, explain
+from stages.runtime.events import LAUNCHED, emit
+from stages.runtime.processes import end_with_parent, peak_memory
+
+
+def main(spec_file: str) -> None:
+    """Run the stage that a spec file names and leave with 0, 1 or 75; never returns."""
+    out = Path(spec_file).parent
+    spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
+    to_log(out / artifact.LOG)
+    end_with_parent()
+    held = _hold(out)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the runner decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if LAUNCHED not in os.environ:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # left by a launcher around us, meant for others
+            os.environ.pop(name, None)
+        # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    for name in secret.HUB:  # a stage is offline and needs none
+        os.environ.pop(name, None)
+    emit(out, "start", pid=os.getpid())
+    code = _run(spec, out)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the stage is over, only trackers are not; asked twice, it is killed
+    tracking.finish(spec, code)
+    held.close()
+    sys.exit(code)
+
+
+def _hold(out: Path) -> TextIO:
+    """A lock, shared by all processes of the stage, that tells a later runner that work still goes on here."""
+    file = open(held_file(out), "a", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _run(spec: dict[str, Any], out: Path) -> int:
+    try:
+        stage = importlib.import_module(f"stages.{spec['use']}")
+        config = tracking.group(spec, out)
+        metrics = stage.run(stage.Config.model_validate(config), out)
+        emit(out, "done", metrics=metrics, memory=peak_memory())
+        return 0
+    except Interrupted as error:
+        emit(out, "interrupted", text=str(error))
+        return Interrupted.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        text = explain(error)
+        with contextlib.suppress(OSError):  # the disk may be full; then the log's last lines must do
+            emit(out, "error", text=text, traceback=None if text else traceback.format_exc())
+        return 1
+
+
+def to_log(path: Path) -> None:
+    """Send everything this process prints, C libraries included, to the log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

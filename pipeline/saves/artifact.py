@@ -1,0 +1,133 @@
+"""A stage's finished folder and its record: `record.json` is written last, so no record means no artifact."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import NewerRecord
+from pipeline.saves.content import Hashes
+from stages.runtime.files import sync
+
+RECORD = "record.json"
+SCHEMA = 1
+NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # what a stage says about itself, not what later stages read
+SPEC = "spec.json"  # what a stage was begun with
+TO_GO_ON = (SPEC, "checkpoints", "before.json")  # what an unfinished stage goes on from
+FOLDER = re.compile(r"(?P<use>[a-z][a-z0-9_]*)-[0-9a-f]{12}(?P<end>\.part|\.old-\d+|\.part\.old-\d+|)\Z")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished folder, or None when there is none that can be read.
+
+    Raises:
+        NewerRecord: a later version of this project wrote it.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        schema, files = record["schema"], record["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise NewerRecord(
+            f"`{folder / RECORD}` was written by a later version (schema {schema}; this one knows {SCHEMA}); "
+            "update, or use another folder with `--saves DIR`"
+        )
+    return record if schema == SCHEMA and isinstance(files, dict) else None
+
+
+def begun(part: Path) -> dict[str, Any] | None:
+    """What an unfinished folder was begun with, or None when that is not known."""
+    try:
+        spec = json.loads((part / SPEC).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return spec if isinstance(spec, dict) else None
+
+
+def damage(folder: Path, record: Mapping[str, Any], hashes: Hashes, *, thorough: bool = False) -> str | None:
+    """What is wrong with the files of a finished folder, or None; `thorough` trusts no remembered hash."""
+    files: dict[str, Mapping[str, Any]] = record["files"]
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"`{name}` is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"`{name}` has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
+    clock = (folder / RECORD).stat().st_ctime_ns  # it was written after them
+    found = hashes.of([folder / name for name in files], clock=clock, read=thorough)
+    changed = [name for name, digest in zip(files, found, strict=True) if files[name]["sha256"] != digest]
+    return f"`{changed[0]}` has changed" if changed else None
+
+
+def finish(part: Path, folder: Path, record: dict[str, Any], hashes: Hashes) -> None:
+    """Write every file durably, then the record with their hashes, then give the folder its final name.
+
+    What the stage could have gone on from is deleted last, when it is not needed any more.
+    """
+    files = sorted(path for path in part.rglob("*") if path.is_file() and _is_content(path.relative_to(part)))
+    for path in [*files, *(path for path in part.rglob("*") if path.is_dir())]:
+        sync(path)
+    with open(part / RECORD, "w", encoding="utf-8") as file:
+        clock = _clock(file.fileno(), max((path.stat().st_ctime_ns for path in files), default=0))
+        record["files"] = {
+            str(path.relative_to(part)): {"sha256": digest, "size": path.stat().st_size}
+            for path, digest in zip(files, hashes.of(files, clock=clock, read=True), strict=True)
+        }
+        json.dump({"schema": SCHEMA, **record}, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(part)
+    part.rename(folder)
+    sync(folder.parent)
+    clear_leftovers(folder)
+
+
+def _clock(handle: int, newest: int) -> int:
+    """The file system's time in ns, once its clock has moved on from `newest`; a coarse one is not waited for."""
+    for _ in range(20):
+        os.utime(handle)
+        if os.fstat(handle).st_ctime_ns > newest:
+            break
+        time.sleep(0.005)
+    return os.fstat(handle).st_ctime_ns
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a finished stage could have gone on from; a kill can have come in between."""
+    for name in TO_GO_ON:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_content(path: Path) -> bool:
+    return path.name not in NOT_CONTENT and path.parts[0] not in TO_GO_ON
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files below a folder; those that go meanwhile do not count."""
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found += path.lstat().st_size
+    return found
+
+
+LOG = "log.txt"
+
+
+def size_of(count: float) -> str:
+    """Bytes for people, such as `12.3 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,71 @@
+"""Who is at work on a stage: locks that the kernel lets go of however their holder ends."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import Busy
+from pipeline.plan.step import Step
+
+
+def held_file(out: Path) -> Path:
+    """The file that a stage's processes lock while they work in `out`."""
+    return out.parent / ".locks" / f"{out.name}.worker"
+
+
+@contextlib.contextmanager
+def locked(step: Step) -> Iterator[None]:
+    """Hold the step; the kernel lets go of it however this process ends.
+
+    Raises:
+        Busy: another run, or a process that a killed one left behind, is at work on it.
+    """
+    held = held_file(step.part)
+    held.parent.mkdir(parents=True, exist_ok=True)
+    with open(held.with_suffix(".runner"), "a+", encoding="utf-8") as file, open(held, "a", encoding="utf-8") as left:
+        if not _lock(file, seconds=0.5):  # `status` and `gc` look at it for a moment
+            file.seek(0)
+            raise Busy(f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it")
+        if not _lock(left, seconds=60):  # on Linux they end by themselves, as soon as the fork server has
+            raise Busy(f"stage `{step.name}` is still being run by what a killed run left behind; wait, or end it")
+        fcntl.flock(left, fcntl.LOCK_UN)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str], seconds: float) -> bool:
+    """Take an exclusive lock, trying for so long."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
+
+
+def held(part: Path) -> str | None:
+    """Who is at work on a stage, as `pid 12 on HOST since TIME`; None when nobody is."""
+    file = held_file(part)
+    words = []
+    for lock in (file.with_suffix(".runner"), file):
+        try:
+            with open(lock, encoding="utf-8") as handle:
+                words.append(handle.read().strip())
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing lets go of it
+                if lock == file:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its processes share it
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return words[0] or "by a process that does not say which"
+    return None

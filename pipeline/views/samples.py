@@ -1,0 +1,100 @@
+"""A plan in, what its data comes to out: the account of a data set in each stage, and rows as the model sees them."""
+
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.plan.step import Plan, Step
+from stages.chat import encoding
+from stages.data import cleaning, drawing
+from stages.data.row import Row
+from stages.data.source import Source, kept_rows
+from stages.runtime.errors import nearest
+from stages.runtime.processes import parallel_map, usable_cores
+from stages.training import preparation
+from stages.training.settings import TrainingConfig
+
+MAX_LENGTH = 1024  # TRL's default
+BATCH = 8  # transformers' default
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A data set as a stage reads it."""
+
+    data: str
+    stage: str
+    account: cleaning.Account
+    tokens: encoding.Tokens | None
+    """None while the stage's tokenizer has not been made."""
+    samples: list[list[tuple[str, bool]]]
+    """The text of the first sequences in stretches, each with whether it is in the loss."""
+
+
+def look(plan: Plan, name: str | None, rows: int) -> Iterator[Seen]:
+    """Each data set, or the one named, in each training stage that reads it, with its first `rows` rows.
+
+    Raises:
+        ConfigError: there is no such data set, or no stage trains on it.
+    """
+    if name is not None and name not in plan.pipeline.data:
+        raise ConfigError([f"there is no data `{name}`{nearest(name, plan.pipeline.data)}"])
+    names = [name] if name is not None else list(plan.pipeline.data)
+    pairs = [(data, step) for data in names for step in plan.steps if _reads(step, plan.pipeline.data[data])]
+    if not pairs:
+        raise ConfigError([f"no stage trains on `{name}`" if name else "no stage trains on data"])
+    for data, step in pairs:
+        yield _seen(data, plan.pipeline.data[data], step, _with_tokenizer(plan, step), rows)
+
+
+def _reads(step: Step, source: Source) -> bool:
+    config = step.stage.config
+    return isinstance(config, TrainingConfig) and source in (*config.data, *config.eval_data)
+
+
+def _with_tokenizer(plan: Plan, step: Step) -> Path | None:
+    """The nearest folder before a step that holds the tokenizer, which goes unchanged from stage to stage."""
+    above = plan.steps[: plan.steps.index(step) + 1]
+    folders = [Path(folder) for one in above for folder in getattr(one.config, "model", [])]
+    return next((folder for folder in reversed(folders) if (folder / "tokenizer.json").is_file()), None)
+
+
+def _seen(data: str, source: Source, step: Step, folder: Path | None, rows: int) -> Seen:
+    account = cleaning.Account()
+    chunks = drawing.chunks(drawing.Placed(0, *placed) for placed in kept_rows(source, account))
+    if folder is None:
+        deque(chunks, maxlen=0)
+        return Seen(data, step.name, account, None, [])
+    tokenizer = _tokenizer(step, folder)
+    settings: dict[str, Any] = step.stage.config.trainer  # type: ignore[attr-defined]
+    make = preparation.sequences(tokenizer, settings.get("max_length", MAX_LENGTH), step.stage.use == "pt", 1)
+
+    def count(chunk: drawing.Chunk) -> tuple[encoding.Tokens, list[int], list[Row]]:
+        made, (tokens,) = make(chunk)
+        return (
+            tokens,
+            preparation.lengths(made) if made else [],
+            [placed.row for _, placed, _ in chunk.trained()][:rows],
+        )
+
+    whole, lengths, first = encoding.Tokens(), array("L"), list[Row]()
+    for tokens, more, begun in parallel_map(count, chunks, usable_cores(), preparation.FEW):
+        whole.add(tokens)
+        lengths.extend(more)
+        first += begun[: rows - len(first)]
+    whole.padding = encoding.padding(lengths, settings.get("per_device_train_batch_size", BATCH))
+    shown = [encoding.pieces(tokenizer, one) for row in encoding.encode(tokenizer, first) for one in row]
+    return Seen(data, step.name, account, whole, shown)
+
+
+def _tokenizer(step: Step, folder: Path) -> Any:
+    from stages.chat.template import install_template
+    from stages.model.folder import load_tokenizer
+
+    tokenizer = load_tokenizer([str(folder)])
+    install_template(tokenizer, step.config.template)  # type: ignore[attr-defined]
+    return tokenizer

@@ -1,0 +1,161 @@
+"""What lies in a `saves` folder: the state of every stage for `status`, and what nothing refers to for `gc`."""
+
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import NewerRecord
+from pipeline.saves import artifact
+from pipeline.saves.content import HASHES, Hashes
+from pipeline.saves.links import belongs
+from pipeline.saves.locks import held, held_file
+from stages.runtime.events import read_events
+from stages.training import preparation
+from stages.training.checkpoint import reached_step
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stage of a config that left something."""
+
+    config: str
+    stage: str
+    state: str
+    since: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that can go, and why."""
+
+    folder: Path
+    why: str
+    bytes: int
+
+
+def entries(saves: Path, config: str | None = None) -> Iterator[Entry]:
+    """What each stage of one config, or of all, has come to; finished ones first."""
+    hashes = Hashes(saves / HASHES)
+    for link in _links(saves):
+        if config in (None, link.parent.name):
+            yield _finished(link, hashes)
+    for part in sorted(saves.glob("*.part")):
+        spec = artifact.begun(part) or {}
+        if artifact.FOLDER.match(part.name) and (config is None or spec.get("of") == config):
+            stage = str(spec.get("stage") or part.name.rsplit("-", 1)[0])
+            yield Entry(str(spec.get("of") or ""), stage, _unfinished(part), "", part)
+
+
+def _links(saves: Path) -> list[Path]:
+    folders = [folder for folder in sorted(saves.glob("*")) if folder.is_dir() and not folder.is_symlink()]
+    return [link for folder in folders for link in sorted(folder.iterdir()) if link.is_symlink()]
+
+
+def _finished(link: Path, hashes: Hashes) -> Entry:
+    folder, since = link.resolve(), ""
+    try:
+        record = artifact.read(folder)
+    except NewerRecord:
+        return Entry(link.parent.name, link.name, "made by a later version", "", folder)
+    if record is not None:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started"]))
+        damage = artifact.damage(folder, record, hashes)
+        state = "done" if damage is None else f"damaged: {damage}"
+    else:
+        state = "damaged: no record of it can be read" if folder.is_dir() else "gone"
+    return Entry(link.parent.name, link.name, state, since, folder)
+
+
+def _unfinished(part: Path) -> str:
+    reached = reached_step(part / "checkpoints")
+    if (holder := held(part)) is not None:
+        now = _now(part)
+        return f"running, {f'step {now}, ' if now else ''}{holder}"
+    return f"stopped, goes on at step {reached}" if reached else "stopped before its first checkpoint"
+
+
+def _now(part: Path) -> str:
+    """The step of a running stage, as `12 of 400`."""
+    last: dict[str, Any] = {}
+    for event in read_events(part):
+        last |= {key: event[key] for key in ("step", "steps") if key in event}
+    return f"{last['step']} of {last['steps']}" if last.keys() >= {"step", "steps"} else ""
+
+
+def leftovers(saves: Path) -> list[Leftover]:
+    """Every folder that no config refers to; one that is being worked on, or stood on, is not among them.
+
+    And all prepared rows: nothing is lost with them, a stage that needs some makes them again.
+    """
+    found = []
+    gone = {folder.name: owner for folder in saves.glob("*") if (owner := belongs(folder)) and not owner.exists()}
+    needed = _needed(saves, gone)
+    for folder in sorted(saves.glob("*")):
+        match = artifact.FOLDER.match(folder.name)
+        if folder.name in gone:
+            found.append(Leftover(folder, f"links of `{gone[folder.name]}`, which is gone", artifact.size(folder)))
+        elif match and not folder.is_symlink() and folder.name not in needed:
+            found.append(Leftover(folder, _why(folder, match["end"]), artifact.size(folder)))
+    rows = sorted((saves / preparation.FOLDER).glob("*"))
+    return [*found, *(Leftover(folder, "rows made ready for training", artifact.size(folder)) for folder in rows)]
+
+
+def _why(folder: Path, end: str) -> str:
+    if "old" in end:
+        return "set aside: it was damaged, or made again with `--fresh`"
+    return "unfinished, and no config goes on with it" if end else "no config refers to it"
+
+
+def _needed(saves: Path, gone: dict[str, Path]) -> set[str]:
+    """Names of folders that links point to, that are being worked on, and that these start from."""
+    wanted = [link.resolve() for link in _links(saves) if link.parent.name not in gone]
+    for part in saves.glob("*.part"):
+        spec = artifact.begun(part) or {}
+        if held(part) is not None or (spec.get("of") is not None and spec["of"] not in gone):
+            wanted.append(part)
+    needed: set[str] = set()
+    while wanted:
+        folder = wanted.pop()
+        if folder.name in needed or folder.parent.resolve() != saves.resolve():
+            continue
+        needed.add(folder.name)
+        wanted += [saves / name for name in _stands_on(folder)]
+    return needed
+
+
+def _stands_on(folder: Path) -> list[str]:
+    """Names of the folders beside it that a finished or unfinished one reads."""
+    with contextlib.suppress(NewerRecord):
+        record, spec = artifact.read(folder) or {}, artifact.begun(folder) or {}
+        models = [*(record.get("model") or []), *(spec.get("config", {}).get("model") or [])]
+        return [Path(model).name for model in models] + [*record.get("stands_on", []), *spec.get("stands_on", [])]
+    return []
+
+
+def remove(leftover: Leftover) -> bool:
+    """Delete a folder; False when somebody has begun to work on it meanwhile."""
+    with contextlib.ExitStack() as held:
+        for file in _locks(leftover.folder):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(file, "a", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+        shutil.rmtree(leftover.folder)
+    return True
+
+
+def _locks(folder: Path) -> list[Path]:
+    """What those who work in a folder hold."""
+    if folder.parent.name == preparation.FOLDER:
+        return [preparation.lock(folder)]
+    match = artifact.FOLDER.match(folder.name)
+    file = held_file(folder.with_name(folder.name.removesuffix(match["end"] if match else "") + ".part"))
+    return [file.with_suffix(".runner"), file]

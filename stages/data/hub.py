@@ -1,0 +1,164 @@
+"""Data sets on the Hub: a name with its commit in, the data files of one subset and split out.
+
+Only data files are fetched and nothing of a data set is run. Which files make up a subset and a split is read from
+the data set's card, or else from the files' names, as the `datasets` library does.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.data.files import KINDS, is_data
+from stages.runtime.errors import StageError, nearest
+
+NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)@(?P<commit>[0-9a-f]{40})$")
+UNPINNED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]*)?$")
+CARD = "README.md"
+SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}\b")
+SPLITS = {  # what files of a split are called
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+class NotFetched(StageError):
+    """A data set on the Hub that is not on this machine yet."""
+
+
+def is_name(path: str) -> bool:
+    """True for `org/name@commit`, where the commit has its 40 hex digits, that is no file here."""
+    return bool(NAME.match(path)) and not Path(path).exists()
+
+
+def locate(path: str, subset: str | None, split: str, *, download: bool) -> list[Path]:
+    """The data files of a split, sorted.
+
+    Raises:
+        NotFetched: they are not on this machine, and `download` is off.
+        StageError: the Hub cannot be reached or does not know the data set, or there is no such subset or split.
+    """
+    card = _snapshot(path, [CARD], download=download)
+    inside, declared = _declared(path, _configs(card), subset, split)
+    asked = [form for pattern in declared or [] for form in (pattern, pattern.replace("**/", ""))]
+    kinds = [f"{inside}*{kind}{packed}" for kind in KINDS for packed in ("", ".gz")]
+    folder = _snapshot(path, asked or kinds, download=download)
+    wanted = [_regex(pattern) for pattern in declared or [f"{inside}**"]]
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if is_data(file))
+    names = [name for name in names if any(pattern.fullmatch(name) for pattern in wanted)]
+    if not names and not download:
+        raise _not_fetched(path)
+    chosen = names if declared or not names else _of_split(path, names, inside, split)
+    if not chosen:
+        raise StageError(f"the data set `{path}` holds no {', '.join(KINDS)} files of `split: {split}`")
+    return [folder / name for name in chosen]
+
+
+def _snapshot(path: str, patterns: Sequence[str], *, download: bool) -> Path:
+    """The folder of the data set with the files that match."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    found = NAME.match(path)
+    assert found is not None
+    wanted = {"repo_type": "dataset", "revision": found["commit"], "allow_patterns": [*patterns]}
+    refusal: Exception | None = None
+    if download:  # first, since a snapshot on this machine may lack files that nobody asked for yet
+        try:
+            return Path(snapshot_download(found["name"], **wanted))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            refusal = error
+    try:
+        return Path(snapshot_download(found["name"], **wanted, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        if refusal is None:
+            raise _not_fetched(path) from None
+        first = next(iter(str(refusal).strip().splitlines()), type(refusal).__name__)
+        raise StageError(
+            f"the Hub does not hand out the data set `{path}` ({first}); check name, commit, access and network"
+        ) from None
+
+
+def _not_fetched(path: str) -> NotFetched:
+    return NotFetched(f"the data set `{path}` is not on this machine; `pipeline run` fetches it")
+
+
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    """The subsets that the card declares."""
+    import yaml
+
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        declared = yaml.safe_load(head[1]) if head else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    configs = declared.get("configs") if isinstance(declared, dict) else None
+    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+
+
+def _declared(
+    path: str, configs: Sequence[dict[str, Any]], subset: str | None, split: str
+) -> tuple[str, list[str] | None]:
+    """The folder of a subset, as `en/`, and the card's patterns for the split, None where it has none.
+
+    A subset that the card does not declare is a folder.
+    """
+    named = {str(config.get("config_name", "default")): config for config in configs}
+    if not named:
+        return (f"{subset}/" if subset else ""), None
+    if subset is None:
+        marked = [name for name, config in named.items() if config.get("default") or name == "default"]
+        if not marked and len(named) > 1:
+            raise StageError(f"the data set `{path}` has several subsets; add `subset:`{nearest('', named)}")
+        subset = (marked or list(named))[0]
+    if subset not in named:
+        raise StageError(f"the data set `{path}` has no subset `{subset}`{nearest(subset, named)}")
+    inside, files = str(named[subset].get("data_dir") or "").strip("/"), named[subset].get("data_files")
+    if files is None:
+        return (f"{inside}/" if inside else ""), None
+    splits: dict[str, list[str]] = {}
+    for name, patterns in _by_split(files):
+        splits.setdefault(name, []).extend(map(str, patterns if isinstance(patterns, list) else [patterns]))
+    if split not in splits:
+        raise StageError(f"the data set `{path}` has no split `{split}`{nearest(split, splits)}")
+    return "", splits[split]
+
+
+def _by_split(files: Any) -> Iterator[tuple[str, Any]]:
+    """The forms that a card may have: patterns, split → patterns, or `split` and `path` together."""
+    for entry in files if isinstance(files, list) else [files]:
+        if not isinstance(entry, dict):
+            yield "train", entry
+        elif "path" in entry:
+            yield str(entry.get("split", "train")), entry["path"]
+        else:
+            yield from ((str(name), patterns) for name, patterns in entry.items())
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """`*` stays within a folder, `**` does not."""
+    forms = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    return re.compile("".join(forms.get(part) or (part if part[:1] == "[" else re.escape(part)) for part in parts))
+
+
+def _of_split(path: str, names: Sequence[str], inside: str, split: str) -> list[str]:
+    """The files of a split by their names; all of them are `train` where no name says anything."""
+    told = {name: _split_of(name.removeprefix(inside)) for name in names}
+    if not any(told.values()):
+        told = dict.fromkeys(names, "train")
+    if split not in told.values():
+        raise StageError(
+            f"the data set `{path}` has no split `{split}`{nearest(split, {name for name in told.values() if name})}"
+        )
+    return [name for name in names if told[name] == split]
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a file's name tells: `data/train_sft-00000-of-00003.parquet`, `dev.jsonl`, `test/a.csv`."""
+    if shard := SHARD.match(Path(name).name):
+        return shard["split"]
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return next((split for split, forms in SPLITS.items() if words & {*forms}), None)

@@ -1,0 +1,168 @@
+"""Gates: figures and bounds in, what each gate says out. A figure that could not be computed passes no gate."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from stages.runtime.errors import nearest
+
+PERCENT = re.compile(r"[0-9]+(\.[0-9]+)?%\Z")
+BOUNDS = ("max_increase", "max_decrease", "min", "max")
+CHANGES = BOUNDS[:2]
+Problem = tuple[str, str]
+
+
+class Gate(BaseModel):
+    """A bound for a figure; when it does not hold, what comes after the evaluation is not run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    data: str | None = None
+    """The data set, `prompts`, or the task; not needed when the metric is measured on one only."""
+    stage: str | None = None
+    """The compared model that is judged; the last one unless given."""
+    versus: str | None = None
+    """The compared model that it is judged against; the one before unless given."""
+    max_increase: Any = None
+    """How much more than `versus`: `6%` of its figure, or a number."""
+    max_decrease: Any = None
+    """How much less than `versus`."""
+    min: float | None = None
+    max: float | None = None
+
+    @field_validator(*CHANGES)
+    @classmethod
+    def _a_bound(cls, value: Any, info: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if value is not None and not number and not (isinstance(value, str) and PERCENT.match(value)):
+            raise ValueError(f"`{info.field_name}` is `{value}`; it wants a percentage such as `6%`, or a number")
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> "Gate":
+        if all(getattr(self, bound) is None for bound in BOUNDS):
+            raise ValueError(f"a gate needs a bound: {', '.join(f'`{bound}`' for bound in BOUNDS)}")
+        if self.versus is not None and all(getattr(self, bound) is None for bound in CHANGES):
+            raise ValueError("`versus` is for `max_increase` and `max_decrease`; add one of them, or remove it")
+        return self
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate says, in a sentence with the figure, the bound and the evidence."""
+
+    passed: bool
+    text: str
+
+
+def problems(
+    gates: Sequence[Gate], models: Sequence[str], measured: Mapping[str, Sequence[str]], metrics: Sequence[str]
+) -> list[Problem]:
+    """What is wrong with gates; `measured` has the metrics of each data set, empty where they are not known."""
+    found: list[Problem] = []
+    for index, gate in enumerate(gates):
+        found += [(f"gates.{index}.{setting}", text) for setting, text in _problems(gate, models, measured, metrics)]
+    return found
+
+
+def _problems(
+    gate: Gate, models: Sequence[str], measured: Mapping[str, Sequence[str]], metrics: Sequence[str]
+) -> list[Problem]:
+    for setting in ("stage", "versus"):
+        name = getattr(gate, setting)
+        if name is not None and name not in models:
+            return [(setting, f"`{name}` is not among the models that are compared{nearest(name, models)}")]
+    if gate.data is not None and gate.data not in measured:
+        return [("data", f"nothing is measured on `{gate.data}`{nearest(gate.data, measured)}")]
+    on = [data for data, known in measured.items() if gate.metric in known or not known]
+    if not on:
+        known = {*metrics, *(metric for names in measured.values() for metric in names)}
+        text = (
+            f"`{gate.metric}` is not measured here" if gate.metric in known else f"there is no metric `{gate.metric}`"
+        )
+        return [("metric", text + nearest(gate.metric, {metric for names in measured.values() for metric in names}))]
+    if gate.data is not None and gate.data not in on:
+        named = " and ".join(f"`{data}`" for data in on)
+        return [("metric", f"`{gate.metric}` is not measured on `{gate.data}`, but on {named}")]
+    if gate.data is None and len(on) > 1:
+        named = " and ".join(f"`{data}`" for data in on)
+        return [("", f"`{gate.metric}` is measured on {named}; say which with `data:`")]
+    if any(getattr(gate, bound) is not None for bound in CHANGES):
+        if len(models) < 2:
+            return [("", f"only `{models[0]}` is compared, so there is nothing to judge it against; compare more")]
+        stage, versus = sides(gate, models)
+        if stage == versus:
+            first = gate.versus is None
+            text = f"`{stage}` is the first model that is compared; name the other one with `versus:`"
+            return [("stage", text) if first else ("versus", f"`{stage}` is judged against itself; name another model")]
+    return []
+
+
+def sides(gate: Gate, models: Sequence[str]) -> tuple[str, str]:
+    """The model that is judged, and the one that it is judged against."""
+    stage = gate.stage or models[-1]
+    return stage, gate.versus or models[max(0, models.index(stage) - 1)]
+
+
+def judge(gate: Gate, table: Mapping[str, Any]) -> Verdict:
+    """What a gate says to the table of an evaluation."""
+    stage, versus = sides(gate, table["models"])
+    figures = {
+        figure["model"]: figure
+        for figure in table["figures"]
+        if figure["metric"] == gate.metric and gate.data in (None, figure["data"])
+    }
+    judged = figures.get(stage)
+    if judged is None:
+        return Verdict(False, f"`{gate.metric}` of `{stage}` was not measured")
+    name = f"{gate.metric} of `{stage}` on `{judged['data']}`"
+    if judged["value"] is None:
+        return Verdict(False, f"{name} could not be computed ({judged['why']}), so the gate cannot pass")
+    value, said = judged["value"], [f"{name} is {shown(judged)}"]
+    passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+    said += [f"at least {gate.min:g} is wanted"] if gate.min is not None else []
+    said += [f"at most {gate.max:g} is allowed"] if gate.max is not None else []
+    if any(getattr(gate, bound) is not None for bound in CHANGES):
+        other = figures.get(versus)
+        if other is None or other["value"] is None:
+            why = other["why"] if other else "it was not measured"
+            return Verdict(False, f"{said[0]}, and that of `{versus}` could not be computed ({why})")
+        held, words = _change(gate, value, other)
+        passed = passed and held
+        said.append(f"`{versus}` has {shown(other)}: {words}{_evidence(gate, table, judged, versus)}")
+    return Verdict(passed, "; ".join(said))
+
+
+def _change(gate: Gate, value: float, other: Mapping[str, Any]) -> tuple[bool, str]:
+    """Does it hold against the other figure, and how it reads."""
+    held, allowed = True, []
+    change = value - other["value"]
+    for bound, sign in (("max_increase", 1), ("max_decrease", -1)):
+        limit = getattr(gate, bound)
+        if limit is not None:
+            share = isinstance(limit, str)
+            most = abs(other["value"]) * float(limit[:-1]) / 100 if share else limit
+            held = held and sign * change <= most
+            allowed.append(f"at most {limit if share else f'{limit:g}'} {bound[4:]} is allowed")
+    percent = f" ({change / abs(other['value']):+.2%})" if other["value"] else ""
+    return held, f"a change of {change:+.4g}{percent}, {' and '.join(allowed)}"
+
+
+def _evidence(gate: Gate, table: Mapping[str, Any], judged: Mapping[str, Any], versus: str) -> str:
+    """The paired comparison of the two, where it was made."""
+    for one in table["comparisons"]:
+        same = (one["metric"], one["data"]) == (gate.metric, judged["data"])
+        if same and (one["model"], one["versus"]) == (judged["model"], versus) and one["ci"]:
+            low, high = one["ci"]
+            return f" (paired, {one['n']} rows: {one['as']} {one['change']:.4g}, 95 % CI {low:.4g} to {high:.4g})"
+    return ""
+
+
+def shown(figure: Mapping[str, Any]) -> str:
+    """A figure with its confidence interval."""
+    ci = figure["ci"]
+    return f"{figure['value']:.4g}" + (f" (95 % CI {ci[0]:.4g} to {ci[1]:.4g})" if ci else "")

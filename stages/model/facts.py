@@ -1,0 +1,255 @@
+"""What is known of a model without loading it, read from `config.json` and the headers of its safetensors."""
+
+import importlib.util
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.errors import StageError
+
+if TYPE_CHECKING:
+    pass
+
+from typing import TYPE_CHECKING
+
+from stages.chat.template import template_names, template_tokens
+from stages.chat.trial import try_template
+
+if TYPE_CHECKING:
+    pass
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
+
+SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before torch is loaded."""
+
+    source: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Weight name → shape; empty when not known."""
+    tokens: str = ""
+    """The text of tokenizer.json; empty when not known."""
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+    known: bool = True
+    """False for a Hub model that is not on this machine yet."""
+    stored: int = 0
+    """Bytes of the weights in the files; 0 when not known."""
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.weights.values())
+
+    def has_token(self, token: str) -> bool:
+        return not self.tokens or json.dumps(token, ensure_ascii=False) in self.tokens
+
+    def linear_modules(self) -> list[str]:
+        """Names of the modules that a LoRA adapter can target: 2-D weights that are no embeddings."""
+        embeddings = ("embed", "wte", "wpe")
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.weights.items()
+            if name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in embeddings)
+        ]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a stage takes at least at its peak: with less it fails for sure, with them it may still fail."""
+
+    memory: int
+    """The GPU's, where there is one."""
+    disk: int
+    """All that lies below the stage's folder at one time."""
+
+
+def parse_size(size: str) -> int:
+    """The bytes of a size such as `2GB`, which matches `SIZE`."""
+    unit = size.lstrip("0123456789.")
+    return int(float(size.removesuffix(unit)) * _UNITS[unit])
+
+
+def is_hub_name(model: str) -> bool:
+    """True for `org/name` or `org/name@revision` that is no folder here."""
+    return bool(HUB_NAME.match(model)) and not Path(model).exists()
+
+
+def locate_model(model: str, *, download: bool) -> Path | None:
+    """The folder of a model: itself, or a snapshot of a Hub model; None when it is not here and `download` is off.
+
+    Raises:
+        StageError: the folder does not exist, or the Hub cannot be reached or does not know the model.
+    """
+    if not is_hub_name(model):
+        if not Path(model).is_dir():
+            raise StageError(
+                f"the model folder `{model}` does not exist; name a folder or a Hub model as `org/name@commit`"
+            )
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = model.partition("@")
+    kinds = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]  # the last one for its license
+    wanted = {"revision": revision, "allow_patterns": kinds}
+    refusal: Exception | None = None
+    if download:  # first, since a snapshot on this machine may lack files that nobody asked for yet
+        try:
+            return Path(snapshot_download(name, **wanted))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            refusal = error
+    try:
+        return Path(snapshot_download(name, **wanted, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        if refusal is None:
+            return None
+        first = next(iter(str(refusal).strip().splitlines()), type(refusal).__name__)
+        raise StageError(
+            f"the Hub does not hand out `{model}` ({first}); check name, revision, access and network"
+        ) from None
+
+
+def read_facts(folder: Path, source: str = "") -> Facts:
+    """Read what is known of a model folder, without torch.
+
+    Raises:
+        StageError: no config.json, no safetensors, or a torn file.
+    """
+    config = _json(
+        folder / "config.json", f"the model folder `{folder}` has no config.json; it is no transformers model"
+    )
+    if "auto_map" in config and not _is_native(str(config.get("model_type", ""))):
+        kind = config.get("model_type")
+        raise StageError(
+            f"the model folder `{folder}` brings code of its own, and transformers has no `{kind}`; code from models "
+            "is never run here, so use a model that transformers itself knows"
+        )
+    files = weight_files(folder)
+    if not files:
+        other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+        found = f" (`{other}` is a pickle, which can run code)" if other else ""
+        raise StageError(
+            f"the model folder `{folder}` holds no .safetensors weights{found}; convert it with `save_pretrained`"
+        )
+    weights: dict[str, tuple[int, ...]] = {}
+    stored = 0
+    for shard in files:
+        shapes, size = _header(shard)
+        weights.update(shapes)
+        stored += size
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise StageError(
+            f"the model folder `{folder}` has no tokenizer.json; save its fast tokenizer beside the weights"
+        )
+    settings = _json(folder / "tokenizer_config.json", f"the model folder `{folder}` has no tokenizer_config.json")
+    template = folder / "chat_template.jinja"
+    own = _read(template) if template.is_file() else settings.get("chat_template")
+    return Facts(source or str(folder), config, weights, _read(tokenizer), settings, own, stored=stored)
+
+
+def _is_native(model_type: str) -> bool:
+    """Does the installed transformers bring this type of model? Seen by its folders, without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    folders = [Path(folder, "models") for folder in spec.submodule_search_locations or []] if spec else []
+    return any((folder / model_type.replace("-", "_")).is_dir() for folder in folders if model_type)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files: those of the index, else `model.safetensors`, else every one there is.
+
+    Raises:
+        StageError: the index names a file that is missing.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        names = _json(index, "")["weight_map"].values()
+        files = sorted({folder / str(name) for name in names})
+        for file in files:
+            if not file.is_file():
+                raise StageError(
+                    f"the model folder `{folder}` lacks `{file.name}`, which its index names; fetch it again"
+                )
+        return files
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise StageError(f"`{path}` is not UTF-8; fetch it again") from None
+
+
+def _json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise StageError(missing) from None
+    except (ValueError, TypeError, OSError) as error:
+        raise StageError(f"`{path}` cannot be read ({error})") from None
+
+
+def _header(shard: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Weight names, their shapes, and the bytes of all weights of a safetensors file.
+
+    The format's own README: 8 bytes of length, then JSON, then the weights.
+    """
+    try:
+        with open(shard, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        stored = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        whole = 8 + length + stored
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError, OverflowError):
+        raise StageError(f"`{shard}` is no whole safetensors file; fetch it again") from None
+    if shard.stat().st_size != whole:
+        raise StageError(f"`{shard}` is cut off: {shard.stat().st_size:,} bytes of {whole:,}; fetch it again")
+    return shapes, stored
+
+
+def check_template(template: str | None, facts: Facts) -> list[Problem]:
+    """Problems of the chat template that a stage will use with this model's tokenizer."""
+    text = template or facts.template
+    if text is None and not facts.known:
+        return []
+    if text is None:
+        names = ", ".join(f"`{name}`" for name in template_names())
+        return [
+            (
+                "",
+                f"{facts.source} brings no chat template; set `template:` at the top to one of {names}, or a file",
+            )
+        ]
+    if facts.known and not facts.tokenizer.get("eos_token"):
+        return [("model", f"the tokenizer of {facts.source} has no eos_token; set it in its tokenizer_config.json")]
+    lost = [token for token in template_tokens(text) if not facts.has_token(token)]
+    if not lost:
+        trouble = try_template(text, facts.tokenizer, facts.has_token) if facts.known else None
+        return [] if trouble is None else [("template", trouble)]
+    shown = ", ".join(f"`{token}`" for token in lost)
+    return [
+        (
+            "template",
+            f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; "
+            "`med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        )
+    ]

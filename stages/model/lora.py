@@ -1,0 +1,125 @@
+"""LoRA adapters folded into weights: W ← W + scale · B A, adapter after adapter, in float32, rounded once.
+
+Training stages start from a folded chain and `merge` writes it shard by shard; both call `Chain.fold` on weights
+in the base's own dtype, so the model that a stage starts from is bit for bit the one that `merge` would write.
+LoRA is Hu et al. (arXiv 2106.09685), rsLoRA's scale Kalajdzievski (2312.03732), DoRA Liu et al. (2402.09353); the
+file layout is PEFT's.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.errors import StageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+PREFIX = "base_model.model."
+
+
+class Adapter:
+    """One adapter folder in PEFT's layout; remembers which of its tensors were used."""
+
+    def __init__(self, folder: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = folder
+        path = Path(folder, "adapter_config.json")
+        try:
+            self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.file: Any = safe_open(str(Path(folder, "adapter_model.safetensors")), framework="pt")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StageError(f"the adapter `{folder}` cannot be read ({error})") from None
+        self.unused: set[str] = set(self.file.keys())
+
+    def take(self, name: str) -> "torch.Tensor | None":
+        key = PREFIX + name
+        if key not in self.unused:
+            return None
+        self.unused.discard(key)
+        return self.file.get_tensor(key).float()
+
+    def scale(self, module: str) -> float:
+        rank = self._pattern("rank_pattern", module, self.config["r"])
+        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
+        return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
+
+    def _pattern(self, name: str, module: str, default: float) -> float:
+        for pattern, value in (self.config.get(name) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return float(value)
+        return default
+
+    def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """`weight` (out × in, float32) with this adapter's share for the parameter `name` added."""
+        whole = self.take(name)  # modules_to_save
+        if whole is None and name.endswith(".bias"):  # `bias: all` of a layer that has LoRA too
+            whole = self.take(f"{name.removesuffix('.bias')}.base_layer.bias")
+        if whole is not None:
+            return whole
+        module = name.removesuffix(".weight")
+        if name.endswith(".bias"):
+            bias = self.take(name.removesuffix(".bias") + ".lora_B.bias")
+            return weight if bias is None else weight + self.scale(name.removesuffix(".bias")) * bias
+        a, b = self.take(f"{module}.lora_embedding_A"), self.take(f"{module}.lora_embedding_B")
+        if a is not None and b is not None:
+            return weight + self.scale(module) * (b @ a).T
+        a, b = self.take(f"{module}.lora_A.weight"), self.take(f"{module}.lora_B.weight")
+        if a is None or b is None:
+            return weight
+        delta = self.scale(module) * (b @ a)
+        folded = weight + (delta.T if self.config.get("fan_in_fan_out") else delta)
+        magnitude = self.take(f"{module}.lora_magnitude_vector")
+        if magnitude is None:
+            return folded
+        return folded * (magnitude / folded.norm(dim=1)).unsqueeze(1)
+
+
+class AdapterChain:
+    """Adapters in the order they were trained."""
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        self.adapters = [Adapter(folder) for folder in folders]
+
+    def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """The parameter with every adapter folded in; the same tensor when no adapter touches it."""
+        folded = original = weight.float()
+        for adapter in self.adapters:
+            folded = adapter.fold(name, folded)
+        return weight if folded is original else folded.to(weight.dtype)
+
+    def check_used(self) -> None:
+        """Every tensor of every adapter must have found its place.
+
+        Raises:
+            StageError: some did not: the adapter belongs to another base, or is of a kind that cannot be folded.
+        """
+        for adapter in self.adapters:
+            if adapter.unused:
+                left = sorted(adapter.unused)
+                raise StageError(
+                    f"{len(left)} tensors of the adapter `{adapter.folder}` have no place in the base (first "
+                    f"`{left[0]}`): it was trained on another model, or its kind cannot be folded"
+                )
+
+
+def fold_into(model: "PreTrainedModel", folders: Sequence[str]) -> None:
+    """Fold adapters into a loaded model, in place."""
+    import torch
+
+    if not folders:
+        return
+    chain = AdapterChain(folders)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weight = parameter.data
+            folded = chain.fold(name, weight)
+            if folded is not weight:
+                weight.copy_(folded)
+    chain.check_used()

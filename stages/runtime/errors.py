@@ -1,0 +1,67 @@
+"""Errors that a stage raises, and the sentence for any error that a user can fix."""
+
+import errno
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+
+class PipelineError(Exception):
+    """A message for the user, whole sentences, with no traceback."""
+
+    exit_code = 1
+
+
+class StageError(PipelineError):
+    """Raised by a stage for what a user can mend: the message says where, what, and what to do now."""
+
+
+class Interrupted(PipelineError):
+    """A signal stopped the run; nothing is lost."""
+
+    exit_code = 75
+
+
+def nearest(word: str, known: Iterable[str], moved: Mapping[str, str] | None = None) -> str:
+    """A clause that names the nearest right word, or the words there are when none is near.
+
+    `moved` maps names that other versions or tools use to today's name (or to advice).
+    """
+    names = sorted(known)
+    if moved and word in moved:
+        return f"; it is now {moved[word]}"
+    lower = {name.lower(): name for name in names}
+    longer = sorted((name for name in lower if name.startswith(word.lower()) and len(word) > 3), key=len)
+    close = longer[:1] or get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean `{lower[close[0]]}`?"
+    if len(names) <= 12:
+        return "; there is " + ", ".join(f"`{name}`" for name in names) if names else ""
+    return ""
+
+
+OUT_OF_MEMORY = "out of memory; "
+_NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
+
+
+def explain(error: BaseException) -> str | None:
+    """A sentence for an error that the user can mend; None for a fault of ours."""
+    if isinstance(error, PipelineError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+        return OUT_OF_MEMORY + (
+            "halve `trainer.per_device_train_batch_size` and double `gradient_accumulation_steps`, "
+            "set `trainer.gradient_checkpointing: true`, or lower `trainer.max_length`"
+        )
+    if _disk_full(error):
+        return "the disk is full; free space and run again, what was finished is kept"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write `{error.filename}` ({error.strerror}); choose another folder with `--saves DIR`"
+    return None
+
+
+def _disk_full(error: BaseException) -> bool:
+    """ENOSPC as Python says it, or as torch and safetensors put it into words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    words = ("No space left on device", "inline_container.cc", "os error 28")
+    return any(word in str(error) for word in words)

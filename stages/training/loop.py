@@ -1,0 +1,194 @@
+"""A training run: the starting model, the trainer, the artifact and its metrics."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.chat.template import install_template
+from stages.model.device import has_bf16
+from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.runtime.errors import Interrupted, StageError
+from stages.runtime.events import emit, main_process
+from stages.training.checkpoint import newest_whole
+from stages.training.progress import Progress, batch_sizes, check_finite
+from stages.training.settings import TrainingConfig, saving
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainingArguments,
+    )
+
+
+def tokenizer(config: TrainingConfig) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the stage's model with the run's template."""
+    loaded = load_tokenizer(config.model)
+    install_template(loaded, config.template)
+    return loaded
+
+
+def start(config: TrainingConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The model that the stage starts from.
+
+    Weights are float32 for full fine-tuning and on the CPU, else bfloat16; `model_init_kwargs` says otherwise.
+    """
+    settings = dict(config.trainer.get("model_init_kwargs") or {})
+    settings.setdefault("dtype", "bfloat16" if config.lora is not None and has_bf16() else "float32")
+    model = load_model(config.model, **settings)
+    set_stop_tokens(model, tokenizer)
+    return model
+
+
+def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> "TrainingArguments":
+    """The TRL config `kind` with the user's settings over `defaults` over ours.
+
+    Raises:
+        StageError: the library itself refuses the settings.
+    """
+    import torch
+    import trl
+
+    gpu = torch.cuda.is_available()
+    ours = {
+        "output_dir": str(out / "checkpoints"),
+        "seed": config.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # transformers would log a NaN loss as 0
+        "use_cpu": not gpu,
+        "bf16": has_bf16() and not config.trainer.get("fp16"),
+        **saving(config.trainer),
+        "dataloader_pin_memory": gpu,
+    }
+    theirs = {
+        key: value for key, value in config.trainer.items() if key not in ("model_init_kwargs", "save_total_limit")
+    }
+    try:
+        return getattr(trl, kind)(**{**ours, **defaults, **theirs})
+    except (ValueError, TypeError, ImportError) as error:
+        raise StageError(f"{kind} refuses these settings: {error}") from None
+
+
+def build(trainer: Any, **parts: Any) -> Any:
+    """A TRL trainer of its parts.
+
+    Raises:
+        StageError: it refuses the settings, which it checks only now.
+    """
+    try:
+        built = trainer(**parts)
+    except (ValueError, NotImplementedError) as error:
+        raise StageError(f"TRL refuses these settings: {error}") from None
+    if parts.get("peft_config") is not None:
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:  # PEFT leaves `modules_to_save` in the base's bfloat16, where steps get lost
+                parameter.data = parameter.data.float()
+    return built
+
+
+def adapter(config: TrainingConfig) -> Any:
+    """PEFT's LoraConfig, or None when the whole model is trained."""
+    if config.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config.lora})
+
+
+def train(trainer: "Trainer", config: TrainingConfig, out: Path) -> dict[str, Any]:
+    """Run a prepared trainer from where it was, leave the artifact in `out`, and hand back its metrics.
+
+    Raises:
+        Interrupted: SIGTERM came; a checkpoint was written at the next step.
+        StageError: the loss or a weight is not finite.
+    """
+    from transformers import set_seed
+
+    checkpoints = Path(trainer.args.output_dir)
+    checkpoint, notes = newest_whole(checkpoints, with_best=trainer.args.load_best_model_at_end)
+    for note in notes:
+        emit(out, "note", text=note)
+    progress = Progress(trainer, out, int(config.trainer.get("save_total_limit") or 2), config.early_stopping)
+    trainer.add_callback(progress.callback())
+    before = _evaluate_before(trainer, out, resumed=checkpoint is not None)
+    if checkpoint is None:
+        set_seed(trainer.args.seed)  # the held-out pass above drew random numbers
+    else:
+        trainer.args.eval_on_start = False
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    early = progress.no_better()  # the evaluation below would count as one more
+    if progress.stopped and not early:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    after = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    _save(trainer, config, out)
+    stopped = {"stopped_early": early} if config.early_stopping is not None else {}
+    return {**_metrics(trainer, before, after), **stopped}
+
+
+def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[str, float]:
+    """The held-out figures of the model that the stage started from; a resumed run reads what it measured then."""
+    if trainer.eval_dataset is None:
+        return {}
+    file = out / "before.json"
+    if resumed:
+        with contextlib.suppress(OSError, ValueError):  # torn by a power cut: the model is still the starting one
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+    emit(out, "note", text="measures the held-out rows before training")
+    figures = trainer.evaluate()
+    if main_process():
+        file.write_text(json.dumps(figures), encoding="utf-8")
+    return dict(figures)
+
+
+def _save(trainer: "Trainer", config: TrainingConfig, out: Path) -> None:
+    """Write adapter or model, tokenizer with template, and generation config; drop what only training needed."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    check_finite(model, trainer.state.global_step)
+    if not main_process():
+        return
+    whole = model.get_base_model() if config.lora is not None else model
+    if config.lora is not None:
+        alone = len(config.model) == 1
+        # An adapter on adapters must not be loaded onto the bare base: that would be another model, silently.
+        base = str(Path(config.model[0]).resolve()) if alone else "a chain of adapters, see `model` in record.json"
+        model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(out, **({"save_embedding_layers": False} if config.lora is not None else {}))
+    if config.lora is not None:
+        whole.generation_config.save_pretrained(out)
+    trainer.processing_class.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def _metrics(trainer: "Trainer", before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics: dict[str, Any] = {"steps": trainer.state.global_step, **batch_sizes(trainer.args)}
+    if logs:
+        metrics |= {"loss_first": logs[0], "loss_last": logs[-1]}
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+        metrics["best_step"] = trainer.state.best_global_step
+    kept = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_mean_token_accuracy")
+    for key in kept:
+        if key in before and key in after:
+            metrics |= {f"{key}_before": before[key], key: after[key]}
+    return metrics
+
+
+def best(metrics: Mapping[str, Any]) -> str:
+    """Which step was kept, where that is not simply the last, as a clause."""
+    if "best_step" not in metrics:
+        return ""
+    stopped = f", stopped early at step {metrics['steps']}" if metrics.get("stopped_early") else ""
+    return f"{stopped}, best at step {metrics['best_step']}"
+
+
+def figure(metrics: Mapping[str, Any]) -> str:
+    """The stage's key figure for people."""
+    if "eval_loss" in metrics:
+        return f"held-out loss {metrics['eval_loss_before']:.3f} → {metrics['eval_loss']:.3f}{best(metrics)}"
+    if "loss_last" in metrics:
+        return f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
+    return f"{metrics['steps']} steps"

@@ -1,0 +1,97 @@
+"""The memory and disk that a training stage takes at least."""
+
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from stages.model.facts import Facts, Needs
+from stages.training.settings import TrainingConfig, is_named, saving
+
+if TYPE_CHECKING:
+    pass
+
+
+def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Needs:
+    """Memory: `copies` of the whole model, and gradients and Adam's two moments of what is trained. Disk: the
+    checkpoints that lie there while one more is written, and the result.
+
+    Not in it: activations and logits (often the most), what autocast and libraries hold, files besides the weights,
+    moments of another optimizer than 32-bit AdamW. A run whose steps are not known is taken to reach every share of
+    them that `save_steps` asks for.
+    """
+    if not facts.weights:
+        return Needs(0, 0)
+    whole = facts.parameters * _width(config, facts)
+    trained = whole if config.lora is None else 4 * _adapter_parameters(config.lora, facts)
+    optimizer = str(config.trainer.get("optim", "adamw_torch"))
+    moments = 2 * trained if optimizer.startswith("adamw") and "bit" not in optimizer else 0
+    adapter_weights = 0 if config.lora is None else trained
+    memory = copies * whole + adapter_weights + trained + moments
+    return Needs(memory, disk=_checkpoints(config.trainer) * (trained + moments) + trained)
+
+
+def facts_after_training(config: TrainingConfig, facts: Facts) -> Facts:
+    """What later stages can know of the result: the whole model has the width that it was trained in."""
+    if config.lora is not None:
+        return facts
+    return replace(facts, stored=facts.parameters * _width(config, facts))
+
+
+def _width(config: TrainingConfig, facts: Facts) -> int:
+    """Bytes of a weight in memory, as `start` loads it; a GPU is taken to compute in bfloat16."""
+    dtype = (config.trainer.get("model_init_kwargs") or {}).get("dtype")
+    if dtype == "auto":
+        return max(1, facts.stored // facts.parameters)
+    if dtype is None:
+        return 2 if config.lora is not None and shutil.which("nvidia-smi") else 4
+    return {"float32": 4, "float64": 8}.get(str(dtype), 2)
+
+
+def _adapter_parameters(lora: Mapping[str, Any], facts: Facts) -> int:
+    """The weights A (r × in) and B (out × r) of each layer that LoRA targets, and whole copies of `modules_to_save`."""
+    saved = [rf"(.*\.)?{re.escape(name)}(\..*)?" for name in lora.get("modules_to_save") or []]
+    copied = {
+        name: math.prod(shape)
+        for name, shape in facts.weights.items()
+        if any(re.fullmatch(pattern, name.rpartition(".")[0]) for pattern in saved)
+    }
+    ranks: Mapping[str, int] = lora.get("rank_pattern") or {}
+    count = sum(copied.values())
+    for module in facts.linear_modules():
+        if f"{module}.weight" not in copied and _is_targeted(module, lora):
+            own = (rank for pattern, rank in ranks.items() if is_named(module, rf"(.*\.)?({pattern})"))
+            count += next(own, lora.get("r", 8)) * sum(facts.weights[f"{module}.weight"])
+    return count
+
+
+def _is_targeted(module: str, lora: Mapping[str, Any]) -> bool:
+    targets, layers = lora.get("target_modules", "all-linear"), lora.get("layers_to_transform")
+    if targets is None or is_named(module, lora.get("exclude_modules") or []):
+        return False
+    if targets == "all-linear":
+        return not module.endswith("lm_head")
+    if layers is not None and not isinstance(targets, str):
+        index = re.match(r".*\.[^.]*\.(\d+)\.", module)
+        if index is None or int(index[1]) not in (layers if isinstance(layers, list) else [layers]):
+            return False
+    return is_named(module, targets)
+
+
+def _checkpoints(trainer: Mapping[str, Any]) -> int:
+    """How many lie on the disk at one time: those that are kept, and the one that is being written."""
+    settings = {**saving(trainer), **trainer}
+    strategy, step = settings["save_strategy"], settings["save_steps"]
+    steps = int(trainer.get("max_steps") or 0)
+    if strategy in ("no", "best"):
+        return 0
+    last = 1
+    if strategy == "epoch" and steps <= 0:
+        last = math.ceil(trainer.get("num_train_epochs", 3))
+    elif strategy == "steps" and step and steps > 0:
+        last = math.ceil(steps / (step if step >= 1 else math.ceil(step * steps)))
+    elif strategy == "steps" and 0 < step < 1:
+        last = math.ceil(1 / step)
+    return min(last, int(trainer.get("save_total_limit") or 2) + 1)

@@ -1,0 +1,352 @@
+"""A training stage's rows as its trainer reads them: drawn, tokenized and packed once, and kept by their content.
+
+They lie in `.prepared/<key>` beside the stages' folders. The key is a hash of the content of every data file, of all
+that reads, cleans, draws and cuts rows, of the tokenizer with its template and of the versions of what computes: other
+rows have another key, and two stages that agree in all of it share one. The trainer maps the files into memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import struct
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.chat import encoding, fast_tokens
+from stages.chat.labels import IGNORED, Encoded
+from stages.data import drawing
+from stages.data.source import READER_VERSION, data_files
+from stages.runtime.errors import StageError
+from stages.runtime.events import emit
+from stages.runtime.files import sha256
+from stages.runtime.processes import parallel_map, usable_cores
+from stages.training import packing as packing_module
+from stages.training.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+FOLDER = ".prepared"
+VERSION = 1  # raise it when the same rows would become other sequences
+_ACCOUNT = "account.json"  # written last: a folder without it is not whole
+FEW = 8  # chunks that are not worth another process
+SOME = 8  # chunks of a process after which a faster tokenizer is worth looking for
+_COMPARED = 4000  # tokens of a vocabulary that the search goes through in the time of a chunk
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows for a trainer, and what they came to."""
+
+    train: "Dataset"
+    """Columns `input_ids` and, where they differ, `labels`; `seq_lengths` when packed. For pairs `prompt_ids`,
+    `chosen_ids` and `rejected_ids`."""
+    held: "Dataset | None"
+    account: dict[str, Any]
+
+
+def prepare(
+    config: TrainingConfig, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool = False
+) -> Prepared:
+    """The rows of a stage under its trainer's arguments; those of an earlier stage or run where they are the same.
+
+    `cut`: what is longer than `max_length` is cut into pieces, none lost; else it keeps its start, and a row with
+    nothing to train in it is dropped and counted.
+
+    Raises:
+        StageError: more rows are dropped than the data sets allow, nothing is left to train on, or a file changed
+            while it was read.
+    """
+    recipe = _recipe(config, tokenizer, args, cut=cut)
+    key = _key(recipe, config)
+    folder = out.parent / FOLDER / key
+    with _alone(folder):
+        account = _whole(folder)
+        if account is None:
+            account = _make(config, tokenizer, recipe, args, folder)
+            if _key(recipe, config) != key:
+                shutil.rmtree(folder)
+                raise StageError("a data file changed while it was read; run again")
+        else:
+            emit(out, "note", text=f"takes the rows that were prepared before, from {FOLDER}/{key}")
+    for entry in account["data"]:
+        emit(out, "note", text=drawing.told(entry))
+    emit(out, "note", text=_told(account))
+    train = _dataset(folder / "train.arrow")
+    held = _dataset(folder / "held.arrow") if account["held_out"] else None
+    if "packed" not in account:
+        there = array("L")
+        for batch in train.data.to_batches():
+            there.extend(lengths(batch))
+        account["padding"] = encoding.padding(there, args.per_device_train_batch_size)
+    return Prepared(train, held, account)
+
+
+def _recipe(config: TrainingConfig, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:
+    """What makes the rows what they are, besides the files."""
+    packs = getattr(args, "packing", False)
+    eval_packing = getattr(args, "eval_packing", None)
+    wraps = packs and args.packing_strategy == "wrapped"  # cuts the stream of all texts by itself
+    packs_held = packs if eval_packing is None else eval_packing
+    chosen = config.model_dump(mode="json", include={"data", "weights", "rows", "eval_data", "eval_size", "seed"})
+    words = {
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+        "split_special_tokens": tokenizer.backend_tokenizer.encode_special_tokens,  # not in to_str()
+    }
+    packing = [args.packing_strategy, args.max_length, args.shuffle_dataset and args.seed] if packs else None
+    return {
+        **chosen,
+        **words,
+        "cut": cut,
+        "max_length": None if wraps else args.max_length,
+        "held_max_length": None if wraps and packs_held else args.max_length,
+        "packing": packing,
+        "packs_held": bool(packing and packs_held),
+        "versions": {
+            name: metadata.version(name) for name in ("tokenizers", "tiktoken", "transformers", "trl", "datasets")
+        },
+        "code": [VERSION, READER_VERSION],
+    }
+
+
+def _key(recipe: dict[str, Any], config: TrainingConfig) -> str:
+    sources = [*config.data, *config.eval_data]
+    sources += [other for source in sources for other in source.others.values()]
+    files = {str(file): sha256(file) for source in sources for file in data_files(source)}
+    text = json.dumps([recipe, sorted(files.items())], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process prepare, and the others, of this run or another, wait for it."""
+    for made in (lock(folder), folder):
+        made.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock(folder), "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def lock(folder: Path) -> Path:
+    """The file that is locked while rows are prepared in a folder."""
+    return folder.parent.parent / ".locks" / f"prepared-{folder.name.removesuffix('.part')}"
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """The account of prepared rows, if every file is what it was when they were made."""
+    try:
+        kept: dict[str, Any] = json.loads((folder / _ACCOUNT).read_text(encoding="utf-8"))
+        files: dict[str, str] = kept["files"]
+        whole = all(sha256(folder / name) == hashed for name, hashed in files.items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return dict(kept["account"]) if whole else None
+
+
+def _make(config: TrainingConfig, tokenizer: Any, recipe: dict[str, Any], args: Any, folder: Path) -> dict[str, Any]:
+    """Prepare the rows in `folder` and hand back their account."""
+    part = folder.with_name(f"{folder.name}.part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    part.mkdir()
+    processes = getattr(args, "dataset_num_proc", None) or usable_cores()
+    with drawing.draw(config, part, processes) as drawn:
+        limit, cut = recipe["max_length"], recipe["cut"]
+        made = parallel_map(sequences(tokenizer, limit, cut, len(config.data)), drawn.chunks, processes, FEW)
+        totals = _written(made, part / "train.arrow", len(config.data))
+        whole = encoding.Tokens()
+        for total in totals:
+            whole.add(total)
+        check_dropped(config, whole, args.max_length)
+        account = _account_of(drawn, totals, whole)
+        if drawn.held:
+            made = map(sequences(tokenizer, recipe["held_max_length"], cut, 1), drawn.held_chunks())
+            account["held_out"] = _written(made, part / "held.arrow", 1)[0].rows
+    if recipe["packing"]:
+        account |= _pack(part / "train.arrow", args)
+        if recipe["packs_held"] and account["held_out"]:
+            _pack(part / "held.arrow", args)
+    files = {file.name: sha256(file) for file in sorted(part.iterdir())}
+    (part / _ACCOUNT).write_text(json.dumps({"account": account, "files": files}, ensure_ascii=False), encoding="utf-8")
+    part.rename(folder)
+    return account
+
+
+def _pack(file: Path, args: Any) -> dict[str, float]:
+    """Pack the rows of an Arrow file, which is replaced, and hand back what packing did."""
+    packed = file.with_suffix(".packed")
+    figures = packing_module.pack(_dataset(file), args, packed)
+    packed.replace(file)
+    return figures
+
+
+def sequences(
+    tokenizer: Any, limit: int | None, cut: bool, data: int
+) -> Callable[[drawing.Chunk], tuple["pa.RecordBatch | None", list[encoding.Tokens]]]:
+    """What makes a chunk's sequences, and the figures of each data set."""
+
+    backend: Any = tokenizer.backend_tokenizer
+    some = max(SOME, len(tokenizer) // _COMPARED)
+    begun, twin = 0, None
+
+    def work(chunk: drawing.Chunk) -> tuple["pa.RecordBatch | None", list[encoding.Tokens]]:
+        nonlocal begun, twin
+        begun += 1
+        if begun == some:
+            twin = fast_tokens.twin(backend)
+        totals = [encoding.Tokens() for _ in range(data)]
+        columns: defaultdict[str, _Column] = defaultdict(_Column)
+        trained = list(chunk.trained())
+        with fast_tokens.used(backend, twin):
+            encoded = encoding.encode(tokenizer, [placed.row for _, placed, _ in trained])
+        for (_, placed, copies), row in zip(trained, encoded, strict=True):
+            if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
+                for example in examples(row, limit, cut) * copies:
+                    for name, values in example.items():
+                        columns[name].add(values)
+        return _batch(columns), totals
+
+    return work
+
+
+def examples(row: list[Encoded], limit: int | None, cut: bool) -> list[dict[str, "array[int]"]]:
+    """What a trainer gets of a row; all of `cut` rows is in the loss, and labels that are not given are the ids."""
+    ids, trained = _numbers(row[0].ids), row[0].trained
+    if len(row) == 2:  # chosen and rejected, after the same prompt
+        ((start, _),) = trained
+        return [{"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": _numbers(row[1].ids[start:])}]
+    if cut:
+        length = limit or len(ids)
+        return [{"input_ids": ids[start : start + length]} for start in range(0, len(ids), length)]
+    labels = array("i", [IGNORED]) * len(ids)
+    for begin, end in trained:
+        labels[begin:end] = ids[begin:end]
+    return [{"input_ids": ids[:limit], "labels": labels[:limit]}]
+
+
+def _numbers(ids: list[int]) -> "array[int]":
+    """As 32-bit numbers; `array` itself takes twice as long."""
+    return array("i", struct.pack(f"{len(ids)}i", *ids))
+
+
+class _Column:
+    """Lists of numbers, as Arrow keeps them: one after the other, and where each ends."""
+
+    def __init__(self) -> None:
+        self.values, self.ends = array("i"), array("i", [0])
+
+    def add(self, values: "array[int]") -> None:
+        self.values.extend(values)
+        self.ends.append(len(self.values))
+
+
+def _batch(columns: dict[str, _Column]) -> "pa.RecordBatch | None":
+    import pyarrow as pa
+
+    def made(numbers: "array[int]") -> pa.Array:
+        return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
+
+    arrays = {
+        name: pa.ListArray.from_arrays(made(column.ends), made(column.values)) for name, column in columns.items()
+    }
+    return pa.RecordBatch.from_pydict(arrays) if arrays else None
+
+
+def _written(
+    made: Iterable[tuple["pa.RecordBatch | None", list[encoding.Tokens]]], file: Path, data: int
+) -> list[encoding.Tokens]:
+    """Write sequences as they come, and sum up the figures of each data set."""
+    import pyarrow as pa
+
+    totals = [encoding.Tokens() for _ in range(data)]
+    writer = None
+    for batch, found in made:
+        for total, more in zip(totals, found, strict=True):
+            total.add(more)
+        if batch is not None:
+            writer = writer or pa.ipc.new_stream(str(file), batch.schema)
+            writer.write_batch(batch)
+    if writer is not None:
+        writer.close()
+    return totals
+
+
+def _dataset(file: Path) -> "Dataset":
+    from datasets import Dataset
+
+    return Dataset.from_file(str(file))
+
+
+def check_dropped(config: TrainingConfig, total: encoding.Tokens, max_length: int | None) -> None:
+    """
+    Raises:
+        StageError: more rows would train nothing than the data sets allow.
+    """
+    rows = total.rows + total.untrained
+    if not total.rows:
+        raise StageError(f"all {rows} rows lose their answer at `max_length` {max_length}; raise it")
+    allowed = max(source.max_dropped for source in config.data)
+    if total.untrained > allowed * rows:
+        raise StageError(
+            f"{total.untrained:,} of {rows:,} rows lose their answer at `max_length` {max_length}, the first at "
+            f"{total.first[0]}; that is more than `max_dropped` {allowed:g} of them; raise `max_length`, or "
+            "`max_dropped` of the data"
+        )
+
+
+def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: encoding.Tokens) -> dict[str, Any]:
+    """The account of the stage, with that of each data set under `data`."""
+    for entry, total in zip(drawn.account, totals, strict=True):
+        if total.untrained:
+            entry["trained_rows"] -= total.untrained
+            entry["dropped"]["no answer left at `max_length`"] = {"rows": total.untrained, "first": total.first}
+        entry |= {"tokens": total.tokens, "trained_tokens": total.trained, "truncated": total.truncated}
+        entry |= {
+            "longest": total.longest,
+            "share_of_rows": total.rows / whole.rows,
+            "share_of_tokens": total.tokens / whole.tokens,
+        }
+    return {
+        "data": drawn.account,
+        "rows": whole.rows + whole.untrained,
+        "dropped": whole.untrained,
+        "truncated": whole.truncated,
+        "tokens": whole.tokens,
+        "trained_tokens": whole.trained,
+        "longest": whole.longest,
+        "held_out": 0,
+    }
+
+
+def lengths(rows: "pa.RecordBatch") -> list[int]:
+    """The tokens of each sequence, the two of a pair one after the other."""
+    from pyarrow import compute
+
+    columns = {name: compute.list_value_length(rows[name]).to_pylist() for name in rows.schema.names}
+    if "input_ids" in columns:
+        return list(columns["input_ids"])
+    prompts = columns.pop("prompt_ids")
+    return [prompt + answer for prompt, *answers in zip(prompts, *columns.values(), strict=True) for answer in answers]
+
+
+def _told(account: dict[str, Any]) -> str:
+    """One line for people."""
+    words = [f"{account['rows']:,} rows", f"{account['dropped']:,} dropped", f"{account['truncated']:,} truncated"]
+    words += [f"{account['tokens']:,} tokens", f"{account['trained_tokens']:,} in the loss"]
+    words += [f"{account['held_out']:,} held out"] if account["held_out"] else []
+    if "packed_into" in account:
+        words.append(f"{account['packed']:,} sequences packed into {account['packed_into']:,}")
+        words.append(f"{account['padding']:.1%} of their room is empty")
+    return ", ".join(words)

@@ -1,0 +1,174 @@
+"""What happens during training: steps are reported, checkpoints sealed, and the run is stopped."""
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.errors import StageError
+from stages.runtime.events import emit, main_process
+from stages.training.checkpoint import rotate, seal
+from stages.training.resume import Rest
+
+if TYPE_CHECKING:
+    from transformers import (
+        TrainerCallback,
+    )
+
+
+class Progress:
+    """Reports steps, seals checkpoints, stops on SIGTERM, early, and on a loss that is not finite."""
+
+    def __init__(self, trainer: Any, out: Path, keep: int, patience: int | None) -> None:
+        from transformers import EarlyStoppingCallback
+
+        self.out, self.keep = out, keep
+        self.checkpoints = Path(trainer.args.output_dir)
+        self.rest = Rest(trainer)
+        self.asked = self.stopped = self.to_save = False
+        self.shown = 0.0
+        self.early = EarlyStoppingCallback(patience) if patience is not None else None
+        if self.early is not None:
+            trainer.add_callback(self.early)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+
+    def callback(self) -> "TrainerCallback":
+        from transformers import TrainerCallback
+
+        progress = self
+
+        class Callback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                emit(progress.out, "total", steps=state.max_steps, step=state.global_step, **batch_sizes(args))
+                progress.rest.load(progress.newest(state))
+                progress.recall(state)
+                if state.best_model_checkpoint is not None:  # the folder may have moved since
+                    best = progress.checkpoints / Path(state.best_model_checkpoint).name
+                    state.best_model_checkpoint = str(best)
+
+            def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.rest.begin_epoch(int(state.epoch), kwargs["train_dataloader"])
+
+            def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.epoch_end(state, control)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.step(args, state, control)
+
+            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.log(state, kwargs["logs"])
+
+            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                progress.save(state, kwargs["model"])
+
+        return Callback()
+
+    def recall(self, state: Any) -> None:
+        """Count on from the checkpoint; transformers' own way would also bring back what the loop was about to do."""
+        if self.early is not None:
+            known = state.stateful_callbacks.get(type(self.early).__name__, {}).get("attributes", {})
+            self.early.early_stopping_patience_counter = known.get("early_stopping_patience_counter", 0)
+
+    def no_better(self) -> bool:
+        """Has it stopped early? That goes before a stop by the user: there is nothing to go on with."""
+        early = self.early
+        return early is not None and early.early_stopping_patience_counter >= early.early_stopping_patience
+
+    def step(self, args: Any, state: Any, control: Any) -> None:
+        from transformers.trainer_utils import SaveStrategy
+
+        if time.monotonic() - self.shown > 0.25:
+            self.shown = time.monotonic()
+            emit(self.out, "step", step=state.global_step)
+        if _any_process(self.asked, args.world_size) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+            args.save_strategy = SaveStrategy.STEPS  # `best` would not save a step that is no better
+        if is_whole(state.epoch):  # what belongs to the epoch's end must be in the checkpoint
+            self.to_save, control.should_save = control.should_save, False
+
+    def epoch_end(self, state: Any, control: Any) -> None:
+        """Also called when a stop cuts an epoch short, which is no reason to log, evaluate or save once more."""
+        if is_whole(state.epoch):
+            control.should_save |= self.to_save
+            self.to_save = False
+        elif self.stopped and not self.no_better():
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def newest(self, state: Any) -> Path:
+        return self.checkpoints / f"checkpoint-{state.global_step}"
+
+    def log(self, state: Any, logs: Mapping[str, float]) -> None:
+        figures = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        emit(self.out, "log", step=state.global_step, **figures)
+        for key in ("loss", "grad_norm", "eval_loss"):
+            scaled = key == "grad_norm" and self.rest.trainer.args.fp16  # whose scaler skips steps until it fits
+            if key in figures and not math.isfinite(figures[key]) and not scaled:
+                raise StageError(
+                    f"`{key}` is {figures[key]} at step {state.global_step}; nothing of it is kept as a result. "
+                    "Lower `trainer.learning_rate`, set `trainer.max_grad_norm`, or train in bf16 instead of fp16; "
+                    "then run again"
+                )
+
+    def save(self, state: Any, model: Any) -> None:
+        """Seal the newest checkpoint. The last one is not: going on from it would do a step too many."""
+        newest = self.newest(state)
+        self.rest.save(newest)
+        wait_for_all()  # every process writes its random state and its sums
+        try:
+            check_finite(model, state.global_step)
+        except StageError:
+            shutil.rmtree(newest, ignore_errors=True)
+            raise
+        last = state.global_step >= state.max_steps or self.no_better()
+        if main_process() and newest.is_dir() and not last:
+            seal(newest)
+            rotate(self.checkpoints, self.keep, state.best_model_checkpoint)
+        wait_for_all()
+
+
+def is_whole(epoch: float) -> bool:
+    return epoch == int(epoch)
+
+
+def wait_for_all() -> None:
+    """A barrier when several processes train."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def check_finite(model: Any, step: int) -> None:
+    """
+    Raises:
+        StageError: a trained weight is NaN or infinite; it must become neither a checkpoint nor a result.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise StageError(
+                f"the weight `{name}` is not finite after step {step}; lower `trainer.learning_rate` and run again"
+            )
+
+
+def batch_sizes(args: Any) -> dict[str, int]:
+    return {
+        "batch": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+    }
+
+
+def _any_process(asked: bool, processes: int) -> bool:
+    """True when any process was asked to stop: all must leave at the same step."""
+    if processes == 1:
+        return asked
+    import torch
+
+    flag = torch.tensor([int(asked)], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())

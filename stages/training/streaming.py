@@ -1,0 +1,86 @@
+"""A stage's rows as they come from the files, tokenized on the way and never kept: for data that the disk cannot hold
+twice. The order depends on the seed alone, so a run that was stopped reads what it has seen once more, and goes on."""
+
+import random
+from collections.abc import Iterator
+from itertools import chain, islice, repeat
+from typing import TYPE_CHECKING, Any
+
+from stages.chat import encoding
+from stages.data import cleaning
+from stages.data.row import Placed
+from stages.data.source import Source, kept_rows, rows_of
+from stages.training import preparation
+from stages.training.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+
+BUFFER = 10_000  # sequences among which the next is drawn
+_CHUNK = 256  # rows that are tokenized together
+_CHECKED = 1_000  # rows after which too many bad ones stop the run
+
+
+def check(config: TrainingConfig) -> list[tuple[str, str]]:
+    """What a stream cannot do."""
+    problems: list[tuple[str, str]] = []
+    if not int(config.trainer.get("max_steps") or 0) > 0:
+        problems.append(("trainer.max_steps", "a stream has no known length; set `max_steps`"))
+    if config.eval_size:
+        text = "rows of a stream cannot be held out before they are read; name others with `eval_data`"
+        problems.append(("eval_size", text))
+    if config.rows:
+        problems.append(("rows", "a stream has no number of rows; remove it, `max_steps` ends the stage"))
+    for step in dict.fromkeys(step.step for source in config.data for step in source.clean if cleaning.compares(step)):
+        text = f"`{step}` compares all rows, which a stream never has together; take it out of `clean`"
+        problems.append(("streaming", text))
+    if config.trainer.get("train_sampling_strategy", "random") != "random":
+        problems.append(("trainer.train_sampling_strategy", "rows of a stream come in their own order; remove it"))
+    return problems
+
+
+def rows(
+    config: TrainingConfig, tokenizer: "PreTrainedTokenizerBase", args: Any, total: encoding.Tokens, cut: bool
+) -> "IterableDataset":
+    """The rows under the arguments of an SFTTrainer; `total` counts those that were read.
+
+    Raises (while it is read):
+        StageError: more rows are bad, or have nothing to train, than the data sets allow.
+    """
+    from datasets import IterableDataset
+    from datasets.iterable_dataset import ExamplesIterable
+    from trl import pack_dataset
+
+    held = [row for source in config.eval_data for row in rows_of(source)]
+    limit = None if args.packing and args.packing_strategy == "wrapped" else args.max_length
+
+    def generate() -> Iterator[dict[str, list[int]]]:
+        placed = _mixed(config) if config.weights else chain.from_iterable(map(_read, config.data))
+        while chunk := list(islice(placed, max(_CHUNK, len(held)))):
+            alike = {pair.training for pair in cleaning.overlap(held, [row for _, row in chunk])} if held else set()
+            chunk = [row for number, row in enumerate(chunk) if number not in alike]
+            for (place, _), row in zip(chunk, encoding.encode(tokenizer, [row for _, row in chunk]), strict=True):
+                if total.count(row, limit, cut=cut, place=place, copies=1):
+                    for example in preparation.examples(row, limit, cut):
+                        yield {name: values.tolist() for name, values in example.items()}
+            if total.rows + total.untrained >= _CHECKED:
+                preparation.check_dropped(config, total, args.max_length)
+
+    # `from_generator` would pickle what the closure holds, for a name in a cache that a stream does not have.
+    stream = IterableDataset(ExamplesIterable(lambda: enumerate(generate()), {}))
+    stream = stream.shuffle(seed=args.seed, buffer_size=BUFFER)
+    return pack_dataset(stream, args.max_length, args.packing_strategy) if args.packing else stream
+
+
+def _read(source: Source) -> Iterator[Placed]:
+    return kept_rows(source, cleaning.Account(), early=_CHECKED)
+
+
+def _mixed(config: TrainingConfig) -> Iterator[Placed]:
+    """Rows drawn by the weights, without end: a data set that is used up begins anew."""
+    chance = random.Random(config.seed)
+    streams = [chain.from_iterable(map(_read, repeat(source))) for source in config.data]
+    while True:
+        yield next(chance.choices(streams, config.weights)[0])

@@ -1,0 +1,68 @@
+"""What `pt` and `sft` share: TRL's SFTTrainer on rows that are prepared already, or that stream."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.chat import encoding
+from stages.model.facts import Problem
+from stages.runtime.events import emit
+from stages.training import loop, packing, preparation
+from stages.training import streaming as streaming_module
+from stages.training.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class Config(TrainingConfig):
+    """The settings that `pt` and `sft` share."""
+
+    streaming: bool = False
+    """Tokenize rows while training reads them and keep none, for data that does not fit on the disk twice."""
+
+
+def check(config: Config) -> list[Problem]:
+    """Problems that are known before the first stage starts."""
+    return streaming_module.check(config) if config.streaming else []
+
+
+def run(config: Config, out: Path, *, cut: bool = False, **defaults: Any) -> dict[str, Any]:
+    """Train and leave the artifact in `out`; `cut` as in `_prepared.prepare`, `defaults` are settings of SFTConfig."""
+    from trl import SFTTrainer
+
+    tokenizer = loop.tokenizer(config)
+    args: Any = loop.arguments("SFTConfig", config, out, **defaults)
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    seen, account = encoding.Tokens(), dict[str, Any]()
+    if config.streaming:
+        train: Any = streaming_module.rows(config, tokenizer, args, seen, cut)
+        held = _held(config, tokenizer, args, out, cut=cut) if config.eval_data else None
+    else:
+        rows = preparation.prepare(config, tokenizer, args, out, cut=cut)
+        train, held, account = rows.train, rows.held, rows.account
+    model = loop.start(config, tokenizer)
+    packing.prepare(model, args)
+    trainer = loop.build(
+        SFTTrainer,
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held,
+        processing_class=tokenizer,
+        peft_config=loop.adapter(config),
+    )
+    metrics = loop.train(trainer, config, out)
+    if config.streaming:
+        account = {"streamed": seen.as_dict()}
+        emit(out, "note", text=f"{seen.rows:,} rows and {seen.tokens:,} tokens were read, {seen.untrained:,} dropped")
+    return {**account, **metrics}
+
+
+def _held(config: Config, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool) -> "Dataset":
+    """The held-out rows of a stage that streams, prepared as others are."""
+    args = copy.copy(args)
+    args.packing = args.packing if args.eval_packing is None else args.eval_packing
+    alone = {"data": config.eval_data, "eval_data": [], "weights": [], "rows": None}
+    return preparation.prepare(config.model_copy(update=alone), tokenizer, args, out, cut=cut).train
