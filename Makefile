@@ -26,7 +26,7 @@ faults: .venv/ready  ## kill -9 at every change of a file, stage by stage; about
 	$(BIN)/python -m tests.faults.harness --stages $(FAULTS)
 
 fuzz: .venv/ready  ## reads a hundred thousand broken data files, minutes
-	$(BIN)/python tests/fuzz_rows.py 100000
+	$(BIN)/python tests/data/fuzz_rows.py 100000
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

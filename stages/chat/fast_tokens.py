@@ -14,8 +14,8 @@ that it passes is the last but one, the pair that the list names for t. So both 
 the same order. A word that is a token at once is (2).
 
 What cuts a text into words is a regular expression. Those known here were compared on the letters of Unicode
-(tests/test_tiktoken.py), and are on some whenever a twin is sought. Any other tokenizer is left as it is; Llama 3's,
-for one, whose list never makes 588 of its tokens.
+(tests/chat/test_fast_tokens.py), and are on some whenever a twin is sought. Any other tokenizer is left as it is,
+Llama 3's for one, whose list never makes 588 of its tokens.
 """
 
 import json

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# tests/test_train_packing.py proves it of each of these, and of no other.
+# tests/training/test_packing.py proves it of each of these, and of no other.
 EXACT = ("bloom", "llama", "qwen2", "qwen3")
 # Rotary embeddings that are stretched to the longest row of a batch, so that a row depends on its neighbours.
 STRETCHED = ("dynamic", "longrope")

@@ -1,6 +1,6 @@
 """What a run needs to go on exactly, and transformers does not keep: a part of it in the checkpoint, beside the rest.
 
-tests/test_train_resume.py stops every kind of run at every step and compares the bytes.
+tests/training/test_resume.py stops every kind of run at every step and compares the bytes.
 """
 
 import json

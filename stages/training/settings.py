@@ -255,7 +255,7 @@ def inexact_resume(config: TrainingConfig) -> str | None:
     """Why a run that is stopped and goes on may end otherwise than one that never stops; None: it ends bit for bit
     the same.
 
-    tests/test_train_resume.py shows both on a CPU. Nothing is promised for another device or another number of
+    tests/training/test_resume.py shows both on a CPU. Nothing is promised for another device or another number of
     processes than the run began on.
     """
     evaluates = config.trainer.get("logging_steps", LOGGING_STEPS)

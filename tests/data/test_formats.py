@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from stages.data import formats
 from stages.data.source import Format, Source, inspect_rows, problems, rows_of
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "LLaMA-Factory"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "LLaMA-Factory"
 ASK, ANSWER = {"role": "user", "content": "天气？"}, {"role": "assistant", "content": "晴。"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "京"}}}
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}

@@ -523,7 +523,7 @@ def test_the_command_line_writes_json_alone_and_folds_adapters(models, worker, t
         [sys.executable, "-m", "stages.model.generation", str(base), str(adapter)],
         input=json.dumps(asked).encode(),
         stdout=subprocess.PIPE,
-        cwd=Path(generation.__file__).parent.parent,
+        cwd=Path(generation.__file__).parents[2],
         check=True,
     )
     answer = json.loads(done.stdout)

@@ -12,7 +12,7 @@ from pipeline.config.checker import load_config
 from pipeline.plan import fingerprint
 from pipeline.plan.placing import build_plan
 
-DOCS = Path(__file__).parent.parent / "docs" / "reliability.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
 ASSIGNMENT = re.compile(r"`([a-z0-9_.]+=.+)`\Z")
 
 

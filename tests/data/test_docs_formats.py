@@ -11,7 +11,7 @@ import yaml
 from stages.data import formats
 from stages.data.source import Source, inspect_rows
 
-PAGE = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 SAID = re.compile(r'(\w+)\(("(?:[^"\\]|\\.)*"|null)\)')
 GROWN = re.compile(r"(.)×(\d+)")
 BYTE = re.compile(r"\\x[0-9a-f]{2}|\\[nrt]")

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAGES = ["pt", "sft", "dpo", "merge", "quantize"]
 
 

@@ -17,7 +17,7 @@ from stages.model.facts import read_facts
 
 pytestmark = pytest.mark.train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOLD = {
     "高血压": "少吃盐，按时量血压，坚持服药。",
     "糖尿病": "控制主食，监测血糖，多走路。",

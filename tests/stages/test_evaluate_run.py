@@ -19,7 +19,7 @@ from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 
 pytestmark = pytest.mark.train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MED = template_text("med")
 
 

@@ -20,7 +20,7 @@ from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 MED = template_text("med")
 UNREAD = Source(path="none.jsonl", format="messages")
 

@@ -15,7 +15,7 @@ from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "LLaMA-Factory" / "glaive_toolcall_zh_demo.json"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "LLaMA-Factory" / "glaive_toolcall_zh_demo.json"
 
 # As SmolLM2's: a default system prompt under `loop.first`, and no mark of what the assistant says.
 FOREIGN = (

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from stages.chat import fast_tokens
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 MARKS = ["<|im_start|>", "<|im_end|>"]
 PIECES = [  # what tokenizers stumble over
     *MARKS,

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from stages.data.source import Source, rows_of
 
-INFO = Path(__file__).parents[2] / "shared" / "data" / "LLaMA-Factory" / "dataset_info.json"
+INFO = Path(__file__).parents[3] / "shared" / "data" / "LLaMA-Factory" / "dataset_info.json"
 COMMIT = "0" * 40  # theirs name no revision; whoever uses one looks it up
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "chosen": "chosen", "rejected": "rejected"}
 TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}

@@ -268,7 +268,7 @@ def test_processes_end_with_the_one_that_began_them(tmp_path):
         "def work(item):\n    open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()\n    time.sleep(600)\n"
         "list(_processes.mapped(work, range(8), 2))\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1])
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
     while len(children := [int(file.name) for file in tmp_path.iterdir()]) < 2:
         assert parent.poll() is None
         time.sleep(0.05)

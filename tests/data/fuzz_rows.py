@@ -1,4 +1,4 @@
-"""Rows and files broken at random: `python tests/fuzz_rows.py 100000 [SEED]`, or `make fuzz`; CI tries a few thousand.
+"""Rows and files broken at random: `python tests/data/fuzz_rows.py 100000 [SEED]`, or `make fuzz`; CI tries thousands.
 
 Whatever is in a file, reading it must end, blame nobody but the file, and account for every row. Each case has a seed
 of its own, which a failure names.
@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pydantic import ValidationError
 

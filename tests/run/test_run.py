@@ -17,7 +17,7 @@ from pipeline.saves import artifact
 
 pytestmark = pytest.mark.train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = """\
 template: med
 data:
