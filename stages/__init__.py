@@ -1,1 +1,220 @@
-"""One file a stage; files that start with an underscore hold what several stages share."""
+"""The contract of a stage: everything that the pipeline may ask of one, at one place.
+
+A stage is one file in this folder: a docstring line (what comes in, what goes out), a frozen pydantic `Config` that
+forbids unknown keys, its functions, and last `STAGE = Stage(…)`, which lists what it answers. A misspelt or missing
+hook is a TypeError that names it when the file is imported. The YAML key is the name of the file; there is no registry.
+
+`config` is what was written in the YAML; `Inputs` is what it became: folders of models and files of rows.
+"""
+
+import importlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel
+
+from stages.data.mixture import Mixture
+from stages.data.source import Format, Source
+from stages.measuring.gates import Verdict
+from stages.model.facts import Facts, Needs
+from stages.model.inputs import Inputs
+from stages.model.references import Reference
+from stages.runtime.errors import Problem
+from stages.runtime.figures import Figure
+from stages.training.settings import Training
+
+__all__ = [
+    "Figure",
+    "Inputs",
+    "Metrics",
+    "Model",
+    "Parallel",
+    "Report",
+    "Role",
+    "Rows",
+    "Scorer",
+    "Stage",
+    "find",
+    "kinds",
+]
+
+C = TypeVar("C", bound=BaseModel)
+Metrics = dict[str, Any]
+"""What a stage measured, as JSON; it goes into the record."""
+
+
+# What a stage leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Generic[C]):
+    """A model, which the stage below starts from."""
+
+    adapter: Callable[[C], bool] = lambda config: False
+    """Whether it is a LoRA adapter on the model that the stage started from."""
+    bits: Callable[[C], int | None] = lambda config: None
+    """Bits of a quantized weight; None for a model that is not quantized."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model, which later stages name as `$stage`. The stage below starts from the model above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Generic[C]):
+    """A data set, which later stages name as `$stage`. The stage below starts from the model above."""
+
+    format: Callable[[C], Format]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Generic[C]):
+    """Figures about models above. The stage below starts from the model above."""
+
+    verdicts: Callable[[C, Path], list[Verdict]]
+    """What the gates say about a finished folder: one verdict for each gate, in their order."""
+
+
+# What the settings of a stage stand for, read from their types
+
+
+class Role(Enum):
+    """What the value of a setting stands for."""
+
+    START = "the model that the stage starts from"
+    SCORER = "a reward model"
+    OTHER = "another model"
+    COMPARED = "models above, by their names"
+    SOURCES = "data sets"
+    MIXTURE = "data sets, with weights or without"
+    NAMED = "data sets by their names"
+    PROMPTS = "data sets by their names, or a list of texts"
+
+
+_REFERENCES = {
+    Reference.START: Role.START,
+    Reference.SCORER: Role.SCORER,
+    Reference.OTHER: Role.OTHER,
+    Reference.COMPARED: Role.COMPARED,
+}
+
+
+def _roles(config: type[BaseModel]) -> dict[tuple[str, ...], Role]:
+    found: dict[tuple[str, ...], Role] = {}
+    for name, info in config.model_fields.items():
+        parts = [*info.metadata, *_parts(info.annotation)]
+        role = _role(parts)
+        if role is not None:
+            found[(name,)] = role
+            continue
+        for part in parts:
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= {(name, *path): inner for path, inner in _roles(part).items()}
+    return found
+
+
+def _role(parts: Sequence[Any]) -> Role | None:
+    for part in parts:
+        if isinstance(part, Reference):
+            return _REFERENCES[part]
+    if Mixture in parts:
+        return Role.MIXTURE
+    if Source not in parts:
+        return None
+    if not any(get_origin(part) is dict for part in parts):
+        return Role.SOURCES
+    return Role.PROMPTS if list[str] in parts else Role.NAMED
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The annotation and everything in it: members of unions, items of lists, metadata of Annotated."""
+    yield annotation
+    if isinstance(annotation, types.GenericAlias | types.UnionType) or get_origin(annotation) is not None:
+        for part in get_args(annotation):
+            yield from _parts(part)
+
+
+# The contract
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A stage that can run in several processes (`launch:`)."""
+
+    not_with: tuple[str, ...] = ()
+    """Settings under `trainer:` that work in one process only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Generic[C]):
+    """All that the pipeline may ask of a stage."""
+
+    version: int
+    """Raise it when the same settings and inputs would give another result."""
+    config: type[C]
+    run: Callable[[C, Inputs, Path], Metrics]
+    """Do the work and leave the artifact in the folder. Raises StageError for what a user can fix."""
+    headline: Callable[[Metrics], str]
+    """The key figure for people, one clause."""
+    leaves: Model[C] | Scorer | Rows[C] | Report[C] = field(default_factory=Model)
+    check: Callable[[C], list[Problem]] = lambda config: []
+    """Problems that the settings alone show before the first stage starts."""
+    check_model: Callable[[C, Facts], list[Problem]] = lambda config, facts: []
+    """Problems with the model that the stage starts from, or with one that it compares."""
+    needs: Callable[[C, Facts], Needs] = lambda config, facts: Needs(0, 0)
+    """Memory and disk in bytes that the stage takes at least, never more than it does."""
+    facts: Callable[[C, Facts], Facts] = lambda config, facts: facts
+    """What later stages can know of the model that the stage leaves."""
+    reads_model: Callable[[C], bool] = lambda config: True
+    """Whether it reads the model that it starts from. One that does not need not run again when that model changes."""
+    reads_files: Callable[[C], list[Path]] = lambda config: []
+    """Files that it reads besides models and data."""
+    trains: Callable[[C], Training] | None = None
+    """What a training stage trains on; None for other stages."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """A key of the config → the class of a library whose settings it takes, as `trl.trainer.sft_config:SFTConfig`."""
+    libraries: tuple[str, ...] = ()
+    """Packages that compute, besides those that every stage counts (torch, transformers, trl, peft, …)."""
+    judges_only: tuple[str, ...] = ()
+    """Settings that judge the result and do not change it; they are not in the fingerprint."""
+    parallel: Parallel | None = None
+    card: bool = False
+    """Whether the artifact gets a model card."""
+    describe: Callable[[C], list[str]] = lambda config: []
+    """The settings that the reader of a model card asks for first."""
+    figures: Callable[[Metrics], list[Figure]] = lambda metrics: []
+    """What it measured, for a model card."""
+
+    @cached_property
+    def roles(self) -> dict[tuple[str, ...], Role]:
+        """The settings that stand for models or data: the path of each, such as ("calibration", "data")."""
+        return _roles(self.config)
+
+    def setting(self, role: Role) -> str | None:
+        """The setting with a role that at most one setting has."""
+        return next((path[0] for path, other in self.roles.items() if other is role), None)
+
+
+@cache
+def kinds() -> tuple[str, ...]:
+    """The kinds of stage there are, sorted: the files in this folder."""
+    return tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
+
+
+def find(kind: str) -> "Stage[Any]":
+    """The stage of a kind.
+
+    Raises:
+        ModuleNotFoundError: there is no such kind.
+        TypeError: the file has no `STAGE`, or that is not a `Stage`.
+    """
+    stage = vars(importlib.import_module(f"stages.{kind}")).get("STAGE")
+    if not isinstance(stage, Stage):
+        raise TypeError(f"stages/{kind}.py: its last lines must be `STAGE = Stage(…)`; see stages/__init__.py")
+    return stage

@@ -7,33 +7,26 @@ closed form; that is measured on the first batch, and anything else stops the st
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.model.facts import Facts, Needs, Problem
+from stages import Inputs, Metrics, Model, Parallel, Stage
+from stages.model.facts import Facts, Needs
 from stages.model.folder import load_model
-from stages.runtime.errors import StageError
-from stages.training import loop, preparation
+from stages.runtime.errors import Problem, StageError
+from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.settings import TrainingConfig, check_training
 
-VERSION = 3
-PARALLEL = True
-ONE_PROCESS = ["precompute_ref_log_probs"]  # its cache lies in a temporary folder of each process
-SETTINGS = {"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.lora.config:LoraConfig"}
-
 LIVE_TOLERANCE = 1e-5  # the same forward pass twice, in the same process
 STORED_TOLERANCE = 0.5  # nats, times beta: `precompute_ref_log_probs` pads its batches differently
-
-facts_after = facts_after_training
 
 
 class Config(TrainingConfig):
     """Settings of `dpo`; `trainer:` takes TRL's DPOConfig."""
 
 
-def check(config: Config, facts: Facts) -> list[Problem]:
+def check_model(config: Config, facts: Facts) -> list[Problem]:
     """Problems that are known before the first stage starts."""
     problems = check_training(config, facts, ["preference"], chat=True)
     order = config.trainer.get("train_sampling_strategy")
@@ -55,39 +48,32 @@ def loss_at_zero(loss_type: str, beta: float) -> float | None:
     return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * beta) ** 2}.get(loss_type)
 
 
-def figure(metrics: Mapping[str, Any]) -> str:
-    """The stage's key figure for people."""
-    if "eval_rewards/accuracies" in metrics:
-        return f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}{loop.best(metrics)}"
-    return loop.figure(metrics)
-
-
-def run(config: Config, out: Path) -> dict[str, Any]:
+def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the pairs and leave the artifact in `out`."""
-    tokenizer = loop.tokenizer(config)
+    tokenizer = loop.tokenizer(config, inputs)
     args = loop.arguments("DPOConfig", config, out)
-    rows = preparation.prepare(config, tokenizer, args, out)
+    rows = preparation.prepare(config.draw(inputs), tokenizer, args, out)
     trainer = loop.build(
         _trainer_class(),
-        model=loop.start(config, tokenizer),
-        ref_model=_reference(config, args),
+        model=loop.start(config, inputs, tokenizer),
+        ref_model=_reference(config, inputs, args),
         args=args,
         train_dataset=rows.train,
         eval_dataset=rows.held,
         processing_class=tokenizer,
         peft_config=loop.adapter(config),
     )
-    metrics = loop.train(trainer, config, out)
+    metrics = loop.train(trainer, config, inputs, out)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
     return {**rows.account, **metrics, **start}
 
 
-def _reference(config: Config, args: Any) -> Any:
+def _reference(config: Config, inputs: Inputs, args: Any) -> Any:
     """A frozen copy of the starting model for full fine-tuning; None where TRL takes it from the model itself."""
     if config.lora is not None or args.precompute_ref_log_probs:
         return None
     settings = dict(config.trainer.get("model_init_kwargs") or {})
-    return load_model(config.model, **settings)
+    return load_model(inputs.model, **settings)
 
 
 def _trainer_class() -> Any:
@@ -136,3 +122,20 @@ def _proof(trainer: Any, loss: float) -> dict[str, float]:
             "the reference is not the model this stage started from"
         )
     return {"margin_at_start": margin, "loss_at_start": loss}
+
+
+STAGE = Stage(
+    version=3,
+    config=Config,
+    run=run,
+    headline=description.preference_headline,
+    leaves=Model(adapter=lambda config: config.lora is not None),
+    check_model=check_model,
+    needs=needs,
+    facts=facts_after_training,
+    trains=lambda config: config.training(),
+    settings={"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
+    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # its cache lies in a temporary folder of each process
+    describe=description.describe,
+    figures=description.figures,
+)

@@ -8,56 +8,40 @@ pair by pair on the same rows. Formulas and sources are in docs/evaluate.md.
 
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stages.chat import encoding
-from stages.chat.labels import IGNORED, encode_chat
-from stages.chat.rendering import render
-from stages.chat.template import install_template
+from stages import Inputs, Metrics, Report, Stage
 from stages.data.row import Row
 from stages.data.source import Source, rows_of
-from stages.measuring import gates as gates_module
-from stages.measuring import tasks as tasks_module
+from stages.measuring.gates import Gate, Verdict, gate_problems, judge_gate
+from stages.measuring.losses import Margins, Subject, answer_match, perplexity, preference
 from stages.measuring.metrics import (
     ANSWER_METRICS,
     CHAT_METRICS,
-    LEVEL,
     LOSS_METRICS,
-    MATCH_METRICS,
     PREFERENCE_METRICS,
     REFERENCE_METRICS,
-    RESAMPLES,
+    Figures,
     Measured,
-    compare_models,
     figure_of,
-    lower_is_better,
-    score_answer,
 )
-from stages.model import generation as generation_module
-from stages.model import inference
-from stages.model.facts import Facts, Needs, Problem, check_template
-from stages.model.folder import load_tokenizer, set_stop_tokens
-from stages.runtime.errors import StageError
+from stages.measuring.prompts import Prompt, ask
+from stages.measuring.table import ANSWERS, SCHEMA, TABLE, figures_and_comparisons, read_table, values_only
+from stages.measuring.tasks import check_tasks, measure_tasks, task_files, task_metrics
+from stages.model.facts import Facts, Needs, check_template
+from stages.model.generation import load_engine
+from stages.model.references import Compared
+from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 
-VERSION = 2
-LEAVES_MODEL = False  # the stage below starts from the model above
-NO_RECIPE = ("gates",)  # settings that judge the result and do not change it
-SCHEMA = 1  # of evaluation.json
-TABLE = "evaluation.json"
-ANSWERS = "answers.jsonl"
 TALKS = ("alpaca", "prompt_completion", "messages", "sharegpt")
 SMALL = 10**7  # parameters below which the CPU's threads wait for each other longer than they compute
 PROMPTS = "prompts"  # what prompts that are written into the config are called among the data
-
-Ids = list[int]
-Texts = list[tuple[Ids, Ids]]
-Figures = dict[tuple[str, str], Measured]  # by metric and data
 
 
 class Generation(BaseModel):
@@ -100,7 +84,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    compare: list[str] | dict[str, list[str]]
+    compare: Compared
     """Stages above that leave a model, or `base`, the model at the top; all of them unless given."""
     data: dict[str, Source] = {}
     """Names of held-out data; what is measured follows from its format."""
@@ -112,7 +96,7 @@ class Config(BaseModel):
     """Tasks or groups of lm-evaluation-harness."""
     generation: Generation = Generation()
     harness: Harness = Harness()
-    gates: list[gates_module.Gate] = []
+    gates: list[Gate] = []
     max_length: int = Field(default=1024, gt=1)
     """Tokens of a row. Texts are cut into pieces, none lost; conversations and pairs keep their start."""
     batch_tokens: int = Field(default=4096, gt=0)
@@ -130,12 +114,9 @@ class Config(BaseModel):
 # What is known beforehand
 
 
-def check(config: Config, facts: Facts | None) -> list[Problem]:
-    """What can be known to fail before anything is loaded; with facts, what is wrong with one of the models."""
-    if facts is not None:
-        template = config.template or facts.template
-        return check_template(template, facts) if template is not None and _talks(config) else []
-    problems = tasks_module.check(config.tasks, config.harness)
+def check(config: Config) -> list[Problem]:
+    """What the settings alone show."""
+    problems = check_tasks(config.tasks, config.harness)
     for name, source in config.data.items():
         if source.format == "labelled":
             problems.append(("data", f"`{name}` has format `labelled`, which nothing is measured on yet; remove it"))
@@ -144,7 +125,13 @@ def check(config: Config, facts: Facts | None) -> list[Problem]:
             wanted = ", ".join(f"`{one}`" for one in TALKS)
             problems.append(("prompts", f"`{name}` has format `{source.format}`; prompts are of {wanted}"))
     known = (*CHAT_METRICS, *PREFERENCE_METRICS, *ANSWER_METRICS)
-    return problems + gates_module.problems(config.gates, list(config.compare), measured(config), known)
+    return problems + gate_problems(config.gates, list(config.compare), measured(config), known)
+
+
+def check_model(config: Config, facts: Facts) -> list[Problem]:
+    """What is wrong with one of the models that are compared."""
+    template = config.template or facts.template
+    return check_template(template, facts) if template is not None and _talks(config) else []
 
 
 def _talks(config: Config) -> bool:
@@ -161,7 +148,7 @@ def measured(config: Config) -> dict[str, tuple[str, ...]]:
             found[name] = (*found.get(name, ()), *ANSWER_METRICS)
     elif config.prompts:
         found[PROMPTS] = tuple(metric for metric in ANSWER_METRICS if metric not in REFERENCE_METRICS)
-    return found | {task: tasks_module.metrics(task, config.harness.include_path) for task in config.tasks}
+    return found | {task: task_metrics(task, config.harness.include_path) for task in config.tasks}
 
 
 def _of_format(form: str) -> tuple[str, ...]:
@@ -175,10 +162,10 @@ def needs(config: Config, facts: Facts) -> Needs:
 
 def read_files(config: Config) -> list[Path]:
     """What it reads besides models and data."""
-    return tasks_module.read_files(config.harness.include_path)
+    return task_files(config.harness.include_path)
 
 
-def figure(metrics: Mapping[str, Any]) -> str:
+def headline(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people: the first one, of the first and the last model."""
     models = metrics["models"]
     for metric, by_data in metrics["figures"].items():
@@ -190,400 +177,157 @@ def figure(metrics: Mapping[str, Any]) -> str:
     return "nothing could be computed"
 
 
-def verdicts(config: Config, folder: Path) -> list[gates_module.Verdict]:
-    """What the gates say to a finished evaluation."""
-    return [gates_module.judge(gate, table(folder)) for gate in config.gates] if config.gates else []
-
-
-def table(folder: Path) -> dict[str, Any]:
-    """The table of a finished evaluation."""
-    return dict(json.loads((folder / TABLE).read_text(encoding="utf-8")))
+def verdicts(config: Config, folder: Path) -> list[Verdict]:
+    """What the gates say about a finished evaluation."""
+    return [judge_gate(gate, read_table(folder)) for gate in config.gates] if config.gates else []
 
 
 # The run
 
 
-@dataclass
-class _Asked:
-    """A prompt, and what each model answered."""
+class _Progress:
+    """How much of an evaluation is done, told to the runner."""
 
-    data: str
-    row: int
-    messages: list[dict[str, Any]]
-    tools: Any
-    reference: str | None
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    def __init__(self, out: Path, steps: int) -> None:
+        self.out, self.steps, self.done = out, steps, 0
+        emit(out, "total", steps=steps, step=0)
 
-
-@dataclass
-class _Model:
-    """A model at work, and how to tell how far it is."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    config: Config
-    tell: Callable[[str], None]
-
-    @property
-    def limit(self) -> int:
-        return min(self.config.max_length, inference.positions(self.model))
-
-    def losses(self, texts: Texts) -> list[float]:
-        return inference.losses(self.model, texts, self.config.batch_tokens)
+    def tell(self, text: str) -> None:
+        self.done += 1
+        emit(self.out, "step", step=self.done, steps=self.steps)
+        emit(self.out, "note", text=text)
 
 
-def run(config: Config, out: Path) -> dict[str, Any]:
+def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Measure every model, compare them, and leave `evaluation.json` and `answers.jsonl` in `out`."""
     import torch
 
-    models: Mapping[str, list[str]] = config.compare if isinstance(config.compare, dict) else {}
-    data = {name: rows_of(source) for name, source in config.data.items()}
-    asked = _asked(config)
-    steps = len(models) * (len(data) + bool(asked) + bool(config.tasks))
-    emit(out, "total", steps=steps, step=0)
-    done = 0
-
-    def tell(text: str) -> None:
-        nonlocal done
-        done += 1
-        emit(out, "step", step=done, steps=steps)
-        emit(out, "note", text=text)
-
+    data = {name: rows_of(inputs.read(source)) for name, source in config.data.items()}
+    prompts = _prompts(config, inputs)
+    progress = _Progress(out, len(inputs.compared) * (len(data) + bool(prompts) + bool(config.tasks)))
     found: dict[str, Figures] = {}
-    reference: dict[str, list[tuple[float, float]]] = {}
+    margins: dict[str, Margins] = {}
     threads = torch.get_num_threads()
     try:
-        for name, folders in models.items():
-            found[name] = _measure(_loaded(name, folders, config, tell, threads), data, asked, reference)
+        for name, folders in inputs.compared.items():
+            subject = _loaded(name, folders, config, threads)
+            found[name] = _measure(config, subject, data, prompts, margins, progress)
+            del subject
             gc.collect()  # the next model needs the room
             torch.cuda.empty_cache()
     except torch.OutOfMemoryError:
         raise StageError(f"out of memory; halve `batch_tokens`, which is {config.batch_tokens}") from None
     finally:
         torch.set_num_threads(threads)
-    result = _result(config, found, data, asked)
-    (out / TABLE).write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    table = _table(config, found, data, prompts)
+    (out / TABLE).write_text(json.dumps(table, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     with open(out / ANSWERS, "w", encoding="utf-8") as file:
-        for one in asked:
-            prompt = [{key: value for key, value in said.items() if value} for said in one.messages]
-            line = {"data": one.data, "row": one.row, "prompt": prompt, "reference": one.reference}
-            file.write(json.dumps({**line, "answers": one.answers}, ensure_ascii=False) + "\n")
-    return _main_figures(result)
+        file.writelines(json.dumps(prompt.as_json(), ensure_ascii=False) + "\n" for prompt in prompts)
+    return {**{key: table[key] for key in ("models", "rows", "prompts", "settings")}, "figures": values_only(table)}
 
 
-def _asked(config: Config) -> list[_Asked]:
+def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     """The prompts, with references where there are any."""
+    found: list[Prompt] = []
     if not isinstance(config.prompts, dict):
-        said = [
-            _Asked(PROMPTS, n, [{"role": "user", "content": text}], None, None) for n, text in _numbered(config.prompts)
-        ]
-        return said[: config.max_prompts]
-    asked = []
+        for number, text in enumerate(config.prompts, 1):
+            found.append(Prompt(PROMPTS, number, [{"role": "user", "content": text}]))
+        return found[: config.max_prompts]
     for name, source in config.prompts.items():
-        for number, row in _numbered(rows_of(source)):
+        for number, row in enumerate(rows_of(inputs.read(source)), 1):
             *before, last = row["messages"]
-            reference = last["content"].strip() if last["role"] == "assistant" and not last.get("tool_calls") else None
-            before = before if last["role"] == "assistant" else row["messages"]
-            asked.append(_Asked(name, number, before, row.get("tools"), reference))
-    return asked[: config.max_prompts]
+            answered = last["role"] == "assistant"
+            reference = last["content"].strip() if answered and not last.get("tool_calls") else None
+            found.append(Prompt(name, number, before if answered else row["messages"], row.get("tools"), reference))
+    return found[: config.max_prompts]
 
 
-def _numbered(rows: Sequence[Any]) -> list[tuple[int, Any]]:
-    return list(enumerate(rows, 1))
-
-
-def _loaded(name: str, folders: Sequence[str], config: Config, tell: Callable[[str], None], threads: int) -> _Model:
-    """The model as it is served: in the dtype that it is stored in, with the run's template."""
+def _loaded(name: str, folders: Sequence[str], config: Config, threads: int) -> Subject:
+    """A model as it is served, with the template of the run."""
     import torch
 
-    model, missing = generation_module.load(folders)
-    if missing:
-        raise StageError(f"`{name}` lacks weights ({', '.join(missing[:3])}), so its figures would be random")
-    small = sum(weight.numel() for weight in model.parameters()) < SMALL
+    engine = load_engine(folders, config.template)
+    if engine.missing:
+        raise StageError(f"`{name}` lacks weights ({', '.join(engine.missing[:3])}), so its figures would be random")
+    small = sum(weight.numel() for weight in engine.model.parameters()) < SMALL
     torch.set_num_threads(1 if small else threads)
-    tokenizer = load_tokenizer(folders)
-    install_template(tokenizer, config.template)
-    set_stop_tokens(model, tokenizer)
-    return _Model(name, model, tokenizer, config, tell)
+    return Subject(name, engine, config.max_length, config.batch_tokens, config.seed)
 
 
 def _measure(
-    at: _Model,
+    config: Config,
+    subject: Subject,
     data: Mapping[str, Sequence[Row]],
-    asked: Sequence[_Asked],
-    reference: dict[str, list[tuple[float, float]]],
+    prompts: Sequence[Prompt],
+    margins: dict[str, Margins],
+    progress: _Progress,
 ) -> Figures:
-    """Every figure of one model; the first one leaves its log-probabilities of preference pairs in `reference`."""
+    """Every figure of one model; the first one leaves its margins of preference pairs in `margins`."""
     found: Figures = {}
     for name, rows in data.items():
-        form = at.config.data[name].format
-        metrics = _of_format(form)
+        metrics = _of_format(config.data[name].format)
         try:
-            values = _pairs(at, name, rows, reference) if form == "preference" else _perplexity(at, rows)
-            if form in TALKS:
-                values |= _answer_match(at, rows)
+            values = _values(config.data[name], subject, rows, margins, name)
         except StageError as error:
             values = dict.fromkeys(metrics, Measured(why=str(error)))
         found |= {(metric, name): values[metric] for metric in metrics}
-        shown = figure_of(metrics[0], values[metrics[0]], at.config.seed)
-        at.tell(f"{at.name}: {metrics[0]} on {name} {_short(shown)}")
-    if asked:
-        found |= _answers_or_why(at, asked)
-        at.tell(f"{at.name}: answered {len(asked)} prompt{'s' if asked[1:] else ''}")
-    if at.config.tasks:
-        found |= _task_figures(at)
-        at.tell(f"{at.name}: tasks {', '.join(at.config.tasks)}")
+        shown = figure_of(metrics[0], values[metrics[0]], config.seed)
+        value = str(shown["why"]) if shown["value"] is None else f"{shown['value']:.4g}"
+        progress.tell(f"{subject.name}: {metrics[0]} on {name} {value}")
+    if prompts:
+        found |= ask(subject, prompts, config.generation.model_dump())
+        progress.tell(f"{subject.name}: answered {len(prompts)} prompt{'s' if prompts[1:] else ''}")
+    if config.tasks:
+        found |= _task_figures(config, subject)
+        progress.tell(f"{subject.name}: tasks {', '.join(config.tasks)}")
     return found
 
 
-def _task_figures(at: _Model) -> Figures:
+def _values(
+    source: Source, subject: Subject, rows: Sequence[Row], margins: dict[str, Margins], name: str
+) -> dict[str, Measured]:
+    """The figures of one data set by metric."""
+    if source.format == "preference":
+        values, own = preference(subject, rows, margins.get(name))
+        margins.setdefault(name, own)
+        return values
+    values = perplexity(subject, rows)
+    return values | answer_match(subject, rows) if source.format in TALKS else values
+
+
+def _task_figures(config: Config, subject: Subject) -> Figures:
     """What the harness says, or why it says nothing; the other figures stay."""
-    config = at.config
+    engine = subject.engine
     try:
-        return tasks_module.measure(at.model, at.tokenizer, config.tasks, config.harness, config.seed)
+        return measure_tasks(engine.model, engine.tokenizer, config.tasks, config.harness, config.seed)
     except StageError as error:
-        names = {task: tasks_module.metrics(task, config.harness.include_path) or ("acc",) for task in config.tasks}
+        names = {task: task_metrics(task, config.harness.include_path) or ("acc",) for task in config.tasks}
         why = Measured(why=str(error))
         return {(metric, task): why for task, metrics in names.items() for metric in metrics}
 
 
-def _short(shown: Mapping[str, Any]) -> str:
-    return str(shown["why"]) if shown["value"] is None else f"{shown['value']:.4g}"
-
-
-# Perplexity
-
-
-def _perplexity(at: _Model, rows: Sequence[Row]) -> dict[str, Measured]:
-    """Negative log-likelihood by row, over its tokens in the loss and over the UTF-8 bytes of their text."""
-    texts: Texts = []
-    owners: list[int] = []
-    size = [0] * len(rows)
-    for index, row in enumerate(rows):
-        pieces, size[index] = _text(at, row["text"]) if "text" in row else _conversation(at, row)
-        texts += pieces
-        owners += [index] * len(pieces)
-    total, count = [0.0] * len(rows), [0] * len(rows)
-    for index, (_, labels), loss in zip(owners, texts, at.losses(texts), strict=True):
-        total[index] += loss
-        count[index] += sum(label != IGNORED for label in labels[1:])
-    by_token = [(loss, float(tokens)) if tokens else None for loss, tokens in zip(total, count, strict=True)]
-    by_byte = [
-        (loss, float(size)) if size and tokens else None for loss, size, tokens in zip(total, size, count, strict=True)
-    ]
-    why = "no row has a token in the loss within `max_length`"
-    return {
-        metric: Measured(values, None if any(values) else why)
-        for metric, values in (("perplexity", by_token), ("bits_per_byte", by_byte))
-    }
-
-
-def _text(at: _Model, text: str) -> tuple[Texts, int]:
-    """A text in pieces, each after the token that starts a text, so that every token of it is predicted."""
-    tokenizer = at.tokenizer
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids: Ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = [ids[start : start + at.limit - 1] for start in range(0, len(ids), at.limit - 1)]
-    return [([first, *piece], [IGNORED, *piece]) for piece in pieces], len(text.encode())
-
-
-def _conversation(at: _Model, row: Row) -> tuple[Texts, int]:
-    """A conversation with the labels that training has, and the bytes of the words among them."""
-    _check_chat(at)
-    ids, labels = encode_chat(at.tokenizer, row["messages"], row.get("tools"))
-    ids, labels = ids[: at.limit], labels[: at.limit]
-    runs: list[Ids] = [[]]
-    for label in labels:
-        if label != IGNORED:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    words = at.tokenizer.batch_decode(runs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [(ids, labels)], sum(len(said.encode()) for said in words)
-
-
-def _answer_match(at: _Model, rows: Sequence[Row]) -> dict[str, Measured]:
-    """Is a row's last answer likelier after its own question than after that of the next row, and by how much?"""
-    if len(rows) < 2:
-        why = Measured(why="one row has no other question to compare with")
-        return dict.fromkeys(MATCH_METRICS, why)
-    asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
-    swapped = [{**row, "prompt": asked[place - len(rows) + 1]["prompt"]} for place, row in enumerate(asked)]
-    texts: Texts = []
-    counts = []
-    for (own,), (other,) in zip(_completions(at, asked), _completions(at, swapped), strict=True):
-        both = [own, other]
-        counts.append(min(sum(label != IGNORED for label in labels) for _, labels in both))
-        texts += [_with_labels(*one, counts[-1]) for one in both]  # a long question leaves less of the answer
-    losses = at.losses(texts)
-    margins = [losses[2 * n + 1] - losses[2 * n] if count else None for n, count in enumerate(counts)]
-    per_token = [None if one is None else (one, float(count)) for one, count in zip(margins, counts, strict=True)]
-    return {"answer_match": _shares(margins), "answer_margin": Measured(per_token)}
-
-
-def _with_labels(ids: Ids, labels: Ids, count: int) -> tuple[Ids, Ids]:
-    """The row up to its label number `count`."""
-    places = [place for place, label in enumerate(labels) if label != IGNORED]
-    end = places[count - 1] + 1 if count else 1
-    return ids[:end], labels[:end]
-
-
-def _check_chat(at: _Model) -> None:
-    if not at.tokenizer.chat_template:
-        raise StageError(f"`{at.name}` has no chat template; set `template:` at the top")
-
-
-# Preference
-
-
-def _pairs(
-    at: _Model, name: str, rows: Sequence[Row], reference: dict[str, list[tuple[float, float]]]
-) -> dict[str, Measured]:
-    """Accuracy and margins: log π of the chosen answer less that of the rejected one, in nats."""
-    _check_chat(at)
-    texts = [side for pair in _completions(at, rows) for side in pair]
-    found = [-loss for loss in at.losses(texts)]
-    counts = [sum(label != IGNORED for label in labels) for _, labels in texts]
-    whole: list[tuple[float, float] | None] = []
-    means: list[tuple[float, float] | None] = []
-    for place in range(0, len(texts), 2):
-        both, tokens = (found[place], found[place + 1]), (counts[place], counts[place + 1])
-        whole.append(both if all(tokens) else None)
-        means.append((both[0] / tokens[0], both[1] / tokens[1]) if all(tokens) else None)
-    first = reference.setdefault(name, [pair or (0.0, 0.0) for pair in whole])
-    margins = [None if pair is None else pair[0] - pair[1] for pair in whole]
-    rewards = [
-        None if margin is None else margin - (base[0] - base[1]) for margin, base in zip(margins, first, strict=True)
-    ]
-    per_token = [None if pair is None else pair[0] - pair[1] for pair in means]
-    values = {
-        "preference_accuracy": _shares(margins),
-        "preference_accuracy_per_token": _shares(per_token),
-        "preference_margin": _values(margins),
-        "preference_margin_per_token": _values(per_token),
-        "reward_accuracy": _shares(rewards),
-        "reward_margin": _values(rewards),
-    }
-    if at.name == next(iter(at.config.compare)):
-        itself = Measured(why="it is the model that rewards are measured against")
-        values |= {"reward_accuracy": itself, "reward_margin": itself}
-    return values
-
-
-def _values(values: Sequence[float | None]) -> Measured:
-    return Measured([None if value is None else (value, 1.0) for value in values])
-
-
-def _shares(margins: Sequence[float | None]) -> Measured:
-    return _values([margin if margin is None or margin != margin else float(margin > 0) for margin in margins])
-
-
-def _completions(at: _Model, rows: Sequence[Row]) -> list[Texts]:
-    """Prompt and answer of each row, or of both its answers, with labels for the answer and its end of turn alone."""
-    return [
-        [(one.ids[: at.limit], one.labels[: at.limit]) for one in row] for row in encoding.encode(at.tokenizer, rows)
-    ]
-
-
-# Answers
-
-
-def _answers_or_why(at: _Model, asked: Sequence[_Asked]) -> Figures:
-    """`_answers`; where the template cannot write a prompt, why there are none."""
-    try:
-        return _answers(at, asked)
-    except StageError as error:
-        for one in asked:
-            one.answers[at.name] = {"answer": None, "why": str(error)}
-        why = Measured(why=str(error))
-        return {(metric, one.data): why for one in asked for metric in ANSWER_METRICS}
-
-
-def _answers(at: _Model, asked: Sequence[_Asked]) -> Figures:
-    """The model's answers, kept in `asked`, and what they come to by data set."""
-    from transformers import set_seed
-
-    set_seed(at.config.seed)
-    longest = at.config.generation.max_new_tokens
-    prompts = [_prompt(at, one) for one in asked]
-    room = inference.positions(at.model) - longest
-    fits = [index for index, ids in enumerate(prompts) if 0 < len(ids) <= room]
-    settings = at.config.generation.model_dump()
-    if not settings["do_sample"]:
-        settings |= dict.fromkeys(("temperature", "top_p", "top_k"))
-    given = [prompts[index] for index in fits]
-    made = inference.answers(at.model, at.tokenizer, given, at.config.batch_tokens, settings=settings)
-    stops = set(inference.stop_tokens(at.model))
-    for index, ids in zip(fits, made, strict=True):
-        one, stopped = asked[index], ids[-1:] != [] and ids[-1] in stops
-        said = at.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        words = ids[:-1] if stopped else ids
-        values = score_answer(said, words, reference=one.reference, stopped=stopped)
-        one.answers[at.name] = {"answer": said, "stopped": stopped, **values}
-    for index in set(range(len(asked))) - set(fits):
-        asked[index].answers[at.name] = {"answer": None, "why": "the prompt leaves no room for an answer"}
-    whys = dict.fromkeys(REFERENCE_METRICS, "no reference answers") | {"repetition": "no answer has four tokens"}
-    found: Figures = {}
-    for data in dict.fromkeys(one.data for one in asked):
-        told = [one.answers[at.name] for one in asked if one.data == data]
-        for metric in ANSWER_METRICS:
-            rows = [None if one.get(metric) is None else (one[metric], 1.0) for one in told]
-            found[metric, data] = Measured(rows, None if any(rows) else whys.get(metric))
-    return found
-
-
-def _prompt(at: _Model, one: _Asked) -> Ids:
-    """The prompt's ids; without a chat template those of its last message."""
-    if at.tokenizer.chat_template:
-        text = render(at.tokenizer, one.messages, prompt=True, tools=one.tools)
-        return list(at.tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(at.tokenizer(one.messages[-1]["content"])["input_ids"])
-
-
-# The table
-
-
-def _result(
-    config: Config, found: Mapping[str, Figures], data: Mapping[str, Sequence[Row]], asked: Sequence[_Asked]
+def _table(
+    config: Config, found: Mapping[str, Figures], data: Mapping[str, Sequence[Row]], prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
     """Everything that was measured, as documented in docs/evaluate.md."""
-    models = list(found)
-    measured = list(dict.fromkeys(key for figures in found.values() for key in figures))
-    absent = Measured(why="the harness gives none")
-    by_key = {key: {model: found[model].get(key, absent) for model in models} for key in measured}
-    figures = [
-        {"metric": metric, "data": name, "model": model, "lower_is_better": lower_is_better(metric)}
-        | figure_of(metric, by_model[model], config.seed)
-        for (metric, name), by_model in by_key.items()
-        for model in models
-    ]
-    pairs = dict.fromkeys(
-        pair for place in range(1, len(models)) for pair in ((place, place - 1), (place, 0))
-    )  # each model with the one before, and with the first
-    comparisons = []
-    for (metric, name), by_model in by_key.items():
-        for one, other in pairs:
-            of, versus = models[one], models[other]
-            result = compare_models(metric, by_model[of], by_model[versus], config.seed)
-            winner = {1: of, 0: versus}.get(result["better"]) if result["better"] is not None else None
-            comparisons.append(
-                {"metric": metric, "data": name, "model": of, "versus": versus} | result | {"better": winner}
-            )
     settings = config.model_dump(mode="json", exclude={"compare", "data", "prompts", "gates", "template"})
-    rows = {name: len(rows) for name, rows in data.items()}
-    prompts = {name: sum(one.data == name for one in asked) for name in dict.fromkeys(one.data for one in asked)}
-    counts = {"rows": rows, "prompts": prompts}
-    return {"schema": SCHEMA, "models": models, **counts, "settings": settings} | {
-        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL},
-        "figures": figures,
-        "comparisons": comparisons,
-    }
+    asked = dict(Counter(prompt.data for prompt in prompts))
+    counts = {"rows": {name: len(rows) for name, rows in data.items()}, "prompts": asked}
+    return {"schema": SCHEMA, "models": list(found), **counts, "settings": settings} | figures_and_comparisons(
+        found, config.seed
+    )
 
 
-def _main_figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record holds: the values alone, by metric, data and model."""
-    figures: dict[str, dict[str, dict[str, float | None]]] = {}
-    for one in result["figures"]:
-        figures.setdefault(one["metric"], {}).setdefault(one["data"], {})[one["model"]] = one["value"]
-    return {**{key: result[key] for key in ("models", "rows", "prompts", "settings")}, "figures": figures}
+STAGE = Stage(
+    version=2,
+    config=Config,
+    run=run,
+    headline=headline,
+    leaves=Report(verdicts=verdicts),
+    check=check,
+    check_model=check_model,
+    needs=needs,
+    reads_files=read_files,
+    libraries=("numpy", "gptqmodel", "jieba", "rouge-chinese", "nltk", "lm_eval"),
+    judges_only=("gates",),
+)

@@ -5,13 +5,14 @@ a byte-level BPE trained on the named data.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stages import Inputs, Metrics, Stage
 from stages.chat.template import install_template
 from stages.data.source import Source, rows_of
 from stages.model.facts import Facts, Needs
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-VERSION = 1
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 # The marks of the built-in templates, one token each, so that every template works on these models.
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -67,7 +67,7 @@ class Config(BaseModel):
         return 4 * self.hidden_size if self.architecture == "bloom" else self.intermediate_size or 2 * self.hidden_size
 
 
-def facts(config: Config) -> Facts:
+def facts(config: Config, _: Facts) -> Facts:
     """What later stages can know of the model before it is made."""
     embeddings = "transformer.word_embeddings" if config.architecture == "bloom" else "model.embed_tokens"
     weights = {f"{embeddings}.weight": (config.vocab_size, config.hidden_size)}
@@ -82,9 +82,9 @@ def facts(config: Config) -> Facts:
     return replace(made, stored=4 * made.parameters)
 
 
-def needs(config: Config, _: Facts | None = None) -> Needs:
+def needs(config: Config, _: Facts) -> Needs:
     """The matrices in float32, in memory and then on the disk; a text too short for `vocab_size` needs less."""
-    size = facts(config).stored
+    size = facts(config, _).stored
     return Needs(size, size)
 
 
@@ -111,16 +111,22 @@ def _layer(config: Config, layer: int) -> dict[str, tuple[int, int]]:
     return named | {f"{prefix}.mlp.{name}": shape for name, shape in mlp.items()}
 
 
-def figure(metrics: Mapping[str, Any]) -> str:
+def headline(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     return f"{metrics['parameters'] / 1e6:.2f}M parameters, {metrics['vocab_size']} tokens"
 
 
-def run(config: Config, out: Path) -> dict[str, Any]:
+def describe(config: Config) -> list[str]:
+    """Architecture and sizes."""
+    names = ("architecture", "hidden_size", "num_hidden_layers", "seed")
+    return [f"{name} {getattr(config, name)}" for name in names]
+
+
+def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Make model and tokenizer and save both in `out`."""
     from transformers import AutoModelForCausalLM, set_seed
 
-    tokenizer = _tokenizer(config)
+    tokenizer = _tokenizer(config, [inputs.read(source) for source in config.data])
     install_template(tokenizer, config.template)
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_config(_architecture(config, tokenizer))
@@ -159,7 +165,7 @@ def _architecture(config: Config, tokenizer: "PreTrainedTokenizerFast") -> Any:
     return AutoConfig.for_model(config.architecture, **shared, **ids, **sizes)
 
 
-def _tokenizer(config: Config) -> "PreTrainedTokenizerFast":
+def _tokenizer(config: Config, sources: Sequence[Source]) -> "PreTrainedTokenizerFast":
     """A byte-level BPE without a normalizer, so that decoding gives back every byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -173,7 +179,7 @@ def _tokenizer(config: Config) -> "PreTrainedTokenizerFast":
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(_texts(config.data), trainer)
+    bpe.train_from_iterator(_texts(sources), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         unk_token="<unk>",
@@ -185,7 +191,7 @@ def _tokenizer(config: Config) -> "PreTrainedTokenizerFast":
     )
 
 
-def _texts(sources: list[Source]) -> Iterator[str]:
+def _texts(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
         for row in rows_of(source):
             if "text" in row:
@@ -194,3 +200,6 @@ def _texts(sources: list[Source]) -> Iterator[str]:
                 yield from (message["content"] for message in row.get(key, []))
             if "tools" in row:
                 yield json.dumps(row["tools"], ensure_ascii=False)
+
+
+STAGE = Stage(version=1, config=Config, run=run, headline=headline, needs=needs, facts=facts, describe=describe)

@@ -7,24 +7,23 @@ would load it, and its logits are compared with those of the base under PEFT's o
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages.model.facts import SIZE_PATTERN, Facts, Needs, Problem, parse_size, weight_files
+from stages import Figure, Inputs, Metrics, Stage
+from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size, weight_files
 from stages.model.folder import carried_files, load_model
 from stages.model.lora import AdapterChain, fold_into
-from stages.runtime.errors import StageError
+from stages.model.references import ModelRef
+from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 
 if TYPE_CHECKING:
     import torch
-
-
-VERSION = 1
-CARD = True  # the runner adds a model card
 
 
 class Config(BaseModel):
@@ -32,16 +31,16 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str | list[str]
+    model: ModelRef
     shard_size: str = Field(default="4GB", pattern=SIZE_PATTERN)
     """Largest size of a weight file, such as `2GB`."""
     verify: bool = True
     """Compare logits afterwards; needs memory for the whole model, twice."""
 
 
-def check(config: Config, facts: Facts | None) -> list[Problem]:
+def check_model(config: Config, facts: Facts) -> list[Problem]:
     """What can be known to fail before anything is loaded."""
-    if facts is not None and "quantization_config" in facts.config:
+    if "quantization_config" in facts.config:
         return [("model", f"{facts.source} is quantized, and adapters cannot be folded into it; put `merge` before")]
     return []
 
@@ -59,7 +58,7 @@ def needs(config: Config, facts: Facts) -> Needs:
     return Needs(max(shard, 8 * facts.parameters) if config.verify else shard, disk=facts.stored)
 
 
-def figure(metrics: Mapping[str, Any]) -> str:
+def headline(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     folded = f"{metrics['adapters']} adapter{'s' if metrics['adapters'] != 1 else ''} folded"
     return (
@@ -69,14 +68,22 @@ def figure(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def run(config: Config, out: Path) -> dict[str, Any]:
+def figures(metrics: Metrics) -> list[Figure]:
+    """What merging measured."""
+    if "logit_difference" not in metrics:
+        return []
+    name = "largest logit difference to the unmerged adapters"
+    return [Figure(name, "", f"{metrics['logit_difference']:.1e}")]
+
+
+def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Write the merged model into `out`, shard by shard, with everything else that the last folder carries."""
-    base, adapters = Path(config.model[0]), list(config.model[1:])
+    base, adapters = Path(inputs.model[0]), list(inputs.model[1:])
     chain = AdapterChain(adapters)
     files = _write_shards(_folded(base, chain), out, parse_size(config.shard_size))
     chain.check_used()
     shutil.copy(base / "config.json", out)
-    carried = carried_files(Path(config.model[-1]))
+    carried = carried_files(Path(inputs.model[-1]))
     for path in carried:
         shutil.copy(path, out)
     metrics: dict[str, Any] = {
@@ -86,7 +93,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     }
     if config.verify:
         emit(out, "note", text="compares the logits of the merged model with those of the chain")
-        metrics |= logit_difference(config.model if isinstance(config.model, list) else [config.model], out)
+        metrics |= logit_difference(inputs.model, out)
     return metrics
 
 
@@ -142,7 +149,7 @@ def _name_shards(out: Path, names: list[list[str]], total: int) -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def logit_difference(chain: list[str], merged: Path) -> dict[str, float]:
+def logit_difference(chain: Sequence[str], merged: Path) -> dict[str, float]:
     """Largest |logits(merged) − logits(chain)| on probe tokens in float32, and the largest logit to compare it with.
 
     The chain is the base under PEFT's own adapters, the last one active and not folded, so this checks our folding
@@ -179,3 +186,16 @@ def _same(written: "torch.Tensor | None", weight: "torch.Tensor") -> bool:
     import torch
 
     return written is not None and torch.equal(written, weight.to(written.dtype))
+
+
+STAGE = Stage(
+    version=1,
+    config=Config,
+    run=run,
+    headline=headline,
+    check_model=check_model,
+    needs=needs,
+    facts=lambda config, facts: replace(facts, adapters=0),
+    card=True,
+    figures=figures,
+)

@@ -10,37 +10,33 @@ import gc
 import json
 import math
 import os
-import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages.data.row import Row
-from stages.data.source import Source, rows_of
+from stages import Figure, Inputs, Metrics, Model, Stage
 from stages.measuring import quality
+from stages.measuring.calibration import MEASURED, Calibration, calibration_rows, split
 from stages.measuring.metrics import Measured, compare_models
-from stages.model import generation
-from stages.model.facts import SIZE_PATTERN, Facts, Needs, Problem, parse_size, read_facts
-from stages.model.folder import carried_files, load_tokenizer
-from stages.runtime.errors import StageError
+from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size, read_facts
+from stages.model.folder import carried_files
+from stages.model.generation import load_engine
+from stages.model.references import ModelRef
+from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
+from stages.runtime.figures import count, number, word
+from stages.runtime.processes import in_fresh_process
 
-VERSION = 2
-CARD = True  # the runner adds a model card
-SETTINGS = {"": "gptqmodel.quantization.config:GPTQConfig"}
-
-MEASURED = 64  # rows for perplexity
-LEAST = 8  # rows for perplexity, and for calibration, when the data is short
 GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 # What says how the weights came about; the rest of GPTQModel's `meta` is defaults and local paths.
 META = ("quantizer", "damp_percent", "damp_auto_increment", "act_group_aware", "true_sequential", "mse")
 # Plain transformers loads such folders wrongly, or not at all: a quantized head comes out random, silently.
+OWN = ("bits", "group_size", "mse")  # settings of GPTQConfig that the stage has itself
 UNREADABLE = ("lm_head", "rotation", "adapter", "activation")
 LAYER = re.compile(r"\.\d+\.(?!.*(embed|\.c_attn|\.c_proj|\.c_fc)).*weight$")  # GPT-2's c_* are transposed
 
@@ -49,63 +45,53 @@ Sums = Sequence[tuple[float, float]]  # of each row its loss in nats and its tok
 Losses = dict[str, float | None]  # a module's loss; None where it was only rounded
 
 
-class Calibration(BaseModel):
-    """Which rows the rounding errors are measured on."""
+class Config(BaseModel):
+    """Settings of `quantize`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: list[Source] = Field(min_length=1)
-    """Names of declared data, of each as many rows; with weights, such as `{consult: 3, general: 1}`, these shares."""
-    weights: list[float] = []
-    """Written beside the names."""
-    samples: int = Field(default=256, gt=0)
-    max_length: int = Field(default=512, gt=1)
-    """Longer rows are cut."""
-
-
-class Config(BaseModel):
-    """Settings of `quantize`; all others are GPTQModel's own (`desc_act`, `sym`, `damp_percent`, …)."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    model: str | list[str]
+    model: ModelRef
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 32
     """Weights that share a scale; -1 for a whole row."""
     mse: float = Field(default=2.4, ge=0)
     """The exponent of the error that the scale of a group is searched for; 0 takes its largest weight, in half the
     time."""
+    gptq: dict[str, Any] = {}
+    """Other settings of GPTQModel's GPTQConfig (`desc_act`, `sym`, `damp_percent`, …)."""
     calibration: Calibration
     question: str = "你好，请介绍一下你自己。"
     """Asked of the result in a fresh process."""
     shard_size: str = Field(default="4GB", pattern=SIZE_PATTERN)
     seed: int = Field(default=42, ge=0, lt=2**32)
 
-    @property
-    def folders(self) -> list[str]:
-        return [self.model] if isinstance(self.model, str) else self.model
 
-
-def check(config: Config, facts: Facts | None) -> list[Problem]:
-    """What can be known to fail before anything is loaded."""
-    extra = config.model_extra or {}
+def check(config: Config) -> list[Problem]:
+    """What the settings alone show."""
     problems: list[Problem] = []
-    if len(config.folders) > 1:
-        problems.append(("model", "an adapter cannot be quantized; put a `merge` stage before"))
+    for name in OWN:
+        if name in config.gptq:
+            problems.append((f"gptq.{name}", f"`{name}` is a setting of the stage; write it beside `gptq`"))
     for name in UNREADABLE:
-        if extra.get(name):
-            problems.append((name, f"plain transformers cannot load a model with `{name}`; leave it out"))
+        if config.gptq.get(name):
+            problems.append((f"gptq.{name}", f"plain transformers cannot load a model with `{name}`; leave it out"))
     for name in ("format", "checkpoint_format"):
-        if extra.get(name, "gptq") != "gptq":
-            problems.append((name, f"transformers and vLLM load `gptq`, not `{extra[name]}`; leave it out"))
-    if extra.get("mock_quantization"):
-        problems.append(("mock_quantization", "this rounds without calibration; leave it out"))
-    for name, settings in (extra.get("dynamic") or {}).items():
+        if (form := config.gptq.get(name, "gptq")) != "gptq":
+            problems.append((f"gptq.{name}", f"transformers and vLLM load `gptq`, not `{form}`; leave it out"))
+    if config.gptq.get("mock_quantization"):
+        problems.append(("gptq.mock_quantization", "this rounds without calibration; leave it out"))
+    for name, settings in (config.gptq.get("dynamic") or {}).items():
         if name.startswith("-") or {"bits", "group_size"} & set(settings or {}):
             text = f"plain transformers cannot load a model whose layers `{name}` differ; leave it out"
-            problems.append(("dynamic", text))
-    if facts is None:
-        return problems
+            problems.append(("gptq.dynamic", text))
+    return problems
+
+
+def check_model(config: Config, facts: Facts) -> list[Problem]:
+    """Whether the model is whole, not quantized yet, and has groups of this size."""
+    problems: list[Problem] = []
+    if facts.adapters:
+        problems.append(("model", "an adapter cannot be quantized; put a `merge` stage before"))
     if "quantization_config" in facts.config:
         problems.append(("model", f"{facts.source} is quantized already; start from the model before"))
     return problems + _check_groups(config.group_size, facts.weights)
@@ -118,11 +104,11 @@ def needs(config: Config, facts: Facts) -> Needs:
     Not in it: GPTQ's Hessians, the hidden states of the calibration rows, and what the original leaves to compare with.
     """
     size = _size(config, facts)
-    on_disk = (config.model_extra or {}).get("offload_to_disk", _is_large(facts))
+    on_disk = config.gptq.get("offload_to_disk", _is_large(facts))
     return Needs(facts.stored, disk=2 * size if on_disk else size)
 
 
-def facts_after(config: Config, facts: Facts) -> Facts:
+def facts_after_quantizing(config: Config, facts: Facts) -> Facts:
     """What later stages can know of the result: it is quantized, so it can be asked but not trained."""
     after = {**facts.config, "quantization_config": {"bits": config.bits}}
     return replace(facts, config=after, stored=_size(config, facts))
@@ -154,7 +140,7 @@ def _check_groups(group: int, weights: Mapping[str, tuple[int, ...]]) -> list[Pr
     return [("group_size", f"{text}; set `group_size: {better}`")]
 
 
-def figure(metrics: Mapping[str, Any]) -> str:
+def headline(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     smaller = metrics["bytes_before"] / metrics["bytes_after"]
     before, after, fallback = (metrics[key] for key in ("perplexity_before", "perplexity_after", "fallback"))
@@ -162,13 +148,31 @@ def figure(metrics: Mapping[str, Any]) -> str:
     return f"{smaller:.1f} times smaller, perplexity {before:.2f} → {after:.2f}{note}"
 
 
-def run(config: Config, out: Path) -> dict[str, Any]:
+def describe(config: Config) -> list[str]:
+    """Bits, groups, GPTQModel's settings and calibration."""
+    words = [f"bits {config.bits}", f"group_size {config.group_size}", f"seed {config.seed}"]
+    words += [f"{name} {word(value)}" for name, value in config.gptq.items()]
+    rows, length = config.calibration.samples, config.calibration.max_length
+    return [*words, f"calibrated on up to {rows} rows of {length} tokens"]
+
+
+def figures(metrics: Metrics) -> list[Figure]:
+    """Perplexity and size."""
+    name = f"perplexity on {metrics['perplexity_rows']} rows that it was not calibrated with"
+    return [
+        Figure(name, number(metrics["perplexity_before"]), number(metrics["perplexity_after"])),
+        Figure("bytes", count(metrics["bytes_before"]), count(metrics["bytes_after"])),
+    ]
+
+
+def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Quantize, save, and let a fresh process try the folder."""
-    folder, out = Path(config.folders[0]).resolve(), out.resolve()
-    facts = read_facts(folder)
-    if problems := check(config, facts):
+    folder, out = Path(inputs.model[0]).resolve(), out.resolve()
+    facts = replace(read_facts(folder), adapters=len(inputs.model) - 1)
+    if problems := [*check(config), *check_model(config, facts)]:
         raise StageError("\n".join(f"`{name}`: {text}" for name, text in problems))
-    held_out, calibration = split(_encoded(config, folder), config.calibration.samples, config.seed)
+    rows = calibration_rows(config.calibration, inputs.read, folder, config.seed)
+    held_out, calibration = split(rows, config.calibration.samples, config.seed)
     if len(calibration) < config.calibration.samples or len(held_out) < MEASURED:
         asked = f"{len(calibration)} of {config.calibration.samples} rows to calibrate with"
         emit(out, "note", text=f"data is short: {asked}, {len(held_out)} of {MEASURED} to measure perplexity on")
@@ -202,81 +206,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     }
 
 
-def _encoded(config: Config, folder: Path) -> list[Ids]:
-    """As many different rows as are wanted, each at most `max_length` token ids, in the seed's order.
-
-    Every data set has its share of any first part of them; one that is too short is used up and the others fill in.
-    """
-    tokenizer = load_tokenizer([str(folder)])
-    wanted = config.calibration
-    seen: set[tuple[int, ...]] = set()
-    queues = []
-    for number, source in enumerate(wanted.data):
-        rows = rows_of(source)
-        random.Random(f"{config.seed}:{number}").shuffle(rows)
-        queues.append(_different(rows, tokenizer, folder, wanted.max_length, seen))
-    weights = [Fraction(weight) for weight in wanted.weights or [1] * len(queues)]
-    taken = [0] * len(queues)
-    found: list[Ids] = []
-    left = set(range(len(queues)))
-    while left and len(found) < MEASURED + wanted.samples:
-        number = min(left, key=lambda one: ((taken[one] + 1) / weights[one], one))  # who is furthest behind
-        row = next(queues[number], None)
-        if row is None:
-            left.remove(number)
-        else:
-            taken[number] += 1
-            found.append(row)
-    return found
-
-
-def _different(
-    rows: Sequence[Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
-) -> Iterator[Ids]:
-    """Rows as token ids; none twice, and none of a single token."""
-    for row in rows:
-        ids = tokenizer(_text(row, tokenizer, folder), add_special_tokens="text" in row)["input_ids"][:length]
-        if len(ids) > 1 and tuple(ids) not in seen:
-            seen.add(tuple(ids))
-            yield list(ids)
-
-
-def _text(row: Row, tokenizer: Any, folder: Path) -> str:
-    """A row as the model was trained on it; the template writes its own special tokens."""
-    from stages.chat.rendering import render
-
-    if "text" in row:
-        return str(row["text"])
-    if tokenizer.chat_template is None:
-        raise StageError(
-            f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
-            "data of `format: text`, or set `template:` at the top"
-        )
-    said = row["messages"] if "messages" in row else row["prompt"] + row["chosen" if "chosen" in row else "completion"]
-    return render(tokenizer, said, tools=row.get("tools"))
-
-
-def split(rows: list[Ids], samples: int, seed: int) -> tuple[list[Ids], list[Ids]]:
-    """Rows for perplexity and rows for calibration, none in both; every data set is in both as far as it goes.
-
-    Raises:
-        StageError: too few rows.
-    """
-    least = min(LEAST, samples)
-    if len(rows) < least + LEAST:
-        raise StageError(
-            f"the calibration data has {len(rows)} different rows, and {least + LEAST} are the least: "
-            f"{least} to calibrate with and {LEAST} to measure perplexity on; add data"
-        )
-    measured = set(random.Random(seed).sample(range(len(rows)), min(MEASURED, max(LEAST, len(rows) - samples))))
-    calibration = [row for number, row in enumerate(rows) if number not in measured]
-    return [rows[number] for number in sorted(measured)], calibration[:samples]
-
-
 def _before(folder: Path, held_out: list[Ids], file: Path) -> Sums:
-    model, _ = generation.load([str(folder)])
-    losses = quality.reference(model, held_out, file)
-    del model
+    engine = load_engine([str(folder)])
+    losses = quality.reference(engine.model, held_out, file)
+    del engine
     _empty()
     if not math.isfinite(found := _perplexity(losses)):
         raise StageError(f"the perplexity of `{folder}` is {found} before quantization; look at the stage before")
@@ -310,7 +243,7 @@ def _quantize(config: Config, facts: Facts, folder: Path, rows: list[Ids], work:
     settings = {"offload_to_disk": _is_large(facts), "offload_to_disk_path": str(work / "offload")}
     if config.group_size == -1:
         settings["act_group_aware"] = False  # it reorders groups, and refuses when there are none
-    settings |= config.model_extra or {}
+    settings |= config.gptq
     try:
         wanted = GPTQConfig(bits=config.bits, group_size=config.group_size, mse=config.mse, **settings)
     except (TypeError, ValueError) as error:
@@ -369,7 +302,7 @@ def _tried(config: Config, out: Path, folder: Path, reference: Path, held_out: l
     """What a fresh process gets from the written folder."""
     asked = [{"role": "user", "content": config.question}]
     request = {"model": str(out), "original": str(folder), "reference": str(reference), "texts": held_out}
-    found = generation.fresh("stages.measuring.quality", {**request, "messages": asked, "max_new_tokens": 64})
+    found = in_fresh_process("stages.measuring.quality", {**request, "messages": asked, "max_new_tokens": 64})
     if found["missing"]:
         names = ", ".join(found["missing"][:5])
         raise StageError(f"transformers cannot load the quantized model: it finds no {names}; quantize all layers")
@@ -435,3 +368,22 @@ def _summary(losses: Losses, out: Path) -> dict[str, Any]:
 
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+STAGE = Stage(
+    version=2,
+    config=Config,
+    run=run,
+    headline=headline,
+    leaves=Model(bits=lambda config: config.bits),
+    check=check,
+    check_model=check_model,
+    needs=needs,
+    facts=facts_after_quantizing,
+    settings={"gptq": "gptqmodel.quantization.config:GPTQConfig"},
+    libraries=("gptqmodel",),
+    judges_only=("question",),
+    card=True,
+    describe=describe,
+    figures=figures,
+)

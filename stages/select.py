@@ -21,16 +21,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stages import Inputs, Metrics, Rows, Stage
 from stages.data.row import Row
 from stages.data.source import ROWS_FILE, Format, Source, rows_of
 from stages.measuring import points as points_module
 from stages.measuring.scores import answer_losses, embeddings, own_answers, rewards, with_answer
-from stages.model.facts import Facts, Problem, check_template, is_hub_name
-from stages.runtime.errors import StageError
+from stages.model.facts import Facts, check_template, is_hub_name
+from stages.model.references import ModelRef, OtherModel, ScorerRef
+from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
-
-VERSION = 1
-MODELS = ("scorer", "embedder")  # settings that name models besides the one it stands on
 
 Method = Literal["ifd", "quality", "k_center", "necessity", "car"]
 # What each method needs and what else it takes; `quality` and `necessity` also need a limit or `keep`.
@@ -58,7 +57,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str | list[str]
+    model: ModelRef
     """What scores; the stage below starts from the model above all the same."""
     data: list[Source] = Field(min_length=1)
     """Names of data, all conversations, all texts or all preference pairs."""
@@ -69,9 +68,9 @@ class Config(BaseModel):
     """`quality`: rows that score more than this are kept; the α of MoDS."""
     below: float | None = None
     """`necessity`: rows whose own answer scores less than this are kept; the β of MoDS."""
-    scorer: str | None = None
+    scorer: ScorerRef | None = None
     """A model for sequence classification with one label, such as a reward model."""
-    embedder: str | None = None
+    embedder: OtherModel | None = None
     """A model whose hidden states are the rows' places; the stage's own unless given."""
     per_cluster: int = Field(default=1, ge=0)
     """`car`: rows of each cluster."""
@@ -106,24 +105,28 @@ class Config(BaseModel):
 _EXAMPLES = {"keep": ", such as 0.1 or 1000", "scorer": ", the folder of a model that scores rows"}
 
 
-def rows_after(config: Config) -> Format:
+def format_of_rows(config: Config) -> Format:
     """The format of the rows that it leaves."""
     first = config.data[0].format
     return first if first in ("text", "preference") else "messages"
 
 
-def uses_model(config: Config) -> bool:
+def reads_model(config: Config) -> bool:
     """Does it ask the model that it stands on?"""
     return config.method in ("ifd", "necessity") or (config.method != "quality" and config.embedder is None)
 
 
-def check(config: Config, facts: Facts | None) -> list[Problem]:
-    """What can be known to fail before anything is loaded."""
+def check(config: Config) -> list[Problem]:
+    """What the settings alone show."""
     problems = _check_data(config)
-    for setting in MODELS:
+    for setting in ("scorer", "embedder"):
         problems += _check_other(setting, getattr(config, setting))
-    if facts is None:
-        return problems
+    return problems
+
+
+def check_model(config: Config, facts: Facts) -> list[Problem]:
+    """Whether the model can score."""
+    problems: list[Problem] = []
     if "quantization_config" in facts.config:
         problems.append(("model", f"{facts.source} is quantized; score with the model before"))
     if config.method in ("ifd", "necessity"):
@@ -132,7 +135,7 @@ def check(config: Config, facts: Facts | None) -> list[Problem]:
 
 
 def _check_data(config: Config) -> list[Problem]:
-    shape = rows_after(config)
+    shape = format_of_rows(config)
     problems: list[Problem] = []
     for source in config.data:
         if config.method in ("ifd", "necessity") and source.format not in TALKS:
@@ -149,7 +152,7 @@ def _check_data(config: Config) -> list[Problem]:
 
 def _check_other(setting: str, model: str | None) -> list[Problem]:
     """A scorer must have learnt to score: transformers would make up a head that is not there."""
-    if model is None:
+    if model is None or model.startswith("$"):
         return []
     if is_hub_name(model) and not re.search("@[0-9a-f]{40}$", model):
         name = model.partition("@")[0]
@@ -171,45 +174,46 @@ def _check_other(setting: str, model: str | None) -> list[Problem]:
     return []
 
 
-def figure(metrics: Mapping[str, Any]) -> str:
+def headline(metrics: Mapping[str, Any]) -> str:
     """The stage's key figure for people."""
     share = f"{metrics['kept']:,} of {metrics['rows']:,} rows kept"
     found = metrics.get("score_of_kept")
     return f"{share}, {metrics['measure']} {found['0%']:.4g} to {found['100%']:.4g}" if found else share
 
 
-def run(config: Config, out: Path) -> dict[str, Any]:
+def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Score every row, choose, and leave rows and scores in `out`."""
     import torch
 
-    rows = [(source.path, number, row) for source in config.data for number, row in enumerate(rows_of(source), 1)]
+    sources = [inputs.read(source) for source in config.data]
+    rows = [(source.path, number, row) for source in sources for number, row in enumerate(rows_of(source), 1)]
     judged = [row for _, _, row in rows]
     try:
-        verdict = _METHODS[config.method](config, judged, out)
+        choice = _METHODS[config.method](config, inputs, judged, out)
     except torch.OutOfMemoryError:
         raise StageError(f"out of memory; halve `batch_tokens`, which is {config.batch_tokens}") from None
-    kept = [why is None for why in verdict.why]
+    kept = [why is None for why in choice.why]
     if not any(kept):
-        raise StageError(f"no row of {len(rows)} is kept: {_counted(verdict.why)}; loosen the limit or add data")
+        raise StageError(f"no row of {len(rows)} is kept: {_counted(choice.why)}; loosen the limit or add data")
     with open(out / ROWS_FILE, "w", encoding="utf-8") as file:
         file.writelines(_line(row) for row, good in zip(judged, kept, strict=True) if good)
     with open(out / "scores.jsonl", "w", encoding="utf-8") as file:
         for index, (path, number, _) in enumerate(rows):
-            found = {name: _plain(values[index]) for name, values in verdict.scores.items()}
-            file.write(_line({"data": path, "row": number, **found, "kept": kept[index], "why": verdict.why[index]}))
+            found = {name: _plain(values[index]) for name, values in choice.scores.items()}
+            file.write(_line({"data": path, "row": number, **found, "kept": kept[index], "why": choice.why[index]}))
     metrics: dict[str, Any] = {
         "method": config.method,
         "rows": len(rows),
         "kept": sum(kept),
-        "dropped": dict(Counter(why for why in verdict.why if why is not None)),
-        **verdict.metrics,
+        "dropped": dict(Counter(why for why in choice.why if why is not None)),
+        **choice.metrics,
     }
-    if verdict.measure is not None:
-        scores = verdict.scores[verdict.measure]
-        metrics["measure"] = verdict.measure
+    if choice.measure is not None:
+        scores = choice.scores[choice.measure]
+        metrics["measure"] = choice.measure
         metrics["score"] = _quantiles(scores)
         metrics["score_of_kept"] = _quantiles([score for score, good in zip(scores, kept, strict=True) if good])
-    left_out = _counted(verdict.why)
+    left_out = _counted(choice.why)
     emit(out, "note", text=f"{sum(kept):,} of {len(rows):,} rows kept" + (f"; {left_out}" if left_out else ""))
     return metrics
 
@@ -238,8 +242,8 @@ def _quantiles(scores: Sequence[float]) -> dict[str, float]:
 # Choosing
 
 
-class Verdict:
-    """What a method found: scores by name, and for each row why it is dropped, None when it is kept."""
+class Choice:
+    """What a method chose: scores by name, and for each row why it is dropped, None when it is kept."""
 
     def __init__(self, count: int, measure: str | None = None) -> None:
         self.scores: dict[str, list[Any]] = {}
@@ -271,28 +275,28 @@ def top(scores: Sequence[float], indices: Sequence[int], count: int) -> list[int
     return sorted(indices, key=lambda index: (-scores[index], index))[:count]
 
 
-def _keep_top(verdict: Verdict, scores: Sequence[float], keep: float | None) -> None:
+def _keep_top(choice: Choice, scores: Sequence[float], keep: float | None) -> None:
     """Drop all that is left but the best."""
     if keep is not None:
-        left = verdict.left()
+        left = choice.left()
         chosen = set(top(scores, left, number(keep, len(left))))
-        verdict.drop([index for index in left if index not in chosen], "not among the best")
+        choice.drop([index for index in left if index not in chosen], "not among the best")
 
 
-# Methods: each takes the rows and hands back its verdict
+# Methods: each takes the rows and hands back its choice
 
 
-def _ifd(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
+def _ifd(config: Config, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
     """IFD = mean CE(A|Q) / mean CE(A); above 1 the question does not help, and of the rest the hardest are kept."""
-    verdict = Verdict(len(rows), "ifd")
-    given, alone = answer_losses(config, rows, out)
-    verdict.scores = {"ifd": ifd(given, alone), "loss_given_question": given, "loss_alone": alone}
-    scores = verdict.scores["ifd"]
-    verdict.drop([index for index, loss in enumerate(given) if loss is None], "longer than `max_length`")
-    verdict.drop_unscored()
-    verdict.drop([index for index in verdict.left() if scores[index] > 1], "with an IFD above 1")
-    _keep_top(verdict, scores, config.keep)
-    return verdict
+    choice = Choice(len(rows), "ifd")
+    given, alone = answer_losses(config, inputs, rows, out)
+    choice.scores = {"ifd": ifd(given, alone), "loss_given_question": given, "loss_alone": alone}
+    scores = choice.scores["ifd"]
+    choice.drop([index for index, loss in enumerate(given) if loss is None], "longer than `max_length`")
+    choice.drop_unscored()
+    choice.drop([index for index in choice.left() if scores[index] > 1], "with an IFD above 1")
+    _keep_top(choice, scores, config.keep)
+    return choice
 
 
 def ifd(given: Sequence[float | None], alone: Sequence[float | None]) -> list[float]:
@@ -301,70 +305,70 @@ def ifd(given: Sequence[float | None], alone: Sequence[float | None]) -> list[fl
     return [one / other if one is not None and other else math.nan for one, other in pairs]
 
 
-def _quality(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
+def _quality(config: Config, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
     """Rows whose question and answer a reward model gives more than `above`, and of these the best."""
-    verdict = Verdict(len(rows), "quality")
-    scores, verdict.metrics["cut"] = rewards(config, rows, out)
-    verdict.scores = {"quality": scores}
-    verdict.drop_unscored()
+    choice = Choice(len(rows), "quality")
+    scores, choice.metrics["cut"] = rewards(config, inputs, rows, out)
+    choice.scores = {"quality": scores}
+    choice.drop_unscored()
     if config.above is not None:
-        low = [index for index in verdict.left() if not scores[index] > config.above]
-        verdict.drop(low, f"with a score of {config.above:g} or less")
-    _keep_top(verdict, scores, config.keep)
-    return verdict
+        low = [index for index in choice.left() if not scores[index] > config.above]
+        choice.drop(low, f"with a score of {config.above:g} or less")
+    _keep_top(choice, scores, config.keep)
+    return choice
 
 
-def _necessity(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
+def _necessity(config: Config, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
     """Rows to whose question the model's own answer scores less than `below`, and of these the worst."""
-    verdict = Verdict(len(rows), "necessity")
-    answers = own_answers(config, rows, out)
+    choice = Choice(len(rows), "necessity")
+    answers = own_answers(config, inputs, rows, out)
     asked = [index for index, answer in enumerate(answers) if answer is not None]
     own = [with_answer(rows[index], answers[index] or "") for index in asked]
-    found, verdict.metrics["cut"] = rewards(config, own, out)
+    found, choice.metrics["cut"] = rewards(config, inputs, own, out)
     scores = [math.nan] * len(rows)
     for index, score in zip(asked, found, strict=True):
         scores[index] = score
-    verdict.scores = {"necessity": scores, "answer": answers}
-    verdict.drop([index for index, answer in enumerate(answers) if answer is None], "longer than `max_length`")
-    verdict.drop_unscored()
+    choice.scores = {"necessity": scores, "answer": answers}
+    choice.drop([index for index, answer in enumerate(answers) if answer is None], "longer than `max_length`")
+    choice.drop_unscored()
     if config.below is not None:
-        good = [index for index in verdict.left() if not scores[index] < config.below]
-        verdict.drop(good, f"answered with a score of {config.below:g} or more")
-    _keep_top(verdict, [-score for score in scores], config.keep)
-    return verdict
+        good = [index for index in choice.left() if not scores[index] < config.below]
+        choice.drop(good, f"answered with a score of {config.below:g} or more")
+    _keep_top(choice, [-score for score in scores], config.keep)
+    return choice
 
 
-def _k_center(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
+def _k_center(config: Config, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
     """Rows whose questions cover all questions: each next one is the farthest from those chosen."""
-    verdict = Verdict(len(rows))
-    points, verdict.metrics["cut"] = embeddings(config, rows, out, answer=False)
+    choice = Choice(len(rows))
+    points, choice.metrics["cut"] = embeddings(config, inputs, rows, out, answer=False)
     wanted = number(config.keep or 1, len(rows))
     chosen, distances = points_module.k_center(points, wanted, config.seed)
     order = {index: (place, distance) for place, (index, distance) in enumerate(zip(chosen, distances, strict=True), 1)}
-    verdict.scores = {
+    choice.scores = {
         "place": [order[index][0] if index in order else None for index in range(len(rows))],
         "distance": [order[index][1] if index in order else None for index in range(len(rows))],
     }
     why = "covered by the rows chosen" if len(chosen) == wanted else "at the same point as a row chosen"
-    verdict.drop([index for index in range(len(rows)) if index not in order], why)
-    verdict.metrics["radius"] = points_module.radius(points, chosen)
-    return verdict
+    choice.drop([index for index in range(len(rows)) if index not in order], why)
+    choice.metrics["radius"] = points_module.radius(points, chosen)
+    return choice
 
 
-def _car(config: Config, rows: Sequence[Row], out: Path) -> Verdict:
+def _car(config: Config, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
     """The `keep` best rows, and the `per_cluster` best of each of ⌊√(n/2)⌋ clusters."""
-    verdict = Verdict(len(rows), "quality")
-    scores, verdict.metrics["cut"] = rewards(config, rows, out)
-    points, _ = embeddings(config, rows, out, answer=True)
+    choice = Choice(len(rows), "quality")
+    scores, choice.metrics["cut"] = rewards(config, inputs, rows, out)
+    points, _ = embeddings(config, inputs, rows, out, answer=True)
     reduced = points_module.principal(points, 0.95)
     clusters = points_module.k_means(reduced, max(1, math.isqrt(len(rows) // 2)), config.seed)
-    verdict.scores = {"quality": scores, "cluster": clusters}
-    verdict.metrics |= {"dimensions": reduced.shape[1], "clusters": len(set(clusters))}
-    verdict.drop_unscored()
-    left = verdict.left()
+    choice.scores = {"quality": scores, "cluster": clusters}
+    choice.metrics |= {"dimensions": reduced.shape[1], "clusters": len(set(clusters))}
+    choice.drop_unscored()
+    left = choice.left()
     chosen = set(best_and_spread(scores, clusters, left, number(config.keep or 1, len(left)), config.per_cluster))
-    verdict.drop([index for index in left if index not in chosen], "among the best neither of all nor of its cluster")
-    return verdict
+    choice.drop([index for index in left if index not in chosen], "among the best neither of all nor of its cluster")
+    return choice
 
 
 def best_and_spread(
@@ -379,3 +383,16 @@ def best_and_spread(
 
 
 _METHODS = {"ifd": _ifd, "quality": _quality, "k_center": _k_center, "necessity": _necessity, "car": _car}
+
+
+STAGE = Stage(
+    version=1,
+    config=Config,
+    run=run,
+    headline=headline,
+    leaves=Rows(format=format_of_rows),
+    check=check,
+    check_model=check_model,
+    reads_model=reads_model,
+    libraries=("numpy",),
+)

@@ -1,34 +1,45 @@
 """Supervised fine-tuning: a model and conversations in, a chat model out. Only the answers are in the loss."""
 
 from pathlib import Path
-from typing import Any
 
-from stages.model.facts import Facts, Problem
-from stages.training import loop, packing, supervised
+from stages import Inputs, Metrics, Model, Parallel, Stage
+from stages.model.facts import Facts
+from stages.runtime.errors import Problem
+from stages.training import description, packing, supervised
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.settings import check_training
 
-VERSION = 2
-PARALLEL = True
-SETTINGS = {"trainer": "trl.trainer.sft_config:SFTConfig", "lora": "peft.tuners.lora.config:LoraConfig"}
 FORMATS = ["alpaca", "prompt_completion", "messages", "sharegpt"]
-
-figure = loop.figure
-needs = training_needs
-facts_after = facts_after_training
 
 
 class Config(supervised.Config):
     """Settings of `sft`; `trainer:` takes TRL's SFTConfig."""
 
 
-def check(config: Config, facts: Facts) -> list[Problem]:
+def check_model(config: Config, facts: Facts) -> list[Problem]:
     """Problems that are known before the first stage starts."""
     problems = check_training(config, facts, FORMATS, chat=True)
-    problems += supervised.check(config) + packing.check(config.trainer, facts, packing=False, wraps=False)
-    return problems
+    return problems + packing.check(config.trainer, facts, packing=False, wraps=False)
 
 
-def run(config: Config, out: Path) -> dict[str, Any]:
+def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the conversations and leave the artifact in `out`."""
-    return supervised.run(config, out)
+    return supervised.run(config, inputs, out)
+
+
+STAGE = Stage(
+    version=2,
+    config=Config,
+    run=run,
+    headline=description.headline,
+    leaves=Model(adapter=lambda config: config.lora is not None),
+    check=supervised.check,
+    check_model=check_model,
+    needs=training_needs,
+    facts=facts_after_training,
+    trains=lambda config: config.training(),
+    settings={"trainer": "trl.trainer.sft_config:SFTConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
+    parallel=Parallel(),
+    describe=description.describe,
+    figures=description.figures,
+)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import planned
 import pytest
 
-from stages import init
+from stages import Inputs, init
 from stages.chat.template import template_text
 from stages.data.source import Source
 from stages.model.folder import carried_files, load_model
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory, rows):
                 template=template and template_text(template),
                 **sizes,
             )
-            init.run(config, made[key])
+            init.run(config, Inputs(), made[key])
         return made[key]
 
     return model
@@ -81,7 +81,7 @@ def train(tmp_path_factory, tiny):
         folder = out or tmp_path_factory.mktemp("saves") / stage.__name__.rpartition(".")[2]
         folder.mkdir(exist_ok=True)
         settings = {"lora": {"r": 4}, **settings, "trainer": {**QUICK, **(trainer or {})}}
-        config = stage.Config(model=list(map(str, model)), data=[data], **settings)
+        config = stage.Config(model="base", data=[data], **settings)
         real, seen, handler = loop.train, [], signal.getsignal(signal.SIGTERM)
 
         def train(built, *arguments):
@@ -93,7 +93,7 @@ def train(tmp_path_factory, tiny):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "train", train)
             try:
-                metrics = stage.run(config, folder)
+                metrics = stage.run(config, Inputs(model=list(map(str, model))), folder)
             finally:
                 signal.signal(signal.SIGTERM, handler)  # a stage takes it over
         return SimpleNamespace(out=folder, metrics=metrics, trainer=seen[0])

@@ -11,6 +11,7 @@ from pipeline.plan.placing import build_plan
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
 from pipeline.saves.links import link
+from stages import Inputs
 
 ROWS = {
     "books.jsonl": '{"text": "a"}\n{"text": "b"}\n',
@@ -39,6 +40,12 @@ CHAIN = (
 """
 )
 STAGES = ["init", "pt", "sft", "dpo", "merge", "quantize"]
+
+
+def inputs(config, *model):
+    """The inputs of a stage that runs without a plan: folders of its model, and other models as they are written."""
+    others = {name: getattr(config, name, None) for name in ("scorer", "embedder")}
+    return Inputs(model=list(map(str, model)), others={name: other for name, other in others.items() if other})
 
 
 class Project:
@@ -91,6 +98,6 @@ def pretend(step, **changes):
     """Leave what a run of this step leaves: a finished folder with its record, and the link."""
     step.part.mkdir(parents=True)
     (step.part / "model.safetensors").write_bytes(b"weights")
-    record = {"recipe": dict(step.recipe), "versions": installed_versions(step.stage.use), "started": 0.0, **changes}
+    record = {"recipe": dict(step.recipe), "versions": installed_versions(step.use), "started": 0.0, **changes}
     artifact.finish(step.part, step.folder, record, Hashes(None))
     link(step.folder, step.link)

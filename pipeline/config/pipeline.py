@@ -1,21 +1,17 @@
 """A config file, read and typed."""
 
-import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-import stages
 from pipeline.config.document import Document
+from stages import Model, Role, Rows, Scorer, Stage, find
 from stages.data.source import Source
-
-if TYPE_CHECKING:
-    pass
+from stages.training.settings import Training
 
 
 class Launch(BaseModel):
@@ -24,16 +20,16 @@ class Launch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     processes: int = Field(default=1, ge=1)
-    """On one machine, data-parallel: one per GPU, or on the CPU as many as asked."""
+    """On one machine, data-parallel: one for each GPU, or on the CPU as many as are asked for."""
 
 
 class Card(BaseModel):
-    """What the card says that only its author knows; never part of a fingerprint."""
+    """What the model card says that only its author knows; never part of a fingerprint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     license: str | None = None
-    """Its identifier on the Hub, such as `apache-2.0`; the base model's unless given."""
+    """Its identifier on the Hub, such as `apache-2.0`; that of the base model unless given."""
     license_name: str | None = None
     """With `license: other`."""
     license_link: str | None = None
@@ -47,37 +43,68 @@ class Card(BaseModel):
 
 @dataclass(frozen=True)
 class StageEntry:
-    """A stage as it is written: its kind is `use`, its starting model `model` (None for one that makes its own)."""
+    """A stage as the config has it. Models and rows are references: a folder, a Hub name, or `$stage`."""
 
     name: str
     use: str
+    """The kind of stage."""
     config: BaseModel
-    model: str | None
+    start: str | None
+    """The model that it starts from; None for a stage that starts from none."""
     launch: Launch
     compared: Mapping[str, str] = field(default_factory=dict)
-    """Of a stage that compares models: their names, and where each comes from, written as `model` is."""
+    """Name → reference of each model that it compares."""
 
     @property
-    def module(self) -> ModuleType:
-        return module(self.use)
-
-    @property
-    def leaves_adapter(self) -> bool:
-        return getattr(self.config, "lora", None) is not None
-
-    @property
-    def leaves_data(self) -> bool:
-        """Does it leave rows instead of a model? Its module then has `rows_after(config)`, their format."""
-        return hasattr(self.module, "rows_after")
+    def stage(self) -> Stage[Any]:
+        """The contract of its kind."""
+        return find(self.use)
 
     @property
     def leaves_model(self) -> bool:
-        return leaves_model(self.module)
+        return isinstance(self.stage.leaves, Model)
 
+    @property
+    def leaves_rows(self) -> bool:
+        return isinstance(self.stage.leaves, Rows)
 
-def leaves_model(kind: ModuleType) -> bool:
-    """Not one that leaves rows, nor one whose module says `LEAVES_MODEL = False`: what is below passes over these."""
-    return not hasattr(kind, "rows_after") and getattr(kind, "LEAVES_MODEL", True)
+    @property
+    def leaves_scorer(self) -> bool:
+        return isinstance(self.stage.leaves, Scorer)
+
+    @property
+    def leaves_adapter(self) -> bool:
+        """Whether the model that it leaves is an adapter on the one that it starts from."""
+        leaves = self.stage.leaves
+        return isinstance(leaves, Model) and leaves.adapter(self.config)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight of a quantized model."""
+        leaves = self.stage.leaves
+        return leaves.bits(self.config) if isinstance(leaves, Model) else None
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether it reads the model that it starts from."""
+        return self.start is not None and self.stage.reads_model(self.config)
+
+    @property
+    def template(self) -> str | None:
+        """The text of the chat template that it installs; None when the model keeps its own."""
+        return vars(self.config).get("template")
+
+    @property
+    def training(self) -> Training | None:
+        """What it trains on; None for a stage that does not train."""
+        return self.stage.trains(self.config) if self.stage.trains is not None else None
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Setting → reference of each other model that it reads."""
+        named = [path[0] for path, role in self.stage.roles.items() if role in (Role.SCORER, Role.OTHER)]
+        values = {setting: getattr(self.config, setting) for setting in named}
+        return {setting: value for setting, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -100,13 +127,3 @@ def folder_name(config: Path) -> str:
     """The folder in `saves/` that holds a config's links; never one that has a meaning of its own there."""
     name = re.sub(r"[^\w.-]+", "_", config.stem)
     return f"_{name}" if name.startswith(".") or re.search("-[0-9a-f]{12}", name) else name
-
-
-def kinds() -> list[str]:
-    """The kinds of stage there are: every module in `stages/` without an underscore."""
-    folder = Path(stages.__path__[0])
-    return sorted(path.stem for path in folder.glob("[!_]*.py"))
-
-
-def module(use: str) -> ModuleType:
-    return importlib.import_module(f"stages.{use}")

@@ -1,41 +1,40 @@
 """A step and a plan, and what can be asked of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
-from pipeline.config.checker import in_order
 from pipeline.config.pipeline import Pipeline, StageEntry
+from pipeline.config.problems import in_order
 from pipeline.errors import ConfigError, StageFailed
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
+from stages import Inputs, Report, Stage
+from stages.measuring.gates import Verdict
 from stages.model.device import has_gpu
 from stages.model.facts import Needs
 
 State = Literal["done", "resume", "run", "refused"]
 
 
-NO_NEEDS = Needs(0, 0)
-
-
 @dataclass(frozen=True)
 class Step:
     """A stage placed in a plan."""
 
-    stage: StageEntry
-    config: BaseModel
-    """With its model as folders: the base, then the adapters on it."""
+    entry: StageEntry
+    """The stage as the config has it."""
+    inputs: Inputs
+    """What its references became."""
     folder: Path
     link: Path
     fingerprint: str
     recipe: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    identities: Mapping[str, str]
+    """What identifies each model that it starts from or compares: a fingerprint, or a hash of files."""
     files: Mapping[str, str]
-    """Path → sha256 of what it reads besides other stages' folders."""
+    """Path → sha256 of what it reads besides the folders of other stages."""
     state: State
     why: str
     fresh: bool = False
@@ -43,32 +42,53 @@ class Step:
     left: tuple[Path, ...] = ()
     """Unfinished work of the same stage with other settings, which `fresh` gives up."""
     inexact: str | None = None
-    """Why a stop may change its result; None: it ends bit for bit the same."""
-    needs: Needs = NO_NEEDS
+    """Why resuming is not bit-exact; None if it is."""
+    needs: Needs = field(default_factory=lambda: Needs(0, 0))
     """Memory and disk that it takes at least."""
-    data: tuple[Path, ...] = ()
-    """Folders of the steps whose rows it reads."""
 
     @property
     def name(self) -> str:
-        return self.stage.name
+        return self.entry.name
+
+    @property
+    def use(self) -> str:
+        """The kind of stage."""
+        return self.entry.use
+
+    @property
+    def stage(self) -> Stage[Any]:
+        """The contract of its kind."""
+        return self.entry.stage
 
     @property
     def part(self) -> Path:
+        """The folder that it works in until it is finished."""
         return self.folder.with_name(f"{self.folder.name}.part")
 
     @property
     def produces(self) -> list[str]:
         """The model after this step, as folders; none when it leaves something else."""
-        if not self.stage.leaves_model:
+        if not self.entry.leaves_model:
             return []
-        before = getattr(self.config, "model", [])
-        return [*before, str(self.folder)] if self.stage.leaves_adapter else [str(self.folder)]
+        return [*self.inputs.model, str(self.folder)] if self.entry.leaves_adapter else [str(self.folder)]
+
+    def reads(self) -> dict[Path, str]:
+        """Each folder that it reads, and in which way, for messages."""
+        found = {Path(file).parent: "whose rows it reads" for file in self.inputs.rows.values()}
+        found |= {Path(folder): "which it reads" for folder in self.inputs.others.values()}
+        compared = (folder for folders in self.inputs.compared.values() for folder in folders)
+        found |= {Path(folder): "which it compares" for folder in compared}
+        return found | {Path(folder): "which it starts from" for folder in self.inputs.model}
+
+    def stands_on(self) -> list[str]:
+        """Names of the folders in `saves` that it reads."""
+        folders = [folder.resolve() for folder in self.reads()]
+        return sorted({folder.name for folder in folders if folder.parent == self.folder.parent.resolve()})
 
 
 @dataclass
 class Plan:
-    """The steps in order; `notes` are things a reader should know, `problems` what must be mended first."""
+    """The steps in order; `notes` are things that a reader should know, `problems` what must be fixed first."""
 
     pipeline: Pipeline
     saves: Path
@@ -77,23 +97,24 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
+    """Name of a data set → its rows."""
     ignore_gates: bool = False
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a gate says to a finished step: a sentence with its place, the figure, the bound and the evidence."""
-
-    passed: bool
-    text: str
+    @property
+    def reports(self) -> Iterator[Step]:
+        """The steps that leave figures about models."""
+        return (step for step in self.steps if isinstance(step.stage.leaves, Report))
 
 
 def gate_verdicts(step: Step, plan: Plan) -> list[Verdict]:
-    """What the gates of a finished step say. They are judged anew by every run: a bound is no part of a recipe."""
-    judge = getattr(step.stage.module, "verdicts", None)
-    found = judge(step.stage.config, step.folder) if judge is not None else []
-    places = (plan.pipeline.document.value_place(("stages", step.name, "gates", n)) for n in range(len(found)))
-    return [Verdict(one.passed, f"{place}: {one.text}") for one, place in zip(found, places, strict=False)]
+    """What the gates of a finished step say, each with its place. Every run judges anew: a bound is in no recipe."""
+    leaves = step.stage.leaves
+    found = leaves.verdicts(step.entry.config, step.folder) if isinstance(leaves, Report) else []
+    place = plan.pipeline.document.value_place
+    return [
+        replace(verdict, text=f"{place(('stages', step.name, 'gates', number))}: {verdict.text}")
+        for number, verdict in enumerate(found)
+    ]
 
 
 def begin(step: Step, plan: Plan) -> dict[str, Any]:
@@ -101,21 +122,15 @@ def begin(step: Step, plan: Plan) -> dict[str, Any]:
     return {
         "of": plan.pipeline.name,
         "stage": step.name,
-        "use": step.stage.use,
-        "config": step.config.model_dump(mode="json"),
+        "use": step.use,
+        "config": step.entry.config.model_dump(mode="json"),
+        "inputs": asdict(step.inputs),
         "fingerprint": step.fingerprint,
         "recipe": dict(step.recipe),
-        "versions": installed_versions(step.stage.use),
-        "stands_on": stands_on(step),
+        "versions": installed_versions(step.use),
+        "stands_on": step.stands_on(),
         "gpu": has_gpu(),
     }
-
-
-def stands_on(step: Step) -> list[str]:
-    """Names of the folders in `saves` that it reads: what it starts from, rows, and other models."""
-    others = [getattr(step.config, setting) for setting in other_models(step.stage)]
-    folders = [Path(folder).resolve() for folder in (*model_folders(step.config), *step.data, *others)]
-    return sorted({folder.name for folder in folders if folder.parent == step.folder.parent.resolve()})
 
 
 def check_unchanged(step: Step, hashes: Hashes, *, read: bool = False) -> None:
@@ -128,38 +143,23 @@ def check_unchanged(step: Step, hashes: Hashes, *, read: bool = False) -> None:
     """
     there = [Path(path) for path in step.files if Path(path).is_file()]
     found = dict(zip(map(str, there), hashes.of(there, read=read), strict=True))
-    for path, digest in step.files.items():
-        if found.get(str(Path(path))) != digest:
+    for path, known in step.files.items():
+        if found.get(str(Path(path))) != known:
             raise StageFailed(f"stage `{step.name}`: `{path}` changed while the run was going on; run again")
-    for folder in [*map(Path, model_folders(step.config)), *step.data]:
+    for folder, how in step.reads().items():
         if folder.parent != step.folder.parent:
             continue
         record = artifact.read(folder)
         damage = artifact.damage(folder, record, hashes, thorough=read) if record else "its record is gone"
         if damage is not None:
-            how = "which it starts from" if str(folder) in getattr(step.config, "model", []) else "which it compares"
-            how = "whose rows it reads" if folder in step.data else how
             raise StageFailed(
                 f"stage `{step.name}`: `{folder}`, {how}, is damaged ({damage}); "
-                "nothing was read from it; run again to make it anew"
+                "nothing was read from it; run again to rebuild it"
             )
 
 
-def model_folders(config: BaseModel) -> list[str]:
-    """The folders of the model that it starts from, and of those that it compares."""
-    compared = getattr(config, "compare", None)
-    named = compared.values() if isinstance(compared, dict) else ()
-    return list(dict.fromkeys([*getattr(config, "model", []), *(folder for folders in named for folder in folders)]))
-
-
-def other_models(stage: StageEntry) -> dict[str, str]:
-    """Setting → folder or Hub name, for those that the module calls `MODELS`."""
-    named = {setting: getattr(stage.config, setting) for setting in getattr(stage.module, "MODELS", ())}
-    return {setting: model for setting, model in named.items() if model is not None}
-
-
 def check_plan(plan: Plan) -> None:
-    """Stop when anything must be mended first.
+    """Stop when anything must be fixed first.
 
     Raises:
         ConfigError: with every problem of every stage.

@@ -37,29 +37,29 @@ def ask_question(plan: Plan) -> dict[str, str]:
 
 def _models(plan: Plan) -> dict[str, Step | None]:
     """The first model (None: one that no stage made), the last one in full precision, and the quantized one."""
-    made = [step for step in _modelled(plan) if step.stage.use != "quantize"]
-    quantized = [step for step in plan.steps if step.stage.use == "quantize"]
-    trained = [step for step in made if step.stage.model is not None]
+    made = [step for step in _modelled(plan) if step.entry.bits is None]
+    quantized = [step for step in _modelled(plan) if step.entry.bits is not None]
+    trained = [step for step in made if step.entry.start is not None]
     if not trained:
         return {}
-    first = made[0] if made[0].stage.model is None else None
+    first = made[0] if made[0].entry.start is None else None
     models: dict[str, Step | None] = {"the first model": first, f"after {trained[-1].name}": trained[-1]}
     for step in quantized[-1:]:
-        models[f"in {getattr(step.config, 'bits', 4)} bits"] = step
+        models[f"in {step.entry.bits} bits"] = step
     return models
 
 
 def _modelled(plan: Plan) -> list[Step]:
     """The steps that leave a model."""
-    return [step for step in plan.steps if step.stage.leaves_model]
+    return [step for step in plan.steps if step.entry.leaves_model]
 
 
 def _identity(plan: Plan, step: Step | None) -> str:
-    return step.fingerprint if step is not None else _modelled(plan)[0].inputs["model"]
+    return step.fingerprint if step is not None else _modelled(plan)[0].identities["model"]
 
 
 def _folders(plan: Plan, step: Step | None) -> list[str]:
-    return step.produces if step is not None else list(getattr(_modelled(plan)[0].config, "model", []))
+    return step.produces if step is not None else list(_modelled(plan)[0].inputs.model)
 
 
 def _recorded(step: Step | None, question: str) -> str | None:
@@ -97,12 +97,9 @@ def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict
 def _generate(
     models: dict[str, list[str]], question: str, folder: str, pipe: "multiprocessing.connection.Connection"
 ) -> None:
-    from stages.model import generation
+    from stages.model.generation import load_engine
 
     to_log(Path(folder, LOG))
     messages = [{"role": "user", "content": question}]
-    answers = {}
-    for name, folders in models.items():
-        answer = generation.respond({"model": folders, "messages": messages, "max_new_tokens": TOKENS})
-        answers[name] = answer["answer"] or ""
+    answers = {name: load_engine(folders).answer(messages, TOKENS) for name, folders in models.items()}
     pipe.send(answers)

@@ -8,26 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from pipeline import secret
 from pipeline.config.pipeline import Card
+from pipeline.plan.datasets import sources_in
 from stages.data.source import Source, is_on_hub
 from stages.model.facts import is_hub_name
+from stages.runtime.figures import count, number
 
 if TYPE_CHECKING:
     from pipeline.plan.step import Plan, Step
 
-
 FILE = "README.md"
 Metrics = Mapping[str, Any]
-
-# The settings that a reader asks for first; the whole of them is in record.json.
-MAIN = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "max_length", "packing"),
-    *("beta", "loss_type", "optim", "weight_decay", "neftune_noise_alpha", "metric_for_best_model"),
-)
-LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ def lineage(last: Made, done: Sequence[Made]) -> list[Made]:
     """The steps that the model went through, the first one first."""
     by_folder = {str(made.step.folder): made for made in reversed(done)}
     chain = [last]
-    while (above := by_folder.get(next(reversed(_models(chain[0])), ""))) is not None:
+    while (above := by_folder.get(next(reversed(chain[0].step.inputs.model), ""))) is not None:
         chain.insert(0, above)
     return chain
 
@@ -56,9 +48,9 @@ def lineage(last: Made, done: Sequence[Made]) -> list[Made]:
 def text(chain: Sequence[Made], done: Sequence[Made], planned: "Plan", versions: Metrics) -> str:
     """The whole card: metadata between two lines of dashes, then words."""
     last = chain[-1].step
-    metadata = yaml.safe_dump(_metadata(chain, planned), sort_keys=False, allow_unicode=True)
+    reports = [made for made in done if made.step in planned.reports]
     parts = [
-        f"---\n{metadata}---",
+        f"---\n{_metadata(chain, reports, planned)}\n---",
         f"# {planned.pipeline.name}: {last.name}",
         f"{_base(chain[0])}, after {', '.join(f'`{made.step.name}`' for made in chain)}.",
         "## Stages\n\n" + _table(("stage", "kind", "settings"), (_stage(made.step) for made in chain)),
@@ -67,9 +59,9 @@ def text(chain: Sequence[Made], done: Sequence[Made], planned: "Plan", versions:
         parts.append("## Data\n\n" + _table(("stage", "data", "format", "rows", "tokens"), rows))
     if rows := [row for made in chain for row in _figures(made)]:
         parts.append("## Figures\n\n" + _table(("stage", "figure", "before", "after"), rows))
-    for made in done:
+    for made in reports:
         shown = [name for name in made.metrics.get("models", ()) if name in ("base", *(one.step.name for one in chain))]
-        if made.step.stage.use == "evaluate" and shown:
+        if shown:
             title = f"## Evaluation: {made.step.name}\n\n"
             parts.append(title + _table(("metric", "data", *shown), _evaluated(made.metrics, shown)))
     parts += [_template(planned), _use(last)]
@@ -78,29 +70,53 @@ def text(chain: Sequence[Made], done: Sequence[Made], planned: "Plan", versions:
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(chain: Sequence[Made], planned: "Plan") -> dict[str, Any]:
+def _metadata(chain: Sequence[Made], reports: Sequence[Made], planned: "Plan") -> str:
+    """The card's metadata as YAML, as the Hub documents it."""
+    from huggingface_hub import ModelCardData
+
     given, last = planned.pipeline.card, chain[-1].step
-    base, known = _hub_name(chain[0]), _front_matter(chain[0])
+    known = _front_matter(chain[0])
     theirs = given if given.license else Card.model_validate({key: known.get(key) for key in _LICENSE})
     sources = [source for made in chain for source in _training_data(made.step)]
     on_hub = [source.path.partition("@")[0] for source in sources if is_on_hub(source.path)]
-    uses = [made.step.stage.use for made in chain if made.step.stage.use not in ("merge", "quantize", "init")]
-    bits = getattr(last.config, "bits", None)
+    trained = [made.step.use for made in chain if made.step.entry.training is not None]
+    bits, base = last.entry.bits, given.base_model or _hub_name(chain[0])
+    results = _results(chain, reports)
     found = {
         "license": theirs.license,
         "license_name": theirs.license_name,
         "license_link": theirs.license_link,
         "language": given.language,
-        "base_model": given.base_model or base,
-        "base_model_relation": "quantized" if bits else "finetune",
-        "datasets": list(dict.fromkeys([*on_hub, *given.datasets])),
+        "base_model": base,
+        "base_model_relation": None if base is None else "quantized" if bits else "finetune",
+        "datasets": list(dict.fromkeys([*on_hub, *given.datasets])) or None,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(["stagewise", *uses, *(["gptq", f"{bits}-bit"] if bits else []), *given.tags])),
+        "tags": list(dict.fromkeys(["stagewise", *trained, *(["gptq", f"{bits}-bit"] if bits else []), *given.tags])),
+        "eval_results": results or None,
+        "model_name": f"{planned.pipeline.name}: {last.name}" if results else None,
     }
-    if found["base_model"] is None:
-        del found["base_model_relation"]
-    return {key: value for key, value in found.items() if value}
+    return str(ModelCardData(**found).to_yaml())
+
+
+def _results(chain: Sequence[Made], reports: Sequence[Made]) -> list[Any]:
+    """What evaluations above measured of this model, for the Hub's `model-index`.
+
+    A merged model is the one before it, folded.
+    """
+    from huggingface_hub import EvalResult
+
+    last = chain[-1].step.entry
+    names = [made.step.name for made in chain[-2:]] if last.training is None and last.bits is None else [last.name]
+    found = []
+    for made in reports:
+        for metric, by_data in made.metrics.get("figures", {}).items():
+            for data, by_model in by_data.items():
+                value = next((by_model[name] for name in reversed(names) if by_model.get(name) is not None), None)
+                if value is not None:
+                    task = {"task_type": "text-generation", "dataset_type": data, "dataset_name": data}
+                    found.append(EvalResult(**task, metric_type=metric, metric_value=value))
+    return found
 
 
 _LICENSE = ("license", "license_name", "license_link")
@@ -108,34 +124,29 @@ _LICENSE = ("license", "license_name", "license_link")
 
 def _front_matter(first: Made) -> dict[str, Any]:
     """What the base model's own card says of its license, where it has one."""
-    for folder in _models(first)[:1]:
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    for folder in first.step.inputs.model[:1]:
         try:
-            _, dashes, rest = (Path(folder) / FILE).read_text(encoding="utf-8").partition("---\n")
-            known = yaml.safe_load(rest.partition("\n---")[0]) if dashes else None
+            known = metadata_load(Path(folder) / FILE)
         except (OSError, ValueError, yaml.YAMLError):
             return {}
-        if isinstance(known, dict):
-            return {key: value for key, value in known.items() if key in _LICENSE and isinstance(value, str)}
+        return {key: value for key, value in (known or {}).items() if key in _LICENSE and isinstance(value, str)}
     return {}
 
 
-def _models(made: Made) -> list[str]:
-    """The folders of the model that a step starts from."""
-    model = getattr(made.step.config, "model", [])
-    return [model] if isinstance(model, str) else list(model)
-
-
 def _hub_name(first: Made) -> str | None:
-    model = first.step.stage.model
-    return model.partition("@")[0] if model is not None and is_hub_name(model) else None
+    start = first.step.entry.start
+    return start.partition("@")[0] if start is not None and is_hub_name(start) else None
 
 
 def _base(first: Made) -> str:
-    model = first.step.stage.model
-    if model is None:
+    start = first.step.entry.start
+    if start is None:
         return "A model that starts from random weights"
-    name, _, commit = model.partition("@")
-    return f"`{name}` at commit `{commit}`" if is_hub_name(model) else f"The model `{_shown(model)}`"
+    name, _, commit = start.partition("@")
+    return f"`{name}` at commit `{commit}`" if is_hub_name(start) else f"The model `{_shown(start)}`"
 
 
 def _shown(path: str) -> str:
@@ -144,76 +155,40 @@ def _shown(path: str) -> str:
 
 
 def _stage(step: "Step") -> tuple[str, str, str]:
-    config, words = step.config, []
-    if hasattr(config, "lora"):
-        named = (f"{key} {_word(config.lora[key])}" for key in LORA if key in config.lora) if config.lora else ()
-        words.append("the whole model" if config.lora is None else f"LoRA ({', '.join(named) or 'defaults'})")
-    trainer = getattr(config, "trainer", {})
-    words += [f"{key} {_word(trainer[key])}" for key in MAIN if key in trainer]
-    shown = ("bits", "group_size", "architecture", "hidden_size", "num_hidden_layers", "early_stopping", "seed")
-    words += [f"{key} {_word(getattr(config, key))}" for key in shown if getattr(config, key, None) is not None]
-    words += [f"{key} {_word(value)}" for key, value in (config.model_extra or {}).items()]
-    if hasattr(config, "calibration"):
-        words.append(f"calibrated on up to {config.calibration.samples} rows of {config.calibration.max_length} tokens")
-    return step.name, step.stage.use, ", ".join(words)
+    return step.name, step.use, ", ".join(step.stage.describe(step.entry.config))
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _training_data(step: "Step") -> list[Source]:
-    return [] if step.stage.use in ("init", "quantize") else list(getattr(step.config, "data", []))
+def _training_data(step: "Step") -> Sequence[Source]:
+    training = step.entry.training
+    return [] if training is None else training.draw.sources
 
 
 def _data(chain: Sequence[Made], planned: "Plan") -> Iterator[tuple[str, ...]]:
-    """Each data set that was trained on, or calibrated with, by its name and where the config says that it lies."""
+    """Each data set that was trained on, or calibrated with, by its name and where the config says that it is."""
     names = {source.path: name for name, source in planned.pipeline.data.items()}
     for made in chain:
         step, counted = made.step, made.metrics.get("data", [])
-        there = _training_data(step) or list(getattr(getattr(step.config, "calibration", None), "data", []))
-        for index, source in enumerate(there):
-            made_by = next((folder.name for folder in step.data if folder == Path(source.path).parent), None)
-            where = f"rows of `{made_by}`" if made_by else f"`{_shown(source.path)}`"
-            name = "" if made_by or source.path not in names else f"`{names[source.path]}`: "
-            count = counted[index] if index < len(counted) else {}
-            rows, tokens = count.get("trained_rows"), count.get("tokens")
-            yield step.name, name + where, source.format, _count(rows), _count(tokens)
+        if step.entry.start is None:
+            continue
+        for index, source in enumerate(_training_data(step) or sources_in(step.entry.config)):
+            rows_of = source.path.startswith("$")
+            where = f"rows of `{source.path[1:]}`" if rows_of else f"`{_shown(source.path)}`"
+            name = "" if rows_of or source.path not in names else f"`{names[source.path]}`: "
+            known = counted[index] if index < len(counted) else {}
+            yield step.name, name + where, source.format, count(known.get("trained_rows")), count(known.get("tokens"))
 
 
 def _figures(made: Made) -> Iterator[tuple[str, ...]]:
     """What a step measured itself."""
-    found, name = made.metrics, made.step.name
-    if "loss_last" in found:
-        yield name, "training loss", _number(found["loss_first"]), _number(found["loss_last"])
-    for key, words in (
-        ("eval_loss", "held-out loss"),
-        ("eval_rewards/accuracies", "held-out preference accuracy"),
-        ("eval_rewards/margins", "held-out reward margin"),
-    ):
-        if key in found:
-            before = _number(found.get(f"{key}_before"))
-            yield name, words, "a tie" if key.endswith("accuracies") else before, _number(found[key])
-    if "steps" in found:
-        early = ", stopped early" if found.get("stopped_early") else ""
-        yield name, "steps", "", _count(found["steps"]) + early
-    if "best_step" in found:
-        yield name, "step that was kept", "", _count(found["best_step"])
-    if "logit_difference" in found:
-        yield name, "largest logit difference to the unmerged adapters", "", f"{found['logit_difference']:.1e}"
-    if "perplexity_after" in found:
-        before, after = (_number(found[f"perplexity_{when}"]) for when in ("before", "after"))
-        yield name, f"perplexity on {found['perplexity_rows']} rows that it was not calibrated with", before, after
-        yield name, "bytes", _count(found["bytes_before"]), _count(found["bytes_after"])
+    for figure in made.step.stage.figures(dict(made.metrics)) if made.metrics else ():
+        yield made.step.name, figure.name, figure.before, figure.after
 
 
 def _evaluated(metrics: Metrics, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The figures of an evaluation above, of the models that this one comes from."""
     for metric, by_data in metrics["figures"].items():
         for data, by_model in by_data.items():
-            yield metric, data, *(_number(by_model.get(name)) for name in shown)
+            yield metric, data, *(number(by_model.get(name)) for name in shown)
 
 
 def _template(planned: "Plan") -> str:
@@ -227,7 +202,6 @@ def _template(planned: "Plan") -> str:
 
 def _use(last: "Step") -> str:
     """How to load it: plain transformers."""
-    quantized = hasattr(last.config, "bits")
     code = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -241,23 +215,15 @@ def _use(last: "Step") -> str:
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ]
     note = ""
-    if quantized:
+    if last.entry.bits is not None:
         note = (
             "\n\nThe weights are GPTQ; transformers needs `gptqmodel` and `optimum` for them, vLLM loads the folder as "
             'it is. On a CPU add `quantization_config=GPTQConfig(bits=BITS, backend="torch")`, or a kernel is compiled '
             "first."
-        ).replace("BITS", str(getattr(last.config, "bits", 4)))
+        ).replace("BITS", str(last.entry.bits))
     return "## Use\n\n```python\n" + "\n".join(code) + "\n```" + note
 
 
 def _table(head: Sequence[str], rows: Any) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _count(value: Any) -> str:
-    return "–" if value is None else f"{value:,}"

@@ -72,7 +72,7 @@ def follow(step: Step, view: View, stop: Stop) -> dict[str, Any]:
         Interrupted, StageFailed: as `run`.
     """
     events = Events(step.part / EVENTS_FILE)
-    child: Child = _Launched(step) if step.stage.launch.processes > 1 else _Forked(step.part)
+    child: Child = _Launched(step) if step.entry.launch.processes > 1 else _Forked(step.part)
     asked = 0
     while child.is_alive():
         child.wait(0.1)
@@ -211,7 +211,7 @@ class _Launched:
     """A stage started by accelerate's launcher in several processes of one machine."""
 
     def __init__(self, step: Step) -> None:
-        processes = step.stage.launch.processes
+        processes = step.entry.launch.processes
         # `--multi_gpu` is accelerate's word for several processes on this machine; `--cpu` would start only one.
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline import secret
 from pipeline.errors import Busy, GateClosed
 from pipeline.plan.fingerprint import installed_versions
-from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts, stands_on
+from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts
 from pipeline.run import card
 from pipeline.run.process import Stop, View, follow
 from pipeline.saves import artifact
@@ -45,7 +45,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     gates = _Gates(planned)
     content_module.clear_torn(planned.saves)
-    claim(planned)
+    claim(planned.saves / planned.pipeline.name, planned.pipeline.path)
     for step in planned.steps:
         if step.state == "done":  # linked before the first stage starts, so that `gc` knows that they are needed
             link(step.folder, step.link)
@@ -102,7 +102,7 @@ class _Gates:
 def _tidy(step: Step) -> None:
     """Delete what a run that was killed at its very end left in a finished folder."""
     if any((step.folder / name).exists() for name in artifact.TO_GO_ON):
-        with contextlib.suppress(Busy), locked(step):  # a run that still holds it deletes it itself
+        with contextlib.suppress(Busy), locked(step.part, step.name):  # a run that still holds it deletes it itself
             artifact.clear_leftovers(step.folder)
 
 
@@ -128,7 +128,7 @@ def _run_step(
     """Run one step to its finished folder, and hold its lock until that has its name."""
     began, clock = time.time(), time.monotonic()
     hashes = planned.hashes
-    with locked(step):
+    with locked(step.part, step.name):
         record = artifact.read(step.folder)
         if record is not None and not step.fresh and artifact.damage(step.folder, record, hashes) is None:
             view.step(step, "done")  # another run finished it while this one worked on earlier steps
@@ -145,18 +145,18 @@ def _run_step(
             for name in (artifact.LOG, EVENTS_FILE):
                 secret.mask_file(step.part / name)
         check_unchanged(step, hashes)
-        versions = installed_versions(step.stage.use)
-        if getattr(step.stage.module, "CARD", False):
+        versions = installed_versions(step.use)
+        if step.stage.card:
             card.write(step.part, step, done["metrics"], planned, before, versions)
         secret.forbid(step.part, step.name)
         record = {
             "stage": step.name,
-            "use": step.stage.use,
+            "use": step.use,
             "fingerprint": step.fingerprint,
             "recipe": dict(step.recipe),
-            "inputs": dict(step.inputs),
+            "inputs": dict(step.identities),
             "model": step.produces,
-            "stands_on": stands_on(step),
+            "stands_on": step.stands_on(),
             "metrics": done["metrics"],
             "inexact_after_a_stop": step.inexact,
             "ignored_gates": list(gates.ignored),

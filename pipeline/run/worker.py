@@ -6,7 +6,6 @@ in each of several processes. What the libraries print goes to the folder's `log
 
 import contextlib
 import fcntl
-import importlib
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from pipeline import secret
 from pipeline.run import tracking
 from pipeline.saves import artifact
 from pipeline.saves.locks import held_file
+from stages import Inputs, find
 from stages.runtime.errors import Interrupted, explain
 from stages.runtime.events import LAUNCHED, emit
 from stages.runtime.processes import end_with_parent, peak_memory
@@ -57,9 +57,9 @@ def _hold(out: Path) -> TextIO:
 
 def _run(spec: dict[str, Any], out: Path) -> int:
     try:
-        stage = importlib.import_module(f"stages.{spec['use']}")
-        config = tracking.group(spec, out)
-        metrics = stage.run(stage.Config.model_validate(config), out)
+        stage = find(spec["use"])
+        config = stage.config.model_validate(tracking.group(spec, out))
+        metrics = stage.run(config, Inputs(**spec["inputs"]), out)
         emit(out, "done", metrics=metrics, memory=peak_memory())
         return 0
     except Interrupted as error:

@@ -4,8 +4,6 @@ import json
 import os
 from pathlib import Path
 
-from pipeline.plan.step import Plan
-
 
 def link(folder: Path, name: Path) -> None:
     """Let `name` point to the folder, relatively; an unchanged link is not touched."""
@@ -37,12 +35,11 @@ def same_file(one: Path, other: Path) -> bool:
     return other.exists() and one.samefile(other)
 
 
-def claim(planned: Plan) -> None:
-    """Say beside the links whose they are."""
-    links = planned.saves / planned.pipeline.name
-    if (owner := belongs(links)) is not None and owner.exists() and owner.samefile(planned.pipeline.path):
+def claim(links: Path, owner: Path) -> None:
+    """Record which config owns this links folder."""
+    if (known := belongs(links)) is not None and same_file(known, owner):
         return
     links.mkdir(parents=True, exist_ok=True)
-    config = os.path.relpath(planned.pipeline.path.resolve(), links.resolve())
-    content = {"config": config, "absolute": str(planned.pipeline.path.resolve())}
+    config = os.path.relpath(owner.resolve(), links.resolve())
+    content = {"config": config, "absolute": str(owner.resolve())}
     (links / BELONGS).write_text(json.dumps(content), encoding="utf-8")

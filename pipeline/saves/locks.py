@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.errors import Busy
-from pipeline.plan.step import Step
 
 
 def held_file(out: Path) -> Path:
@@ -19,20 +18,20 @@ def held_file(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(step: Step) -> Iterator[None]:
-    """Hold the step; the kernel lets go of it however this process ends.
+def locked(part: Path, name: str) -> Iterator[None]:
+    """Hold the stage `name`, which works in `part`; the kernel lets go of it however this process ends.
 
     Raises:
         Busy: another run, or a process that a killed one left behind, is at work on it.
     """
-    held = held_file(step.part)
+    held = held_file(part)
     held.parent.mkdir(parents=True, exist_ok=True)
     with open(held.with_suffix(".runner"), "a+", encoding="utf-8") as file, open(held, "a", encoding="utf-8") as left:
         if not _lock(file, seconds=0.5):  # `status` and `gc` look at it for a moment
             file.seek(0)
-            raise Busy(f"stage `{step.name}` is being run by another process ({file.read().strip()}); wait for it")
+            raise Busy(f"stage `{name}` is being run by another process ({file.read().strip()}); wait for it")
         if not _lock(left, seconds=60):  # on Linux they end by themselves, as soon as the fork server has
-            raise Busy(f"stage `{step.name}` is still being run by what a killed run left behind; wait, or end it")
+            raise Busy(f"stage `{name}` is still being run by what a killed run left behind; wait, or end it")
         fcntl.flock(left, fcntl.LOCK_UN)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

@@ -11,7 +11,7 @@ from pipeline.config.pipeline import folder_name
 from pipeline.errors import ConfigError
 from pipeline.saves import artifact
 from pipeline.views.report import flat
-from stages import evaluate
+from stages.measuring.table import read_answers
 from stages.runtime.errors import nearest
 
 ABSENT = "(none)"
@@ -132,12 +132,8 @@ def _compare_answers(stage: str, left: Path, right: Path, found: Difference) -> 
 
 def _answers(folder: Path) -> dict[tuple[str, int, str, str], str | None]:
     """Answers by data, row, prompt and model."""
-    try:
-        lines = (folder / evaluate.ANSWERS).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
     found = {}
-    for one in map(json.loads, lines):
+    for one in read_answers(folder):
         prompt = one["prompt"][-1]["content"]
         for model, said in one["answers"].items():
             found[one["data"], one["row"], prompt, model] = said["answer"]

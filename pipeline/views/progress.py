@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.plan.step import Plan, Step
-from stages import evaluate
+from stages.measuring.table import read_table
 
 MARKS = {"waiting": "·", "running": "▸", "done": "✓", "ran": "✓", "failed": "✗"}
 
@@ -178,12 +178,12 @@ def result_table(planned: Plan, records: Sequence[Mapping[str, Any]], ran: Mappi
 
 def key_figure(step: Step, record: Mapping[str, Any]) -> str:
     """The figure that the stage itself calls its key figure."""
-    return str(step.stage.module.figure(record["metrics"]))
+    return str(step.stage.headline(record["metrics"]))
 
 
 def evaluation_table(folder: Path) -> Table:
     """The figures of an evaluation, a column for each model; why there is none stands in its place."""
-    found = evaluate.table(folder)
+    found = read_table(folder)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("metric", "data", *found["models"]):
         table.add_column(column, overflow="fold", max_width=32)
@@ -199,4 +199,4 @@ def evaluation_table(folder: Path) -> Table:
 
 
 def _label(step: Step) -> str:
-    return step.name if step.name == step.stage.use else f"{step.name} ({step.stage.use})"
+    return step.name if step.name == step.use else f"{step.name} ({step.use})"

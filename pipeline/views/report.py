@@ -13,7 +13,8 @@ from pipeline import secret
 from pipeline.plan.step import Plan, Step, gate_verdicts
 from pipeline.saves import artifact
 from pipeline.views import charts, progress
-from stages import evaluate
+from stages import Report
+from stages.measuring.table import read_answers, read_table
 from stages.runtime.events import read_events
 
 TEMPLATE = "report.html.jinja"
@@ -89,17 +90,17 @@ class _Told:
         told = [event["kind"] for event in read_events(self.folder)]
         return {
             "name": step.name,
-            "use": step.stage.use,
+            "use": step.use,
             "state": step.state,
             "said": STATES[step.state],
             "why": step.why,
             "record": record,
             "started": _time(record["started"]) if "started" in record else None,
             "starts": told.count("start"),
-            "key": step.stage.module.figure(metrics) if metrics else None,
+            "key": step.stage.headline(metrics) if metrics else None,
             "folder": step.folder.name,
             "fingerprint": step.fingerprint,
-            "inputs": dict(step.inputs),
+            "inputs": dict(step.identities),
             "shared": self._shared(),
             "memory": step.needs.memory,
             "speed": sorted(speeds)[len(speeds) // 2] if speeds else None,
@@ -141,11 +142,10 @@ class _Told:
         }
 
     def _evaluation(self) -> dict[str, Any] | None:
-        if self.record is None or self.step.stage.use != "evaluate":
+        if self.record is None or not isinstance(self.step.stage.leaves, Report):
             return None
-        found = evaluate.table(self.folder)
-        lines = (self.folder / evaluate.ANSWERS).read_text(encoding="utf-8").splitlines()
-        answers = [json.loads(line) for line in lines]
+        found = read_table(self.folder)
+        answers = read_answers(self.folder)
         return {
             "models": found["models"],
             "rows": _rows(found),

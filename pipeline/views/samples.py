@@ -16,10 +16,7 @@ from stages.data.source import Source, kept_rows
 from stages.runtime.errors import nearest
 from stages.runtime.processes import parallel_map, usable_cores
 from stages.training import preparation
-from stages.training.settings import TrainingConfig
-
-MAX_LENGTH = 1024  # TRL's default
-BATCH = 8  # transformers' default
+from stages.training.settings import Training
 
 
 @dataclass(frozen=True)
@@ -48,45 +45,43 @@ def look(plan: Plan, name: str | None, rows: int) -> Iterator[Seen]:
     if not pairs:
         raise ConfigError([f"no stage trains on `{name}`" if name else "no stage trains on data"])
     for data, step in pairs:
-        yield _seen(data, plan.pipeline.data[data], step, _with_tokenizer(plan, step), rows)
+        training = step.entry.training
+        assert training is not None  # `_reads` says so
+        yield _seen(data, plan.pipeline.data[data], step, training, _with_tokenizer(plan, step), rows)
 
 
 def _reads(step: Step, source: Source) -> bool:
-    config = step.stage.config
-    return isinstance(config, TrainingConfig) and source in (*config.data, *config.eval_data)
+    training = step.entry.training
+    return training is not None and source in (*training.draw.sources, *training.draw.eval_data)
 
 
 def _with_tokenizer(plan: Plan, step: Step) -> Path | None:
     """The nearest folder before a step that holds the tokenizer, which goes unchanged from stage to stage."""
     above = plan.steps[: plan.steps.index(step) + 1]
-    folders = [Path(folder) for one in above for folder in getattr(one.config, "model", [])]
+    folders = [Path(folder) for one in above for folder in one.inputs.model]
     return next((folder for folder in reversed(folders) if (folder / "tokenizer.json").is_file()), None)
 
 
-def _seen(data: str, source: Source, step: Step, folder: Path | None, rows: int) -> Seen:
+def _seen(data: str, source: Source, step: Step, training: Training, folder: Path | None, rows: int) -> Seen:
     account = cleaning.Account()
-    chunks = drawing.chunks(drawing.Placed(0, *placed) for placed in kept_rows(source, account))
+    chunks = drawing.chunks(drawing.DrawnRow(0, *placed) for placed in kept_rows(source, account))
     if folder is None:
         deque(chunks, maxlen=0)
         return Seen(data, step.name, account, None, [])
     tokenizer = _tokenizer(step, folder)
-    settings: dict[str, Any] = step.stage.config.trainer  # type: ignore[attr-defined]
-    make = preparation.sequences(tokenizer, settings.get("max_length", MAX_LENGTH), step.stage.use == "pt", 1)
+    make = preparation.sequences(tokenizer, training.max_length, training.cut, 1)
 
     def count(chunk: drawing.Chunk) -> tuple[encoding.Tokens, list[int], list[Row]]:
         made, (tokens,) = make(chunk)
-        return (
-            tokens,
-            preparation.lengths(made) if made else [],
-            [placed.row for _, placed, _ in chunk.trained()][:rows],
-        )
+        first = [placed.row for _, placed, _ in chunk.trained()][:rows]
+        return tokens, preparation.lengths(made) if made else [], first
 
     whole, lengths, first = encoding.Tokens(), array("L"), list[Row]()
     for tokens, more, begun in parallel_map(count, chunks, usable_cores(), preparation.FEW):
         whole.add(tokens)
         lengths.extend(more)
         first += begun[: rows - len(first)]
-    whole.padding = encoding.padding(lengths, settings.get("per_device_train_batch_size", BATCH))
+    whole.padding = encoding.padding(lengths, training.batch)
     shown = [encoding.pieces(tokenizer, one) for row in encoding.encode(tokenizer, first) for one in row]
     return Seen(data, step.name, account, whole, shown)
 
@@ -96,5 +91,5 @@ def _tokenizer(step: Step, folder: Path) -> Any:
     from stages.model.folder import load_tokenizer
 
     tokenizer = load_tokenizer([str(folder)])
-    install_template(tokenizer, step.config.template)  # type: ignore[attr-defined]
+    install_template(tokenizer, step.entry.template)
     return tokenizer

@@ -133,7 +133,7 @@ def _stands_on(folder: Path) -> list[str]:
     """Names of the folders beside it that a finished or unfinished one reads."""
     with contextlib.suppress(NewerRecord):
         record, spec = artifact.read(folder) or {}, artifact.begun(folder) or {}
-        models = [*(record.get("model") or []), *(spec.get("config", {}).get("model") or [])]
+        models = [*(record.get("model") or []), *(spec.get("inputs", {}).get("model") or [])]
         return [Path(model).name for model in models] + [*record.get("stands_on", []), *spec.get("stands_on", [])]
     return []
 

@@ -1,16 +1,31 @@
-"""Rows of several data sets in declared shares: how many of each, and which."""
+"""Data sets with weights or without, and how many rows of each are drawn."""
 
 import math
 import random
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    pass
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stages.data.source import Source
+
+Item = TypeVar("Item")
 
 
-Row = TypeVar("Row")
+class Mixture(BaseModel):
+    """Data sets that one stage reads. YAML: a name, a list of names, or weights such as `{books: 1, general: 5}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: list[Source] = Field(min_length=1)
+    weights: list[float] = []
+    """As many as sources; empty when none were written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"sources": value} if isinstance(value, list) else value
 
 
 def counts(available: Sequence[int], weights: Sequence[float], total: int | None) -> list[int]:
@@ -31,8 +46,8 @@ def counts(available: Sequence[int], weights: Sequence[float], total: int | None
     return found
 
 
-def draw(rows: Sequence[Row], count: int, seed: int | str) -> list[Row]:
-    """`count` rows in their old order; no row is drawn once more before every other has been drawn as often.
+def draw(rows: Sequence[Item], count: int, seed: int | str) -> list[Item]:
+    """`count` rows in their old order, sampled without replacement, pass by pass.
 
     Raises:
         ValueError: there are no rows to draw from.
@@ -42,14 +57,3 @@ def draw(rows: Sequence[Row], count: int, seed: int | str) -> list[Row]:
     passes, more = divmod(count, len(rows)) if rows else (0, 0)
     chosen = set(random.Random(seed).sample(range(len(rows)), more))
     return [row for index, row in enumerate(rows) for _ in range(passes + (index in chosen))]
-
-
-def held_out(eval_size: float, rows: int) -> int:
-    """How many of so many rows are held out."""
-    return math.ceil(eval_size * rows) if eval_size < 1 else int(eval_size)
-
-
-def too_many_held_out(eval_size: float, rows: int) -> str | None:
-    """What is wrong with holding out so much of so many rows."""
-    count = held_out(eval_size, rows)
-    return None if count < rows else f"`eval_size` holds out {count} of {rows} rows; nothing is left to train on"

@@ -7,12 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from stages.runtime.errors import nearest
+from stages.runtime.errors import Problem, nearest
 
 PERCENT = re.compile(r"[0-9]+(\.[0-9]+)?%\Z")
 BOUNDS = ("max_increase", "max_decrease", "min", "max")
 CHANGES = BOUNDS[:2]
-Problem = tuple[str, str]
 
 
 class Gate(BaseModel):
@@ -59,7 +58,7 @@ class Verdict:
     text: str
 
 
-def problems(
+def gate_problems(
     gates: Sequence[Gate], models: Sequence[str], measured: Mapping[str, Sequence[str]], metrics: Sequence[str]
 ) -> list[Problem]:
     """What is wrong with gates; `measured` has the metrics of each data set, empty where they are not known."""
@@ -108,7 +107,7 @@ def sides(gate: Gate, models: Sequence[str]) -> tuple[str, str]:
     return stage, gate.versus or models[max(0, models.index(stage) - 1)]
 
 
-def judge(gate: Gate, table: Mapping[str, Any]) -> Verdict:
+def judge_gate(gate: Gate, table: Mapping[str, Any]) -> Verdict:
     """What a gate says to the table of an evaluation."""
     stage, versus = sides(gate, table["models"])
     figures = {

@@ -50,6 +50,10 @@ class Measured:
     """A figure that is no mean of rows, made elsewhere; it has no interval."""
 
 
+Figures = dict[tuple[str, str], Measured]
+"""What was measured of one model, by metric and data set."""
+
+
 def figure_of(metric: str, measured: Measured, seed: int) -> dict[str, Any]:
     """`value`, `ci` and `n`; or a `value` of None and `why`."""
     if measured.value is not None and math.isfinite(measured.value):

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from stages.model import generation, inference
+from stages.model import inference
+from stages.model.generation import load_engine
+from stages.runtime.processes import answer_request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,17 +170,17 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request, in this process."""
     made, original, texts = Path(request["model"]), request["original"], request["texts"]
     file = Path(request["reference"])
-    model, missing = generation.load([str(made)])
-    if missing:
-        return {"missing": missing}
-    answer = generation.generate(model, str(made), request["messages"], request["max_new_tokens"])
-    found = {"missing": missing, "answer": answer, "quantized": compared(model, texts, file)}
-    del model
+    engine = load_engine([str(made)])
+    if engine.missing:
+        return {"missing": list(engine.missing)}
+    answer = engine.answer(request["messages"], request["max_new_tokens"])
+    found = {"missing": [], "answer": answer, "quantized": compared(engine.model, texts, file)}
+    del engine
     gc.collect()
-    model, _ = generation.load([original])
+    model = load_engine([original]).model
     why = rounded(model, made)
     return {**found, "rounded": {"why": why} if why else compared(model, texts, file)}
 
 
 if __name__ == "__main__":
-    generation.serve_one(respond)
+    answer_request(respond)

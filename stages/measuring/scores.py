@@ -16,6 +16,7 @@ from stages.model import inference
 from stages.model.device import has_bf16
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 from stages.model.inference import each, losses, positions
+from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 from stages.runtime.events import emit
 
@@ -33,12 +34,6 @@ class Settings(Protocol):
     """What is read of the stage's config."""
 
     @property
-    def model(self) -> str | list[str]: ...
-    @property
-    def scorer(self) -> str | None: ...
-    @property
-    def embedder(self) -> str | None: ...
-    @property
     def template(self) -> str | None: ...
     @property
     def max_length(self) -> int: ...
@@ -55,12 +50,11 @@ def _progress(out: Path, doing: str, count: int) -> Callable[[int], None]:
 # The stage's own model
 
 
-def _own(config: Settings) -> tuple[Any, "PreTrainedTokenizerBase"]:
+def _own(config: Settings, inputs: Inputs) -> tuple[Any, "PreTrainedTokenizerBase"]:
     """The model that the stage stands on, with the run's template, on a GPU if there is one."""
-    folders = [config.model] if isinstance(config.model, str) else config.model
-    tokenizer = load_tokenizer(folders)
+    tokenizer = load_tokenizer(inputs.model)
     install_template(tokenizer, config.template)
-    model = load_model(folders, dtype=_dtype())
+    model = load_model(inputs.model, dtype=_dtype())
     return model.to(_device()), tokenizer
 
 
@@ -77,7 +71,9 @@ def _device() -> str:
 # Losses of answers
 
 
-def answer_losses(config: Settings, rows: Sequence[Row], out: Path) -> tuple[list[float | None], list[float | None]]:
+def answer_losses(
+    config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path
+) -> tuple[list[float | None], list[float | None]]:
     """Mean cross-entropy in nats over the tokens of each row's answers: given the question, and alone.
 
     The tokens are the same both times: those with labels in `_template.encode`, less the one that ends each turn,
@@ -85,7 +81,7 @@ def answer_losses(config: Settings, rows: Sequence[Row], out: Path) -> tuple[lis
     several answers counts all of them, each given all before it, and each alone. None for rows that are longer than
     `max_length` or the model's positions.
     """
-    model, tokenizer = _own(config)
+    model, tokenizer = _own(config, inputs)
     limit = min(config.max_length, positions(model))
     start = opening(tokenizer)
     texts: list[tuple[Ids, Ids]] = []
@@ -146,9 +142,9 @@ def _answers(labels: Sequence[int]) -> list[range]:
 # Answers of the model's own
 
 
-def own_answers(config: Settings, rows: Sequence[Row], out: Path) -> list[str | None]:
+def own_answers(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> list[str | None]:
     """The likeliest answer (greedy) to each conversation up to its last answer; None where the prompt is too long."""
-    model, tokenizer = _own(config)
+    model, tokenizer = _own(config, inputs)
     set_stop_tokens(model, tokenizer)
     limit = min(config.max_length, positions(model) - 1)
     prompts = [render(tokenizer, row["messages"][:-1], prompt=True, tools=row.get("tools")) for row in rows]
@@ -171,14 +167,14 @@ def with_answer(row: Row, answer: str) -> Row:
 # Rewards
 
 
-def rewards(config: Settings, rows: Sequence[Row], out: Path) -> tuple[list[float], int]:
+def rewards(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> tuple[list[float], int]:
     """The one logit of the scorer for each row, and how many rows it did not see whole.
 
     A scorer with a chat template reads the conversation in it, any other one question and answer as a pair of texts.
     """
     import torch
 
-    folder = config.scorer or ""
+    folder = inputs.others["scorer"]
     model, tokenizer = _classifier(folder)
     limit = min(config.max_length, _reach(model, tokenizer))
     encoded, cut = [], 0
@@ -251,7 +247,9 @@ def _for_scorer(tokenizer: Any, row: Row, limit: int | None = None) -> dict[str,
 # Embeddings
 
 
-def embeddings(config: Settings, rows: Sequence[Row], out: Path, *, answer: bool) -> tuple["NDArray[np.float32]", int]:
+def embeddings(
+    config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path, *, answer: bool
+) -> tuple["NDArray[np.float32]", int]:
     """One point a row (rows × hidden size): the mean of the last hidden states over its tokens; and the rows cut.
 
     Only what is asked is read, or with `answer` the whole row.
@@ -259,7 +257,7 @@ def embeddings(config: Settings, rows: Sequence[Row], out: Path, *, answer: bool
     import numpy as np
     import torch
 
-    model, tokenizer = _encoder(config)
+    model, tokenizer = _encoder(config, inputs)
     limit = min(config.max_length, _reach(model, tokenizer))
     encoded, cut = [], 0
     for row in rows:
@@ -283,16 +281,16 @@ def embeddings(config: Settings, rows: Sequence[Row], out: Path, *, answer: bool
     return points, cut
 
 
-def _encoder(config: Settings) -> tuple[Any, Any]:
+def _encoder(config: Settings, inputs: Inputs) -> tuple[Any, Any]:
     """The embedder, or the stage's own model without its head."""
-    if config.embedder is None:
-        model, tokenizer = _own(config)
+    if "embedder" not in inputs.others:
+        model, tokenizer = _own(config, inputs)
         return model.base_model, _padded(tokenizer)
     from transformers import AutoModel, AutoTokenizer
 
     settings = {"local_files_only": True, "trust_remote_code": False}
-    encoder = AutoModel.from_pretrained(config.embedder, dtype=_dtype(), use_safetensors=True, **settings)
-    return encoder.eval().to(_device()), _padded(AutoTokenizer.from_pretrained(config.embedder, **settings))
+    encoder = AutoModel.from_pretrained(inputs.others["embedder"], dtype=_dtype(), use_safetensors=True, **settings)
+    return encoder.eval().to(_device()), _padded(AutoTokenizer.from_pretrained(inputs.others["embedder"], **settings))
 
 
 # The words of a row

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stages.measuring.metrics import Measured
-from stages.runtime.errors import StageError, nearest
+from stages.runtime.errors import Problem, StageError, nearest
 
 NAME = re.compile(r"^[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
 METRIC = re.compile(r"^[ \t]*-?[ \t]*\{?[ \t]*[\"']?metric[\"']?:[ \t]*[\"']?(\w+)", re.MULTILINE)
 INCLUDE = re.compile(r"^[\"']?include[\"']?:[ \t]*[\"']?([\w./-]+)", re.MULTILINE)
-Problem = tuple[str, str]
 
 
 class Harness(Protocol):
@@ -35,7 +34,7 @@ class Harness(Protocol):
     def batch_size(self) -> int: ...
 
 
-def check(tasks: Sequence[str], harness: Harness) -> list[Problem]:
+def check_tasks(tasks: Sequence[str], harness: Harness) -> list[Problem]:
     """Is the harness installed, and does it or the folder have these tasks?"""
     if harness.include_path is not None and not Path(harness.include_path).is_dir():
         return [("harness.include_path", f"there is no folder `{harness.include_path}`; it holds tasks as YAML files")]
@@ -43,20 +42,20 @@ def check(tasks: Sequence[str], harness: Harness) -> list[Problem]:
         return []
     if importlib.util.find_spec("lm_eval") is None:
         return [("tasks", "tasks need lm-evaluation-harness; install it with `pip install lm_eval`, or remove `tasks`")]
-    known = names(harness.include_path)
+    known = task_names(harness.include_path)
     return [
         ("tasks", f"there is no task `{task}`{nearest(task, known)}")
         for task in tasks
-        if task not in known and task not in (known := names(harness.include_path) | names(None))
+        if task not in known and task not in (known := task_names(harness.include_path) | task_names(None))
     ]
 
 
-def names(include_path: str | None) -> frozenset[str]:
+def task_names(include_path: str | None) -> frozenset[str]:
     """Tasks, groups and tags of a folder; of the installed harness without one."""
     return _names(_folder(include_path)) if include_path is not None else _installed_names()
 
 
-def metrics(task: str, include_path: str | None) -> tuple[str, ...]:
+def task_metrics(task: str, include_path: str | None) -> tuple[str, ...]:
     """The metrics that a task's file and those it includes name; empty when that is not known."""
     if include_path is not None and (found := _metrics_of(task, _folder(include_path))):
         return found
@@ -105,23 +104,24 @@ def _text(path: Path) -> str:
         return ""
 
 
-def read_files(include_path: str | None) -> list[Path]:
+def task_files(include_path: str | None) -> list[Path]:
     """Everything in the folder of tasks, their data too."""
     return sorted(path for path in Path(include_path).rglob("*") if path.is_file()) if include_path else []
 
 
-def measure(
+def measure_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], harness: Harness, seed: int
 ) -> dict[tuple[str, str], Measured]:
     """Metric and task → the value of each document; of a group those of all its tasks, and each of them."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    own = all(task in task_names(harness.include_path) for task in tasks)
     try:
         results = lm_eval.simple_evaluate(
             HFLM(model, tokenizer=tokenizer, batch_size=harness.batch_size),
             tasks=list(tasks),
-            task_manager=_manager(harness.include_path, own=all(task in names(harness.include_path) for task in tasks)),
+            task_manager=_manager(harness.include_path, own=own),
             num_fewshot=harness.num_fewshot,
             limit=harness.limit,
             apply_chat_template=harness.apply_chat_template,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime.errors import StageError
+from stages.runtime.errors import Problem, StageError
 
 if TYPE_CHECKING:
     pass
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
-Problem = tuple[str, str]  # the setting's dotted path in the stage, and what is wrong
 
 SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
@@ -47,6 +46,8 @@ class Facts:
     """False for a Hub model that is not on this machine yet."""
     stored: int = 0
     """Bytes of the weights in the files; 0 when not known."""
+    adapters: int = 0
+    """LoRA adapters that are folded in when the model is loaded."""
 
     @property
     def model_type(self) -> str:

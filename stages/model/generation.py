@@ -1,72 +1,95 @@
-"""A model and a question in; its answer out: what a stranger would get.
+"""The engine: a model ready to answer as it is served, for evaluation, for questions after a run, and for servers.
 
-`ask` does it in a fresh process, so that nothing of the stage that wrote the folder can help. That process is
-`python -m stages.model.generation [FOLDER …] < request.json > answer.json`, and all but the model may be left out:
-
-request: `{"model": [base, adapter, …], "messages": […], "max_new_tokens": 128}`
-answer:  `{"answer": …, "missing": […]}`
+What was trained is what is served: the weights in the dtype that they are stored in, adapters folded in, the tokenizer
+with its chat template, and generation that stops where training taught the model to stop.
 """
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Messages = Sequence[Mapping[str, str]]
-Answer = dict[str, Any]
+from stages.chat.rendering import render
+from stages.chat.template import install_template
+from stages.data.row import Message, Tools
+from stages.model import inference
+from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = list[int]
+TOKENS = 4096  # in memory at once when nothing else is asked for
 
 
-def ask(model: Sequence[str], messages: Messages = (), *, max_new_tokens: int = 128) -> Answer:
-    """Load the model in a fresh process and answer there.
+@dataclass(frozen=True)
+class Engine:
+    """A model, its tokenizer with the chat template, and the names of weights that its folder lacks."""
 
-    Returns:
-        `answer`: None without messages. `missing`: names of weights that the folder lacks, which transformers then
-        makes up.
+    model: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    missing: Sequence[str] = ()
+    """transformers makes up such weights at random; a model with missing weights is good for nothing."""
+
+    def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> Ids:
+        """The token ids of a conversation up to where the answer begins; without a chat template, of its last message.
+
+        Raises:
+            StageError: the chat template cannot render these roles, or it would leave out tools.
+        """
+        if self.tokenizer.chat_template:
+            text = render(self.tokenizer, list(messages), prompt=True, tools=tools)
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        settings: Mapping[str, Any],
+        *,
+        tokens: int = TOKENS,
+        report: Callable[[int], None] = lambda done: None,
+    ) -> list[Ids]:
+        """What the model goes on with after each prompt, up to its stop token, which is kept."""
+        return inference.answers(self.model, self.tokenizer, prompts, tokens, report, settings=settings)
+
+    def stopped(self, ids: Ids) -> bool:
+        """Whether an answer ended by itself, with a stop token."""
+        return bool(ids) and ids[-1] in inference.stop_tokens(self.model)
+
+    def text(self, ids: Ids) -> str:
+        """The words of an answer, without special tokens and blanks around them."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> str:
+        """The likeliest answer (greedy) to one conversation."""
+        (ids,) = self.generate([self.prompt(messages)], {"max_new_tokens": max_new_tokens})
+        return self.text(ids)
+
+
+def load_engine(folders: Sequence[str], template: str | None = None) -> Engine:
+    """Load a model from its folders (the base, then its adapters), on a GPU if there is one.
+
+    `template` takes the place of the chat template of the folder.
     """
-    request = {"model": list(model), "messages": messages, "max_new_tokens": max_new_tokens}
-    return fresh("stages.model.generation", request)
+    model, missing = _load(folders)
+    tokenizer = load_tokenizer(folders)
+    install_template(tokenizer, template)
+    set_stop_tokens(model, tokenizer)
+    return Engine(model, tokenizer, missing)
 
 
-def fresh(module: str, request: Mapping[str, Any]) -> Answer:
-    """What a module of ours answers to a request, in a process of its own."""
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(request).encode(),
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=False,
-    )
-    if done.returncode:
-        said = "\n".join(done.stderr.decode(errors="replace").splitlines()[-30:])
-        raise RuntimeError(f"a fresh process could not use {request['model']} (exit code {done.returncode}):\n{said}")
-    return dict(json.loads(done.stdout))
-
-
-def respond(request: Mapping[str, Any]) -> Answer:
-    """The answer to one request, in this process."""
-    model, missing = load(request["model"])
-    messages = request.get("messages")
-    text = generate(model, request["model"][-1], messages, request.get("max_new_tokens", 128)) if messages else None
-    return {"answer": text, "missing": missing}
-
-
-def load(folders: Sequence[str]) -> tuple[Any, list[str]]:
-    """The model ready to answer, on a GPU if there is one, and the names of weights that its folder lacks."""
+def _load(folders: Sequence[str]) -> tuple[Any, list[str]]:
+    """The model, and the names of weights that its folder lacks."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available()
     if len(folders) > 1:
-        from stages.model.folder import load_model
-
-        chain = load_model(folders, dtype="auto")
+        chain: Any = load_model(folders, dtype="auto")
         return chain.to("cuda" if on_gpu else "cpu"), []
-    from transformers import AutoModelForCausalLM
-
     settings = {"device_map": "auto"} if on_gpu else _without_compiling(Path(folders[0]))
     model, info = AutoModelForCausalLM.from_pretrained(
         folders[0], local_files_only=True, trust_remote_code=False, output_loading_info=True, **settings
@@ -76,9 +99,9 @@ def load(folders: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def _without_compiling(folder: Path) -> dict[str, Any]:
-    """On a CPU, GPTQModel would compile a kernel for minutes; its plain one gives the same numbers.
+    """On a CPU, GPTQModel would compile a kernel for minutes; its plain kernel gives the same numbers.
 
-    That one unpacks the weights for every token, unless told to keep what it has unpacked.
+    The plain kernel unpacks the weights for every token, unless it is told to keep what it has unpacked.
     """
     quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
     if quantization.get("quant_method") != "gptq":
@@ -89,35 +112,3 @@ def _without_compiling(folder: Path) -> dict[str, Any]:
     os.environ.setdefault("GPTQ_TORCH_CACHE_WEIGHTS", "1")
     torch._dynamo.config.disable = True
     return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend="torch")}
-
-
-def generate(model: Any, folder: str, messages: Messages, max_new_tokens: int) -> str:
-    """The likeliest answer to a conversation; without a chat template, what follows its last message."""
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(messages[-1]["content"], return_tensors="pt")
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    with torch.inference_mode():
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def serve_one(respond: Callable[[dict[str, Any]], Answer]) -> None:
-    """Read a request, write the answer; whatever libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    text = sys.stdin.read()
-    request = json.loads(text) if text.strip() else {}
-    with answers:
-        json.dump(respond(request), answers, ensure_ascii=False)
-
-
-if __name__ == "__main__":
-    serve_one(lambda request: respond(request | ({"model": sys.argv[1:]} if sys.argv[1:] else {})))

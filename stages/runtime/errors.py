@@ -4,6 +4,9 @@ import errno
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
+Problem = tuple[str, str]
+"""The dotted path of a setting in its stage, such as `trainer.beta`, and what is wrong with it."""
+
 
 class PipelineError(Exception):
     """A message for the user, whole sentences, with no traceback."""

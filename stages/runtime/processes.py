@@ -1,12 +1,14 @@
 """Work in several processes of one machine, none of which outlives the one that began it."""
 
 import ctypes
+import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,3 +87,35 @@ def _begin(work: Callable[[Any], Any]) -> None:
 
 def _do(item: Any) -> Any:
     return _work(item)
+
+
+def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module of ours answers to a request in a process of its own, where nothing of this one can help.
+
+    The module is run with `python -m` and calls `answer_request`.
+
+    Raises:
+        RuntimeError: the process failed; the message has the last lines of its stderr.
+    """
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        input=json.dumps(request).encode(),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+    if done.returncode:
+        said = "\n".join(done.stderr.decode(errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"a fresh process could not use {request['model']} (exit code {done.returncode}):\n{said}")
+    return dict(json.loads(done.stdout))
+
+
+def answer_request(respond: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Read one request from stdin and write the answer to stdout, both JSON; what libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.read())
+    with answers:
+        json.dump(respond(request), answers, ensure_ascii=False)

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.chat.template import install_template
 from stages.model.device import has_bf16
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted, StageError
 from stages.runtime.events import emit, main_process
 from stages.training.checkpoint import newest_whole
@@ -24,21 +25,25 @@ if TYPE_CHECKING:
     )
 
 
-def tokenizer(config: TrainingConfig) -> "PreTrainedTokenizerBase":
+Save = Callable[[Any, TrainingConfig, Inputs, Path], None]
+"""Writes a trained model into the stage's folder."""
+
+
+def tokenizer(config: TrainingConfig, inputs: Inputs) -> "PreTrainedTokenizerBase":
     """The tokenizer of the stage's model with the run's template."""
-    loaded = load_tokenizer(config.model)
+    loaded = load_tokenizer(inputs.model)
     install_template(loaded, config.template)
     return loaded
 
 
-def start(config: TrainingConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+def start(config: TrainingConfig, inputs: Inputs, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
     """The model that the stage starts from.
 
     Weights are float32 for full fine-tuning and on the CPU, else bfloat16; `model_init_kwargs` says otherwise.
     """
     settings = dict(config.trainer.get("model_init_kwargs") or {})
     settings.setdefault("dtype", "bfloat16" if config.lora is not None and has_bf16() else "float32")
-    model = load_model(config.model, **settings)
+    model = load_model(inputs.model, **settings)
     set_stop_tokens(model, tokenizer)
     return model
 
@@ -99,8 +104,12 @@ def adapter(config: TrainingConfig) -> Any:
     return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config.lora})
 
 
-def train(trainer: "Trainer", config: TrainingConfig, out: Path) -> dict[str, Any]:
+def train(
+    trainer: "Trainer", config: TrainingConfig, inputs: Inputs, out: Path, save: Save | None = None
+) -> dict[str, Any]:
     """Run a prepared trainer from where it was, leave the artifact in `out`, and hand back its metrics.
+
+    `save` writes the trained model instead of `save_trained`; it is called in one process, with finite weights.
 
     Raises:
         Interrupted: SIGTERM came; a checkpoint was written at the next step.
@@ -124,7 +133,11 @@ def train(trainer: "Trainer", config: TrainingConfig, out: Path) -> dict[str, An
     if progress.stopped and not early:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    _save(trainer, config, out)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    check_finite(model, trainer.state.global_step)
+    if main_process():
+        (save or save_trained)(model, config, inputs, out)
+        trainer.processing_class.save_pretrained(out)
     stopped = {"stopped_early": early} if config.early_stopping is not None else {}
     return {**_metrics(trainer, before, after), **stopped}
 
@@ -144,22 +157,17 @@ def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[st
     return dict(figures)
 
 
-def _save(trainer: "Trainer", config: TrainingConfig, out: Path) -> None:
-    """Write adapter or model, tokenizer with template, and generation config; drop what only training needed."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    check_finite(model, trainer.state.global_step)
-    if not main_process():
+def save_trained(model: Any, config: TrainingConfig, inputs: Inputs, out: Path) -> None:
+    """Write an adapter and the generation config of its base, or the whole model."""
+    if config.lora is None:
+        model.save_pretrained(out)
         return
-    whole = model.get_base_model() if config.lora is not None else model
-    if config.lora is not None:
-        alone = len(config.model) == 1
-        # An adapter on adapters must not be loaded onto the bare base: that would be another model, silently.
-        base = str(Path(config.model[0]).resolve()) if alone else "a chain of adapters, see `model` in record.json"
-        model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(out, **({"save_embedding_layers": False} if config.lora is not None else {}))
-    if config.lora is not None:
-        whole.generation_config.save_pretrained(out)
-    trainer.processing_class.save_pretrained(out)
+    alone = len(inputs.model) == 1
+    # An adapter on adapters must not be loaded onto the bare base: that would be another model, silently.
+    base = str(Path(inputs.model[0]).resolve()) if alone else "a chain of adapters, see `model` in record.json"
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(out, save_embedding_layers=False)
+    model.get_base_model().generation_config.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
@@ -175,20 +183,3 @@ def _metrics(trainer: "Trainer", before: Mapping[str, float], after: Mapping[str
         if key in before and key in after:
             metrics |= {f"{key}_before": before[key], key: after[key]}
     return metrics
-
-
-def best(metrics: Mapping[str, Any]) -> str:
-    """Which step was kept, where that is not simply the last, as a clause."""
-    if "best_step" not in metrics:
-        return ""
-    stopped = f", stopped early at step {metrics['steps']}" if metrics.get("stopped_early") else ""
-    return f"{stopped}, best at step {metrics['best_step']}"
-
-
-def figure(metrics: Mapping[str, Any]) -> str:
-    """The stage's key figure for people."""
-    if "eval_loss" in metrics:
-        return f"held-out loss {metrics['eval_loss_before']:.3f} → {metrics['eval_loss']:.3f}{best(metrics)}"
-    if "loss_last" in metrics:
-        return f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
-    return f"{metrics['steps']} steps"

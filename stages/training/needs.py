@@ -5,13 +5,10 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.model.facts import Facts, Needs
 from stages.training.settings import TrainingConfig, is_named, saving
-
-if TYPE_CHECKING:
-    pass
 
 
 def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Needs:
@@ -36,8 +33,8 @@ def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Nee
 def facts_after_training(config: TrainingConfig, facts: Facts) -> Facts:
     """What later stages can know of the result: the whole model has the width that it was trained in."""
     if config.lora is not None:
-        return facts
-    return replace(facts, stored=facts.parameters * _width(config, facts))
+        return replace(facts, adapters=facts.adapters + 1)
+    return replace(facts, adapters=0, stored=facts.parameters * _width(config, facts))
 
 
 def _width(config: TrainingConfig, facts: Facts) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.model import bloom
-from stages.model.facts import Facts, Problem
-from stages.runtime.errors import StageError
+from stages.model.facts import Facts
+from stages.runtime.errors import Problem, StageError
 
 if TYPE_CHECKING:
     from datasets import Dataset

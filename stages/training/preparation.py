@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from stages.chat import encoding, fast_tokens
 from stages.chat.labels import IGNORED, Encoded
 from stages.data import drawing
+from stages.data.drawing import Draw
 from stages.data.source import READER_VERSION, data_files
 from stages.runtime.errors import StageError
 from stages.runtime.events import emit
 from stages.runtime.files import sha256
 from stages.runtime.processes import parallel_map, usable_cores
 from stages.training import packing as packing_module
-from stages.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,9 +55,7 @@ class Prepared:
     account: dict[str, Any]
 
 
-def prepare(
-    config: TrainingConfig, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool = False
-) -> Prepared:
+def prepare(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool = False) -> Prepared:
     """The rows of a stage under its trainer's arguments; those of an earlier stage or run where they are the same.
 
     `cut`: what is longer than `max_length` is cut into pieces, none lost; else it keeps its start, and a row with
@@ -67,20 +65,20 @@ def prepare(
         StageError: more rows are dropped than the data sets allow, nothing is left to train on, or a file changed
             while it was read.
     """
-    recipe = _recipe(config, tokenizer, args, cut=cut)
-    key = _key(recipe, config)
+    recipe = _recipe(draw, tokenizer, args, cut=cut)
+    key = _key(recipe, draw)
     folder = out.parent / FOLDER / key
     with _alone(folder):
         account = _whole(folder)
         if account is None:
-            account = _make(config, tokenizer, recipe, args, folder)
-            if _key(recipe, config) != key:
+            account = _make(draw, tokenizer, recipe, args, folder)
+            if _key(recipe, draw) != key:
                 shutil.rmtree(folder)
                 raise StageError("a data file changed while it was read; run again")
         else:
             emit(out, "note", text=f"takes the rows that were prepared before, from {FOLDER}/{key}")
     for entry in account["data"]:
-        emit(out, "note", text=drawing.told(entry))
+        emit(out, "note", text=drawing.summary(entry))
     emit(out, "note", text=_told(account))
     train = _dataset(folder / "train.arrow")
     held = _dataset(folder / "held.arrow") if account["held_out"] else None
@@ -92,13 +90,12 @@ def prepare(
     return Prepared(train, held, account)
 
 
-def _recipe(config: TrainingConfig, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:
+def _recipe(draw: Draw, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:
     """What makes the rows what they are, besides the files."""
     packs = getattr(args, "packing", False)
     eval_packing = getattr(args, "eval_packing", None)
     wraps = packs and args.packing_strategy == "wrapped"  # cuts the stream of all texts by itself
     packs_held = packs if eval_packing is None else eval_packing
-    chosen = config.model_dump(mode="json", include={"data", "weights", "rows", "eval_data", "eval_size", "seed"})
     words = {
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -107,7 +104,7 @@ def _recipe(config: TrainingConfig, tokenizer: Any, args: Any, *, cut: bool) -> 
     }
     packing = [args.packing_strategy, args.max_length, args.shuffle_dataset and args.seed] if packs else None
     return {
-        **chosen,
+        **draw.as_json(),
         **words,
         "cut": cut,
         "max_length": None if wraps else args.max_length,
@@ -121,8 +118,8 @@ def _recipe(config: TrainingConfig, tokenizer: Any, args: Any, *, cut: bool) -> 
     }
 
 
-def _key(recipe: dict[str, Any], config: TrainingConfig) -> str:
-    sources = [*config.data, *config.eval_data]
+def _key(recipe: dict[str, Any], draw: Draw) -> str:
+    sources = [*draw.sources, *draw.eval_data]
     sources += [other for source in sources for other in source.others.values()]
     files = {str(file): sha256(file) for source in sources for file in data_files(source)}
     text = json.dumps([recipe, sorted(files.items())], sort_keys=True, ensure_ascii=False)
@@ -155,24 +152,24 @@ def _whole(folder: Path) -> dict[str, Any] | None:
     return dict(kept["account"]) if whole else None
 
 
-def _make(config: TrainingConfig, tokenizer: Any, recipe: dict[str, Any], args: Any, folder: Path) -> dict[str, Any]:
+def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder: Path) -> dict[str, Any]:
     """Prepare the rows in `folder` and hand back their account."""
     part = folder.with_name(f"{folder.name}.part")
     for old in (part, folder):
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir()
     processes = getattr(args, "dataset_num_proc", None) or usable_cores()
-    with drawing.draw(config, part, processes) as drawn:
+    with drawing.drawn(draw, part, processes) as rows:
         limit, cut = recipe["max_length"], recipe["cut"]
-        made = parallel_map(sequences(tokenizer, limit, cut, len(config.data)), drawn.chunks, processes, FEW)
-        totals = _written(made, part / "train.arrow", len(config.data))
+        made = parallel_map(sequences(tokenizer, limit, cut, len(draw.sources)), rows.chunks, processes, FEW)
+        totals = _written(made, part / "train.arrow", len(draw.sources))
         whole = encoding.Tokens()
         for total in totals:
             whole.add(total)
-        check_dropped(config, whole, args.max_length)
-        account = _account_of(drawn, totals, whole)
-        if drawn.held:
-            made = map(sequences(tokenizer, recipe["held_max_length"], cut, 1), drawn.held_chunks())
+        check_dropped(draw, whole, args.max_length)
+        account = _account_of(rows, totals, whole)
+        if rows.held:
+            made = map(sequences(tokenizer, recipe["held_max_length"], cut, 1), rows.held_chunks())
             account["held_out"] = _written(made, part / "held.arrow", 1)[0].rows
     if recipe["packing"]:
         account |= _pack(part / "train.arrow", args)
@@ -289,7 +286,7 @@ def _dataset(file: Path) -> "Dataset":
     return Dataset.from_file(str(file))
 
 
-def check_dropped(config: TrainingConfig, total: encoding.Tokens, max_length: int | None) -> None:
+def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None) -> None:
     """
     Raises:
         StageError: more rows would train nothing than the data sets allow.
@@ -297,7 +294,7 @@ def check_dropped(config: TrainingConfig, total: encoding.Tokens, max_length: in
     rows = total.rows + total.untrained
     if not total.rows:
         raise StageError(f"all {rows} rows lose their answer at `max_length` {max_length}; raise it")
-    allowed = max(source.max_dropped for source in config.data)
+    allowed = max(source.max_dropped for source in draw.sources)
     if total.untrained > allowed * rows:
         raise StageError(
             f"{total.untrained:,} of {rows:,} rows lose their answer at `max_length` {max_length}, the first at "

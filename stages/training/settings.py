@@ -4,17 +4,18 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from stages.data.drawing import Draw
+from stages.data.mixture import Mixture
 from stages.data.source import Source
-from stages.model.facts import Facts, Problem, check_template
-from stages.runtime.errors import nearest
-
-if TYPE_CHECKING:
-    pass
-
+from stages.model.facts import Facts, check_template
+from stages.model.inputs import Inputs
+from stages.model.references import ModelRef
+from stages.runtime.errors import Problem, nearest
 
 # Kinds of LoRA that are no plain update of a weight.
 UNFOLDABLE = (
@@ -23,6 +24,8 @@ UNFOLDABLE = (
 )
 
 SAVE_STEPS = 0.1  # a share of all steps: a killed run loses a tenth at most
+MAX_LENGTH = 1024  # TRL's default
+BATCH = 8  # transformers' default
 LOGGING_STEPS = 10  # TRL's default, and how often it evaluates unless `eval_steps` says otherwise
 # What TRL measures on held-out rows, and `metric_for_best_model` can name.
 MEASURED = ("loss", "mean_token_accuracy", "entropy", "aux_loss")
@@ -51,17 +54,30 @@ PACKAGES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a training stage trains on, for the plan and for views."""
+
+    draw: Draw
+    max_length: int | None
+    """Tokens of a sequence; None for no limit."""
+    cut: bool
+    """Whether longer texts are cut into pieces, none lost. Otherwise a sequence keeps its start."""
+    batch: int
+    """Sequences of a batch on one device."""
+    inexact: str | None
+    """Why resuming is not bit-exact; None if it is."""
+
+
 class TrainingConfig(BaseModel):
     """The settings that `pt`, `sft` and `dpo` share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str | list[str]
+    model: ModelRef
     """A folder, a Hub name with its revision, or an earlier stage as `$name`."""
-    data: list[Source] = Field(min_length=1)
+    data: Mixture
     """Names of declared data; with weights, such as `{books: 1, general: 5}`, the shares of rows drawn from each."""
-    weights: list[float] = []
-    """Those of `data`; filled in by the pipeline."""
     rows: int | None = Field(default=None, gt=0)
     """How many rows are drawn by the weights; without it as many as repeat none."""
     eval_data: list[Source] = []
@@ -80,9 +96,31 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _drawn_by_weights(self) -> "TrainingConfig":
-        if self.rows is not None and not self.weights:
+        if self.rows is not None and not self.data.weights:
             raise ValueError("`rows` are drawn by weights; write `data: {books: 1, general: 5}`")
         return self
+
+    def draw(self, inputs: Inputs | None = None) -> Draw:
+        """Which rows are trained on; with `inputs`, each `$stage` is the file of its rows."""
+        read = (inputs or Inputs()).read
+        return Draw(
+            sources=[read(source) for source in self.data.sources],
+            weights=self.data.weights,
+            rows=self.rows,
+            eval_data=[read(source) for source in self.eval_data],
+            eval_size=self.eval_size,
+            seed=self.seed,
+        )
+
+    def training(self, *, cut: bool = False) -> Training:
+        """What the stage trains on; `cut` as in `Training`."""
+        return Training(
+            draw=self.draw(),
+            max_length=self.trainer.get("max_length", MAX_LENGTH),
+            cut=cut,
+            batch=self.trainer.get("per_device_train_batch_size", BATCH),
+            inexact=inexact_resume(self),
+        )
 
     @field_validator("eval_size")
     @classmethod
@@ -95,7 +133,7 @@ class TrainingConfig(BaseModel):
 def check_training(config: TrainingConfig, facts: Facts, formats: Sequence[str], *, chat: bool) -> list[Problem]:
     """What can be known to fail before anything is loaded."""
     problems: list[Problem] = []
-    for key, sources in (("data", config.data), ("eval_data", config.eval_data)):
+    for key, sources in (("data", config.data.sources), ("eval_data", config.eval_data)):
         for source in sources:
             if source.format not in formats:
                 wanted = ", ".join(f"`{name}`" for name in formats)

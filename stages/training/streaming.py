@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.chat import encoding
 from stages.data import cleaning
+from stages.data.drawing import Draw
 from stages.data.row import Placed
 from stages.data.source import Source, kept_rows, rows_of
 from stages.training import preparation
@@ -33,7 +34,9 @@ def check(config: TrainingConfig) -> list[tuple[str, str]]:
         problems.append(("eval_size", text))
     if config.rows:
         problems.append(("rows", "a stream has no number of rows; remove it, `max_steps` ends the stage"))
-    for step in dict.fromkeys(step.step for source in config.data for step in source.clean if cleaning.compares(step)):
+    for step in dict.fromkeys(
+        step.step for source in config.data.sources for step in source.clean if cleaning.compares(step)
+    ):
         text = f"`{step}` compares all rows, which a stream never has together; take it out of `clean`"
         problems.append(("streaming", text))
     if config.trainer.get("train_sampling_strategy", "random") != "random":
@@ -42,7 +45,7 @@ def check(config: TrainingConfig) -> list[tuple[str, str]]:
 
 
 def rows(
-    config: TrainingConfig, tokenizer: "PreTrainedTokenizerBase", args: Any, total: encoding.Tokens, cut: bool
+    draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, total: encoding.Tokens, cut: bool
 ) -> "IterableDataset":
     """The rows under the arguments of an SFTTrainer; `total` counts those that were read.
 
@@ -53,11 +56,11 @@ def rows(
     from datasets.iterable_dataset import ExamplesIterable
     from trl import pack_dataset
 
-    held = [row for source in config.eval_data for row in rows_of(source)]
+    held = [row for source in draw.eval_data for row in rows_of(source)]
     limit = None if args.packing and args.packing_strategy == "wrapped" else args.max_length
 
     def generate() -> Iterator[dict[str, list[int]]]:
-        placed = _mixed(config) if config.weights else chain.from_iterable(map(_read, config.data))
+        placed = _mixed(draw) if draw.weights else chain.from_iterable(map(_read, draw.sources))
         while chunk := list(islice(placed, max(_CHUNK, len(held)))):
             alike = {pair.training for pair in cleaning.overlap(held, [row for _, row in chunk])} if held else set()
             chunk = [row for number, row in enumerate(chunk) if number not in alike]
@@ -66,7 +69,7 @@ def rows(
                     for example in preparation.examples(row, limit, cut):
                         yield {name: values.tolist() for name, values in example.items()}
             if total.rows + total.untrained >= _CHECKED:
-                preparation.check_dropped(config, total, args.max_length)
+                preparation.check_dropped(draw, total, args.max_length)
 
     # `from_generator` would pickle what the closure holds, for a name in a cache that a stream does not have.
     stream = IterableDataset(ExamplesIterable(lambda: enumerate(generate()), {}))
@@ -78,9 +81,9 @@ def _read(source: Source) -> Iterator[Placed]:
     return kept_rows(source, cleaning.Account(), early=_CHECKED)
 
 
-def _mixed(config: TrainingConfig) -> Iterator[Placed]:
+def _mixed(draw: Draw) -> Iterator[Placed]:
     """Rows drawn by the weights, without end: a data set that is used up begins anew."""
-    chance = random.Random(config.seed)
-    streams = [chain.from_iterable(map(_read, repeat(source))) for source in config.data]
+    chance = random.Random(draw.seed)
+    streams = [chain.from_iterable(map(_read, repeat(source))) for source in draw.sources]
     while True:
-        yield next(chance.choices(streams, config.weights)[0])
+        yield next(chance.choices(streams, draw.weights)[0])

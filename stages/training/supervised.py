@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.chat import encoding
-from stages.model.facts import Problem
+from stages.data.drawing import Draw
+from stages.model.inputs import Inputs
+from stages.runtime.errors import Problem
 from stages.runtime.events import emit
 from stages.training import loop, packing, preparation
 from stages.training import streaming as streaming_module
@@ -28,21 +30,21 @@ def check(config: Config) -> list[Problem]:
     return streaming_module.check(config) if config.streaming else []
 
 
-def run(config: Config, out: Path, *, cut: bool = False, **defaults: Any) -> dict[str, Any]:
+def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> dict[str, Any]:
     """Train and leave the artifact in `out`; `cut` as in `_prepared.prepare`, `defaults` are settings of SFTConfig."""
     from trl import SFTTrainer
 
-    tokenizer = loop.tokenizer(config)
+    tokenizer = loop.tokenizer(config, inputs)
     args: Any = loop.arguments("SFTConfig", config, out, **defaults)
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     seen, account = encoding.Tokens(), dict[str, Any]()
     if config.streaming:
-        train: Any = streaming_module.rows(config, tokenizer, args, seen, cut)
-        held = _held(config, tokenizer, args, out, cut=cut) if config.eval_data else None
+        train: Any = streaming_module.rows(config.draw(inputs), tokenizer, args, seen, cut)
+        held = _held(config.draw(inputs), tokenizer, args, out, cut=cut) if config.eval_data else None
     else:
-        rows = preparation.prepare(config, tokenizer, args, out, cut=cut)
+        rows = preparation.prepare(config.draw(inputs), tokenizer, args, out, cut=cut)
         train, held, account = rows.train, rows.held, rows.account
-    model = loop.start(config, tokenizer)
+    model = loop.start(config, inputs, tokenizer)
     packing.prepare(model, args)
     trainer = loop.build(
         SFTTrainer,
@@ -53,16 +55,16 @@ def run(config: Config, out: Path, *, cut: bool = False, **defaults: Any) -> dic
         processing_class=tokenizer,
         peft_config=loop.adapter(config),
     )
-    metrics = loop.train(trainer, config, out)
+    metrics = loop.train(trainer, config, inputs, out)
     if config.streaming:
         account = {"streamed": seen.as_dict()}
         emit(out, "note", text=f"{seen.rows:,} rows and {seen.tokens:,} tokens were read, {seen.untrained:,} dropped")
     return {**account, **metrics}
 
 
-def _held(config: Config, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool) -> "Dataset":
+def _held(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool) -> "Dataset":
     """The held-out rows of a stage that streams, prepared as others are."""
     args = copy.copy(args)
     args.packing = args.packing if args.eval_packing is None else args.eval_packing
-    alone = {"data": config.eval_data, "eval_data": [], "weights": [], "rows": None}
-    return preparation.prepare(config.model_copy(update=alone), tokenizer, args, out, cut=cut).train
+    alone = Draw(sources=draw.eval_data, seed=draw.seed)
+    return preparation.prepare(alone, tokenizer, args, out, cut=cut).train

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages import dpo, merge, pt, sft
+from stages import Inputs, dpo, merge, pt, sft
 from stages.chat.labels import IGNORED, encode_chat, end_of_turn
 from stages.chat.rendering import render
 from stages.chat.template import install_template, template_names, template_text
@@ -377,7 +377,7 @@ def chain(request, tiny, train, rows, tmp_path_factory):
         done[stage] = train(stage, folders, rows(kind, 4), template=text)
         folders.append(done[stage].out)
     merged = tmp_path_factory.mktemp("merge")
-    merge.run(merge.Config(model=list(map(str, folders))), merged)
+    merge.run(merge.Config(model="chain"), Inputs(model=list(map(str, folders))), merged)
     return SimpleNamespace(template=template, text=text, done=done, folders=[*folders[1:], merged])
 
 

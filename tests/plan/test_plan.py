@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.plan.step import Plan, check_unchanged, refuse_plan
 from pipeline.run import runner
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
+from stages import dpo
 from stages.training.checkpoint import seal
 
 
@@ -138,10 +140,10 @@ def refused(*problems):
             ["9:3: stage `quantize`: an adapter cannot be quantized; put a `merge` stage before"],
         ),
         (
-            "quantize: {calibration: {data: consult}, lm_head: true, group_size: 1024}",
+            "quantize: {calibration: {data: consult}, gptq: {lm_head: true}, group_size: 1024}",
             [
-                "8:53: stage `quantize`: plain transformers cannot load a model with `lm_head`; leave it out",
-                "8:71: stage `quantize`: 1024 does not divide the 128 inputs of "
+                "8:60: stage `quantize`: plain transformers cannot load a model with `lm_head`; leave it out",
+                "8:79: stage `quantize`: 1024 does not divide the 128 inputs of "
                 "`transformer.h.0.self_attention.query_key_value` and of 7 more, and vLLM needs that; "
                 "set `group_size: 128`",
             ],
@@ -378,7 +380,7 @@ def test_data_that_changes_while_the_run_goes_on_stops_the_stage_that_reads_it(p
 
 def pretend_to_start(step):
     """Leave the finished folders that the step starts from."""
-    for folder in map(Path, step.config.model):
+    for folder in map(Path, step.inputs.model):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"weights")
         artifact.finish(folder, folder, {}, Hashes(None))
@@ -388,7 +390,7 @@ def test_a_folder_that_rotted_is_never_started_from(project):
     """The disk changed a bit and no time: what is remembered of the file still fits."""
     step = project.plan()["sft"]
     pretend_to_start(step)
-    path = Path(step.config.model[-1]) / "model.safetensors"
+    path = Path(step.inputs.model[-1]) / "model.safetensors"
     hashes = Hashes(Path("saves/.hashes.json"))
     hashes.one(path, clock=path.stat().st_ctime_ns + 1)
     path.write_bytes(b"weightr")
@@ -399,8 +401,8 @@ def test_a_folder_that_rotted_is_never_started_from(project):
     with pytest.raises(StageFailed) as caught:
         check_unchanged(step, hashes, read=True)
     assert str(caught.value) == (
-        f"stage `sft`: `{step.config.model[-1]}`, which it starts from, is damaged (`model.safetensors` has changed); "
-        "nothing was read from it; run again to make it anew"
+        f"stage `sft`: `{step.inputs.model[-1]}`, which it starts from, is damaged (`model.safetensors` has changed); "
+        "nothing was read from it; run again to rebuild it"
     )
     with pytest.raises(StageFailed):  # and now that is remembered
         check_unchanged(step, hashes)
@@ -494,8 +496,8 @@ def test_saves_on_a_read_only_file_system_are_refused(project, monkeypatch):
 def test_a_plan_says_what_each_stage_starts_from(project):
     steps = project.plan()
     folder = {name: str(step.folder) for name, step in steps.items()}
-    assert {name: getattr(step.config, "model", None) for name, step in steps.items()} == {
-        "init": None,
+    assert {name: step.inputs.model for name, step in steps.items()} == {
+        "init": [],
         "pt": [folder["init"]],
         "sft": [folder["init"], folder["pt"]],
         "dpo": [folder["init"], folder["pt"], folder["sft"]],
@@ -554,7 +556,7 @@ def test_the_names_of_config_and_stages_change_no_folder(project):
         ("data.prefer.max_samples=1", STAGES[3:]),
         ("dpo.model=$pt", STAGES[3:]),
         ("merge.shard_size=2GB", STAGES[4:]),
-        ("quantize.sym=false", STAGES[5:]),
+        ("quantize.gptq.sym=false", STAGES[5:]),
         ("quantize.seed=7", STAGES[5:]),
     ],
 )
@@ -589,7 +591,7 @@ def test_a_moved_model_folder_changes_no_fingerprint(project):
 
 def test_a_version_of_a_library_or_of_the_stage_changes_the_fingerprint(project, monkeypatch):
     before = project.plan()
-    monkeypatch.setattr("stages.dpo.VERSION", 99)
+    monkeypatch.setattr("stages.dpo.STAGE", replace(dpo.STAGE, version=99))
     after = project.plan()
     assert [name for name in before if before[name].fingerprint != after[name].fingerprint] == STAGES[3:]
     monkeypatch.setattr(fingerprint, "_version", lambda library: "0.0.1")
@@ -689,7 +691,7 @@ def test_another_model_at_the_start_is_the_reason(project):
 
 def test_a_damaged_folder_is_made_anew_and_those_below_stay(ran):
     (ran.plan()["sft"].folder / "model.safetensors").write_bytes(b"torn")
-    expected = "its folder is damaged (`model.safetensors` has 4 bytes instead of 7); it is made anew"
+    expected = "its folder is damaged (`model.safetensors` has 4 bytes instead of 7); it is rebuilt"
     assert why(ran) == {**dict.fromkeys(STAGES, DONE), "sft": ("run", expected)}
 
 

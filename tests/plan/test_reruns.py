@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from planned import CHAIN, ROWS, STAGES, pretend
 from pipeline.config.checker import load_config
 from pipeline.plan import fingerprint
 from pipeline.plan.placing import build_plan
+from stages import dpo
 
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
 ASSIGNMENT = re.compile(r"`([a-z0-9_.]+=.+)`\Z")
@@ -97,7 +99,7 @@ def test_what_runs_again(project, monkeypatch, change, assignment, again):
         version = fingerprint._version
         monkeypatch.setattr(fingerprint, "_version", lambda library: "1.17.0" if library == "trl" else version(library))
     elif assignment is None and change.startswith("the version of one of our own"):
-        monkeypatch.setattr("stages.dpo.VERSION", 99)
+        monkeypatch.setattr("stages.dpo.STAGE", replace(dpo.STAGE, version=99))
     elif change == "asking for it":
         fresh = ["pt"]
     elif assignment is None:
@@ -107,7 +109,7 @@ def test_what_runs_again(project, monkeypatch, change, assignment, again):
     pipeline = load_config(Path(name), [assignment] if assignment else [])
     planned = build_plan(pipeline, Path("saves"), fresh=fresh)
     assert planned.problems == []
-    states = {step.stage.use: step.state for step in planned.steps}
+    states = {step.use: step.state for step in planned.steps}
     assert list(states) == STAGES
     assert states == {stage: "run" if stage in again else "done" for stage in STAGES}
 

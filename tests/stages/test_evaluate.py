@@ -110,12 +110,12 @@ def test_all_models_are_compared_unless_named_and_the_stage_below_starts_from_th
     text = CHAIN.replace("  quantize:", "  evaluate: {data: held}\n  quantize:")
     steps = project.plan(text)
     folders = {name: step.produces for name, step in steps.items()}
-    assert steps["evaluate"].config.compare == {name: folders[name] for name in ("init", "pt", "sft", "dpo", "merge")}
-    assert steps["quantize"].config.model == folders["merge"]
+    assert steps["evaluate"].inputs.compared == {name: folders[name] for name in ("init", "pt", "sft", "dpo", "merge")}
+    assert steps["quantize"].inputs.model == folders["merge"]
     assert folders["evaluate"] == []
     top = project.model(template="{{ messages }}{{ eos_token }}").replace("stages:\n", HELD + "stages:\n")
     steps = project.plan(top + "  sft: {data: consult, lora: {r: 4}}\n  evaluate: {data: notes}\n")
-    assert steps["evaluate"].config.compare == {"base": ["m"], "sft": steps["sft"].produces}
+    assert steps["evaluate"].inputs.compared == {"base": ["m"], "sft": steps["sft"].produces}
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_a_task_of_ones_own_counts_with_its_data(project):
 
 def test_the_harness_knows_the_chinese_medical_tasks():
     pytest.importorskip("lm_eval")
-    known = tasks.names(None)
+    known = tasks.task_names(None)
     assert {"cmmlu_anatomy", "cmmlu_traditional_chinese_medicine", "ceval-valid_physician", "cmmlu"} <= known
-    assert tasks.metrics("cmmlu_anatomy", None) == ("acc", "acc_norm")
+    assert tasks.task_metrics("cmmlu_anatomy", None) == ("acc", "acc_norm")
 
 
 def test_rows_that_were_trained_on_are_told(project):
@@ -170,7 +170,7 @@ def test_a_stage_with_the_key_is_compared_with_what_it_starts_from(project):
     text = text.replace("  merge:", "  merge: {evaluate: {data: [held, notes], prompts: [a], compare: [sft, merge]}}")
     text += "  hinge: {use: dpo, model: $sft, data: prefer, lora: {r: 4}, evaluate: [pairs]}\n"
     steps = project.plan(text)
-    compared = {name: list(step.config.compare) for name, step in steps.items() if step.stage.use == "evaluate"}
+    compared = {name: list(step.inputs.compared) for name, step in steps.items() if step.use == "evaluate"}
     assert compared == {
         "sft_evaluate": ["pt", "sft"],
         "merge_evaluate": ["sft", "merge"],
@@ -178,7 +178,7 @@ def test_a_stage_with_the_key_is_compared_with_what_it_starts_from(project):
     }
     names = list(steps)
     assert names[names.index("sft") + 1] == "sft_evaluate"
-    assert steps["dpo"].config.model == steps["sft"].produces
+    assert steps["dpo"].inputs.model == steps["sft"].produces
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ TABLE = {
     ],
 )
 def test_what_a_gate_says(gate, passed, text):
-    verdict = gates.judge(gates.Gate(**{"metric": "perplexity", **gate}), TABLE)
+    verdict = gates.judge_gate(gates.Gate(**{"metric": "perplexity", **gate}), TABLE)
     assert verdict.passed == passed
     assert text in verdict.text
 
@@ -264,7 +264,7 @@ def test_a_closed_gate_shows_in_the_plan_and_stops_the_run(project, capsys):
         artifact.finish(step.part, step.folder, record, Hashes(None))
     said = "x.yaml:18:34: perplexity of `merge` on `held` is 20 (95 % CI 19 to 21); at most 15 is allowed"
     assert cli.main(["plan", "x.yaml"]) == 0
-    assert f"note: a gate of `evaluate` says no, and `run` stops after it: {said}" in capsys.readouterr().out
+    assert f"note: a gate of `evaluate` failed, and `run` stops after it: {said}" in capsys.readouterr().out
     for _ in range(2):
         assert cli.main(["run", "x.yaml"]) == 3
         shown, table = capsys.readouterr()[::-1]

@@ -9,11 +9,13 @@ import pytest
 
 from pipeline import cli
 from pipeline.saves import artifact
-from stages import evaluate
+from stages import Inputs, evaluate
 from stages.chat.labels import IGNORED
 from stages.chat.template import template_text
 from stages.data.source import Source, rows_of
 from stages.measuring import tasks
+from stages.measuring.metrics import figure_of
+from stages.measuring.table import read_table
 from stages.model import generation, inference
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 
@@ -25,15 +27,17 @@ MED = template_text("med")
 
 def settings(models, **given):
     """A config as the plan hands it to the stage."""
-    return evaluate.Config(
-        **{"compare": {name: [str(folder)] for name, folder in models.items()}, "template": MED} | given
-    )
+    return evaluate.Config(**{"compare": list(models), "template": MED} | given)
+
+
+def compared(models):
+    return Inputs(compared={name: [str(folder)] for name, folder in models.items()})
 
 
 def measured(models, out, **given):
     """The table of an evaluation, and its values by metric, data and model."""
-    metrics = evaluate.run(settings(models, **given), out)
-    table = evaluate.table(out)
+    metrics = evaluate.run(settings(models, **given), compared(models), out)
+    table = read_table(out)
     assert {key: one["value"] for one in table["figures"] for key in [(one["metric"], one["data"], one["model"])]} == {
         (metric, data, model): value
         for metric, by_data in metrics["figures"].items()
@@ -158,7 +162,7 @@ def test_preference_is_that_of_plain_torch(tiny, adapt, rows, tmp_path):
     rewards = [two - one for one, two in zip(margins["one"], margins["two"], strict=True)]
     config = settings({}, data={"pairs": rows("preference", 6)}, batch_tokens=600)
     models = {"one": list(map(str, first)), "two": list(map(str, second))}
-    figures = evaluate.run(config.model_copy(update={"compare": models}), tmp_path)["figures"]
+    figures = evaluate.run(config, Inputs(compared=models), tmp_path)["figures"]
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     for name in models:
         per_token = [c / m - r / n for (c, m), (r, n) in found[name]]
@@ -177,8 +181,8 @@ def test_preference_is_that_of_plain_torch(tiny, adapt, rows, tmp_path):
 def test_answers_are_those_of_each_model_alone_and_each_model_is_loaded_once(
     tiny, rows, tmp_path, monkeypatch, architecture
 ):
-    folder, loaded, real = tiny(architecture), [], generation.load
-    monkeypatch.setattr(generation, "load", lambda folders: (loaded.append(folders), real(folders))[1])
+    folder, loaded, real = tiny(architecture), [], generation._load
+    monkeypatch.setattr(generation, "_load", lambda folders: (loaded.append(folders), real(folders))[1])
     given = {"data": {"talks": rows("alpaca", 4)}, "prompts": {"talks": rows("alpaca", 4)}, "batch_tokens": 700}
     table, found = measured({"one": folder, "two": folder}, tmp_path, **given, generation={"max_new_tokens": 12})
     assert loaded == [[str(folder)], [str(folder)]]
@@ -260,7 +264,7 @@ def test_a_task_without_its_data_says_why_and_costs_no_other_figure(tiny, tmp_pa
 
 def test_a_figure_that_is_no_mean_of_rows_is_the_harness_own():
     measured = tasks._measured(0.7, [0.5, 0.6])
-    assert evaluate._metrics.figure("f1", measured, 1) == {"value": 0.7, "ci": None, "n": 2, "why": None}
+    assert figure_of("f1", measured, 1) == {"value": 0.7, "ci": None, "n": 2, "why": None}
     assert tasks._measured(0.55, [0.5, 0.6]).rows == [(0.5, 1.0), (0.6, 1.0)]
 
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from stages import evaluate, quantize
+from stages import Inputs, evaluate, quantize
 from stages.chat.labels import encode_chat
 from stages.chat.template import install_template, template_text
+from stages.measuring.calibration import calibration_rows, split
 from stages.model.facts import read_facts
 
 pytestmark = pytest.mark.train
@@ -109,16 +110,17 @@ def build(folder):
         source = {"path": str(folder / "consult.jsonl"), "format": "messages"}
         calibration = {"data": [source], "samples": 8}
         (folder / name).mkdir()
-        config = quantize.Config(model=[str(folder / "merge")], bits=bits, group_size=32, calibration=calibration)
-        quantize._quantize(config, read_facts(folder / "merge"), folder / "merge", rows(config), folder / "work")
+        config = quantize.Config(model="merge", bits=bits, group_size=32, calibration=calibration)
+        quantize._quantize(
+            config, read_facts(folder / "merge"), folder / "merge", rows(config, folder / "merge"), folder / "work"
+        )
         quantize._publish(folder / "merge", folder / "work/model", folder / name)
         shutil.rmtree(folder / "work")
 
 
-def rows(config):
-    return quantize.split(quantize._encoded(config, Path(config.folders[0])), config.calibration.samples, config.seed)[
-        1
-    ]
+def rows(config, folder):
+    found = calibration_rows(config.calibration, lambda source: source, folder, config.seed)
+    return split(found, config.calibration.samples, config.seed)[1]
 
 
 def prefer(model, tokenizer):
@@ -152,8 +154,8 @@ def judge(folder, models):
     gates = [gate for gate in given["gates"] if {gate["stage"], gate["versus"]} <= models.keys()]
     out = folder / ("-".join(models.values()) + ".out")
     out.mkdir()
-    config = evaluate.Config(compare=compare, data=data, gates=gates, template=template_text("med"))
-    evaluate.run(config, out)
+    config = evaluate.Config(compare=list(compare), data=data, gates=gates, template=template_text("med"))
+    evaluate.run(config, Inputs(compared=compare), out)
     said = evaluate.verdicts(config, out)
     names = [f"{gate['metric']} of {gate['stage']}" for gate in gates]
     return SimpleNamespace(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from stages import merge
+from stages import Inputs, merge
 from stages.model.facts import read_facts
 from stages.model.folder import carried_files, load_model
 from stages.runtime.errors import StageError
@@ -52,7 +52,7 @@ def trained(chain):
 
 
 def merged(chain, out, **settings):
-    return merge.run(merge.Config(model=list(map(str, chain)), **settings), out)
+    return merge.run(merge.Config(model="chain", **settings), Inputs(model=list(map(str, chain))), out)
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one adapter", "two adapters"])

@@ -4,21 +4,20 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from stages import quantize
-from stages.model import generation
+from stages.measuring.calibration import calibration_rows, split
 from stages.model.facts import Facts, Needs, read_facts
 from stages.model.folder import carried_files, load_tokenizer
+from stages.model.generation import load_engine
 from stages.runtime.errors import StageError
+from stages.runtime.processes import in_fresh_process
 
 ASKED = ["高血压", "糖尿病", "感冒", "发烧", "失眠", "胃炎", "贫血", "哮喘", "肺炎", "湿疹"]
 TOLD = [
@@ -110,7 +109,7 @@ def quality(folder, other, made, work):
     from stages.measuring import quality as quality_module
 
     texts = [[5, 6, 7, 8, 9, 10], [20, 21, 22], list(range(30, 60))]
-    first, second, near = (generation.load([str(path)])[0] for path in (folder, other, folder))
+    first, second, near = (load_engine([str(path)]).model for path in (folder, other, folder))
     quality_module.rounded(near, made)
     losses = quality_module.reference(first, texts, work / "original.safetensors")
     found = [quality_module.compared(model, texts, work / "original.safetensors") for model in (first, second)]
@@ -204,7 +203,7 @@ def test_what_cannot_be_rounded_says_why(done, models, worker, tmp_path):
 def rounded_of(folder, made):
     from stages.measuring import quality as quality_module
 
-    return quality_module.rounded(generation.load([str(folder)])[0], made)
+    return quality_module.rounded(load_engine([str(folder)]).model, made)
 
 
 def test_positions_are_spread_over_all_texts(monkeypatch):
@@ -231,8 +230,9 @@ def notes(out):
 
 def config(model, data, samples=32, **settings):
     calibration = {"data": [data], "samples": samples, "max_length": 40}
-    settings = {"group_size": 32, "seed": 7, "mse": 0, **settings}
-    return quantize.Config(model=[str(model)], calibration=calibration, **settings)
+    own = {name: settings.pop(name) for name in tuple(settings) if name in quantize.Config.model_fields}
+    named = {"group_size": 32, "seed": 7, "mse": 0, **own, "gptq": settings}
+    return quantize.Config(model=str(model), calibration=calibration, **named)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def test_perplexity_stays_near_and_bytes_shrink(done, kind):
     assert 32 * 20 < metrics["calibration_tokens"] <= 32 * 40
     assert metrics["answer"]
     assert math.isfinite(metrics["loss_max"])
-    assert "times smaller, perplexity" in quantize.figure(metrics)
+    assert "times smaller, perplexity" in quantize.headline(metrics)
     json.dumps(metrics, allow_nan=False)
 
 
@@ -309,7 +309,7 @@ def test_it_takes_what_was_said_and_little_more(done, models, kind):
     metrics = done(kind).metrics
     assert 0.6 * metrics["bytes_after"] <= needs.disk <= metrics["bytes_after"]
     assert 0.6 * metrics["bytes_before"] <= needs.memory <= metrics["bytes_before"]
-    assert quantize.facts_after(done(kind).config, read_facts(models(kind))).stored == needs.disk
+    assert quantize.facts_after_quantizing(done(kind).config, read_facts(models(kind))).stored == needs.disk
 
 
 @pytest.mark.train
@@ -351,7 +351,7 @@ def test_config_says_how_it_was_quantized_and_no_more(done, models, kind):
 
 
 def same_weights(asked, folder, out):
-    held_out, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
+    held_out, calibration = split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
     assert not {*map(tuple, held_out)} & {*map(tuple, calibration)}
     quantize._quantize(asked, read_facts(folder), folder, calibration, out)
     return sha256(out / "model")
@@ -368,8 +368,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models,
 
 def encoded(asked, folder):
     tokenizer = load_tokenizer([str(folder)])
-    rows = quantize._encoded(asked, folder)
-    return [[tokenizer.decode(ids) for ids in part] for part in (rows, *quantize.split(rows, 16, 7))]
+    rows = calibration_rows(asked.calibration, lambda source: source, folder, asked.seed)
+    return [[tokenizer.decode(ids) for ids in part] for part in (rows, *split(rows, 16, 7))]
 
 
 @pytest.mark.train
@@ -380,8 +380,9 @@ def test_calibration_mixes_its_data_in_shares(models, worker, data, tmp_path):
     general = {"path": str(texts), "format": "text"}
 
     def shares(samples, **more):
-        calibration = {"data": [data, general], "samples": samples, "max_length": 40, **more}
-        asked = quantize.Config(model=[str(models("tied"))], calibration=calibration, seed=7)
+        mixture = {"sources": [data, general], **more}
+        asked = {"data": mixture, "samples": samples, "max_length": 40}
+        asked = quantize.Config(model="base", calibration=asked, seed=7)
         drawn, held_out, calibration = worker(encoded, asked, models("tied"))
         assert len(set(drawn)) == len(drawn)
         assert any("general" in text for text in held_out)
@@ -402,7 +403,7 @@ def test_memory_or_disk_gives_the_same_weights(done, models, worker, data, tmp_p
 
 
 def losses(asked, folder, work, out):
-    _, calibration = quantize.split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
+    _, calibration = split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
     return quantize._summary(quantize._quantize(asked, read_facts(folder), folder, calibration, work), out)
 
 
@@ -512,23 +513,14 @@ def adapt(folder, out):
 
 def respond(*folders):
     asked = [{"role": "user", "content": "高血压患者第3天应该注意什么？"}]
-    return generation.respond({"model": list(map(str, folders)), "messages": asked, "max_new_tokens": 5})
+    return load_engine(list(map(str, folders))).answer(asked, 5)
 
 
 @pytest.mark.train
-def test_the_command_line_writes_json_alone_and_folds_adapters(models, worker, tmp_path):
+def test_the_engine_folds_adapters(models, worker, tmp_path):
     base, adapter = models("tied"), worker(adapt, models("tied"), tmp_path / "adapter")
-    asked = {"messages": [{"role": "user", "content": "高血压患者第3天应该注意什么？"}], "max_new_tokens": 5}
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.model.generation", str(base), str(adapter)],
-        input=json.dumps(asked).encode(),
-        stdout=subprocess.PIPE,
-        cwd=Path(generation.__file__).parents[2],
-        check=True,
-    )
-    answer = json.loads(done.stdout)
     # A fresh adapter changes nothing, so the chain answers as its base does.
-    assert answer["answer"] == worker(respond, base)["answer"] != ""
+    assert worker(respond, base, adapter) == worker(respond, base) != ""
 
 
 def missing(folder):
@@ -537,7 +529,7 @@ def missing(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return generation.load([str(folder)])[1]
+    return list(load_engine([str(folder)]).missing)
 
 
 @pytest.mark.train
@@ -549,12 +541,12 @@ def test_weights_that_transformers_makes_up_are_named(models, worker, tmp_path):
 def test_rows_to_measure_on_are_never_calibrated_with():
     rows = [[number] for number in range(300)]
     for count in (16, 17, 100, 150, 192, 300):
-        held_out, calibration = quantize.split(rows[:count], 128, 7)
+        held_out, calibration = split(rows[:count], 128, 7)
         assert 8 <= len(held_out) <= 64
         assert 8 <= len(calibration) <= 128
         assert not [row for row in held_out if row in calibration]
-    assert [len(part) for part in quantize.split(rows, 128, 7)] == [64, 128]
-    assert [len(part) for part in quantize.split(rows[:12], 4, 7)] == [8, 4]
+    assert [len(part) for part in split(rows, 128, 7)] == [64, 128]
+    assert [len(part) for part in split(rows[:12], 4, 7)] == [8, 4]
 
 
 def test_the_size_of_the_result_is_told_before():
@@ -566,10 +558,10 @@ def test_the_size_of_the_result_is_told_before():
     assert quantize.needs(groups, facts) == Needs(10, four + 2 * 576 * 1536 // 64 + whole)
     rows = config("base", source, group_size=-1, bits=8)
     assert quantize.needs(rows, facts) == Needs(10, 2 * four + 2 * 576 + whole)
-    assert quantize.facts_after(rows, facts).stored == quantize.needs(rows, facts).disk
+    assert quantize.facts_after_quantizing(rows, facts).stored == quantize.needs(rows, facts).disk
     kept = config("base", source, group_size=-1, bits=8, offload_to_disk=True)
     assert quantize.needs(kept, facts).disk == 2 * quantize.needs(rows, facts).disk
-    assert quantize.facts_after(kept, facts).stored == quantize.needs(rows, facts).disk
+    assert quantize.facts_after_quantizing(kept, facts).stored == quantize.needs(rows, facts).disk
     assert quantize.needs(rows, Facts("not here", {}, known=False)) == Needs(0, 0)
 
 
@@ -579,34 +571,37 @@ def test_what_cannot_work_is_known_before_torch_is_loaded():
     weights["model.embed_tokens.weight"] = (1000, 577)
     facts = Facts("the model", {}, weights)
     source = {"path": "rows.jsonl", "format": "text"}
-    assert quantize.check(config("base", source, group_size=64), facts) == []
-    assert quantize.check(config("base", source, group_size=-1), facts) == []
-    assert quantize.check(config("base", source), None) == []
-    assert quantize.check(config("base", source, group_size=128), facts) == [
+    assert quantize.check_model(config("base", source, group_size=64), facts) == []
+    assert quantize.check_model(config("base", source, group_size=-1), facts) == []
+    assert quantize.check(config("base", source)) == []
+    assert quantize.check_model(config("base", source, group_size=128), facts) == [
         (
             "group_size",
             "128 does not divide the 576 inputs of `model.layers.0.mlp.q_proj` and of 1 more, and vLLM needs "
             "that; set `group_size: 64`",
         )
     ]
-    quantized = Facts("the model", {"quantization_config": {}}, {})
-    asked = quantize.Config(
-        model=["base", "adapter"],
-        calibration={"data": [source]},
-        lm_head=True,
-        format="gptq_v2",
-        mock_quantization=True,
-        dynamic={"-:.*down_proj": {}, "+:.*up_proj": {"damp_percent": 0.1}},
-    )
-    assert quantize.check(asked, quantized) == [
-        ("model", "an adapter cannot be quantized; put a `merge` stage before"),
-        ("lm_head", "plain transformers cannot load a model with `lm_head`; leave it out"),
-        ("format", "transformers and vLLM load `gptq`, not `gptq_v2`; leave it out"),
-        ("mock_quantization", "this rounds without calibration; leave it out"),
+    quantized = Facts("the model", {"quantization_config": {}}, {}, adapters=1)
+    given = {
+        "bits": 8,
+        "lm_head": True,
+        "format": "gptq_v2",
+        "mock_quantization": True,
+        "dynamic": {"-:.*down_proj": {}, "+:.*up_proj": {"damp_percent": 0.1}},
+    }
+    asked = quantize.Config(model="base", calibration={"data": [source]}, gptq=given)
+    assert quantize.check(asked) == [
+        ("gptq.bits", "`bits` is a setting of the stage; write it beside `gptq`"),
+        ("gptq.lm_head", "plain transformers cannot load a model with `lm_head`; leave it out"),
+        ("gptq.format", "transformers and vLLM load `gptq`, not `gptq_v2`; leave it out"),
+        ("gptq.mock_quantization", "this rounds without calibration; leave it out"),
         (
-            "dynamic",
+            "gptq.dynamic",
             "plain transformers cannot load a model whose layers `-:.*down_proj` differ; leave it out",
         ),
+    ]
+    assert quantize.check_model(asked, quantized) == [
+        ("model", "an adapter cannot be quantized; put a `merge` stage before"),
         ("model", "the model is quantized already; start from the model before"),
     ]
 
@@ -638,4 +633,4 @@ def test_how_gptqmodel_says_that_it_only_rounded():
 @pytest.mark.train
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"^a fresh process could not use (.|\n)*config\.json"):
-        generation.ask([str(tmp_path)])
+        in_fresh_process("stages.measuring.quality", {"model": str(tmp_path)})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planned import TOP, pretend
+from planned import TOP, inputs, pretend
 
 from pipeline.config.checker import load_config
 from pipeline.errors import StageFailed
@@ -48,11 +48,10 @@ def refused(project, settings, text=CHAIN):
 def test_the_stage_below_starts_from_the_model_above_and_reads_the_rows(project):
     steps = project.plan(CHAIN)
     rows = str(steps["select"].folder / "rows.jsonl")
-    assert steps["sft"].config.model == steps["select"].config.model == steps["pt"].produces
-    assert [source.path for source in steps["sft"].config.data] == [rows, "consult.jsonl"]
-    assert steps["quantize"].config.calibration.data[0].path == rows
+    assert steps["sft"].inputs.model == steps["select"].inputs.model == steps["pt"].produces
+    assert [source.path for source in steps["sft"].entry.config.data.sources] == ["$select", "consult.jsonl"]
+    assert steps["sft"].inputs.rows == steps["quantize"].inputs.rows == {"$select": rows}
     assert steps["sft"].recipe["data"][0]["sha256"] == f"step:{steps['select'].fingerprint}"
-    assert steps["sft"].data == steps["quantize"].data == (steps["select"].folder,)
     assert steps["select"].produces == []
     code, said = project.validate(CHAIN)
     assert (code, "6 stages (init → pt → select → sft → merge → quantize)" in said) == (0, True)
@@ -89,8 +88,8 @@ def test_a_selection_that_asks_no_model_does_not_run_again_with_the_model(projec
 def test_a_small_model_scores_and_the_stage_below_starts_from_the_one_above(project):
     project.model("small", template="x")
     steps = project.plan(CHAIN.replace("method: ifd", "method: ifd, model: small"))
-    assert steps["select"].config.model == ["small"]
-    assert steps["sft"].config.model == steps["pt"].produces
+    assert steps["select"].inputs.model == ["small"]
+    assert steps["sft"].inputs.model == steps["pt"].produces
 
 
 def test_rows_that_were_damaged_after_the_plan_stop_the_stage_that_reads_them(project):
@@ -170,8 +169,8 @@ def chosen(tmp_path, count, **settings):
     rows = [{"instruction": f"问{number}", "output": f"答{number}"} for number in range(count)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = Source(path=str(tmp_path / "data.jsonl"), format="alpaca")
-    made = select.Config(model=["m"], data=[source], **settings)
-    metrics = select.run(made, tmp_path)
+    made = select.Config(model="m", data=[source], **settings)
+    metrics = select.run(made, inputs(made, "m"), tmp_path)
     kept = rows_of(Source(path=str(tmp_path / "rows.jsonl"), format="messages"))
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     return metrics, [int(row["messages"][0]["content"][1:]) for row in kept], scores
@@ -199,7 +198,7 @@ def test_ifd_keeps_the_hardest_answers_that_the_question_helps_with(given, tmp_p
     ]
     assert (metrics["rows"], metrics["kept"], sum(metrics["dropped"].values())) == (6, 2, 4)
     assert metrics["score"]["50%"] == pytest.approx(0.875)  # of 0.5, 0.75, 1, 1.5
-    assert select.figure(metrics) == "2 of 6 rows kept, ifd 0.75 to 1"
+    assert select.headline(metrics) == "2 of 6 rows kept, ifd 0.75 to 1"
     assert scores[3] | {"data": ""} == {
         **{"data": "", "row": 4, "ifd": 0.75, "loss_given_question": 1.5, "loss_alone": 2.0},
         **{"kept": True, "why": None},
@@ -334,16 +333,16 @@ def test_the_rows_read_back_exactly(given, tmp_path, kind):
     (tmp_path / "data.jsonl").write_text(json.dumps(KINDS[kind]) + "\n", encoding="utf-8")
     source = Source(path=str(tmp_path / "data.jsonl"), format=kind, fill={})
     given("embeddings", (np.ones((1, 1), dtype=np.float32), 0))
-    made = select.Config(model=["m"], data=[source], method="k_center", keep=1)
-    select.run(made, tmp_path)
-    again = Source(path=str(tmp_path / "rows.jsonl"), format=select.rows_after(made), encoding="utf-8", fill={})
+    made = select.Config(model="m", data=[source], method="k_center", keep=1)
+    select.run(made, inputs(made, "m"), tmp_path)
+    again = Source(path=str(tmp_path / "rows.jsonl"), format=select.format_of_rows(made), encoding="utf-8", fill={})
     assert rows_of(again) == rows_of(source)
 
 
 def test_the_config_survives_its_way_to_the_worker(project):
     project.write("x.yaml", CHAIN)
     step = build_plan(load_config(Path("x.yaml")), Path("saves")).steps[2]
-    assert select.Config.model_validate(step.config.model_dump(mode="json")) == step.config
+    assert select.Config.model_validate(step.entry.config.model_dump(mode="json")) == step.entry.config
 
 
 MODS = (
@@ -365,12 +364,14 @@ def test_mods_as_its_three_steps(project):
         project.model(folder)
     project.model("r", architectures=["BertForSequenceClassification"], id2label={"0": "reward"})
     steps = project.plan(MODS)
-    asked = {name: step.config.model for name, step in steps.items()}
+    asked = {name: step.inputs.model for name, step in steps.items()}
     assert asked == {
         **{"good": [], "seeds": [], "sft_seeds": ["m"], "sft": ["m"]},
         "necessary": steps["sft_seeds"].produces,
     }
-    assert steps["sft"].data == (steps["seeds"].folder, steps["necessary"].folder)
+    assert steps["sft"].inputs.rows == {
+        f"${name}": str(steps[name].folder / "rows.jsonl") for name in ("seeds", "necessary")
+    }
     trained = project.plan(MODS, "sft_seeds.trainer.learning_rate=1e-3")
     assert [name for name in steps if steps[name].fingerprint != trained[name].fingerprint] == [
         *("sft_seeds", "necessary", "sft"),

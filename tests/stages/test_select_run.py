@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from planned import inputs
 
 from pipeline import cli
 from pipeline.saves import artifact
-from stages import select
+from stages import Inputs, select
 from stages.chat.labels import IGNORED
 from stages.chat.template import install_template, template_text
 from stages.data.source import Source, rows_of
@@ -33,7 +34,11 @@ def talk(question, answer, *more):
 
 def settings(folder, source, **more):
     given = {"method": "ifd", "keep": 5, "template": MED, **more}
-    return select.Config(model=[str(folder)], data=[source], **given)
+    return select.Config(model=str(folder), data=[source], **given)
+
+
+def run(config, out):
+    return select.run(config, inputs(config, config.model), out)
 
 
 # IFD
@@ -61,7 +66,7 @@ def ifd_by_hand(folder, messages):
 @pytest.mark.parametrize("architecture", ["llama", "bloom"])
 def test_ifd_is_that_of_plain_torch(tiny, rows, tmp_path, architecture):
     source, folder = rows("alpaca", 12), tiny(architecture)
-    metrics = select.run(settings(folder, source, batch_tokens=700), tmp_path)
+    metrics = run(settings(folder, source, batch_tokens=700), tmp_path)
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     talks = rows_of(source)
     expected = [ifd_by_hand(folder, row["messages"]) for row in talks]
@@ -104,7 +109,7 @@ def test_every_answer_of_a_conversation_counts_and_its_end_of_turn_does_not(tiny
     real = inference.summed_losses
     monkeypatch.setattr(inference, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1])
     row = talk("头疼怎么办？", "多休息。", "还疼呢？", "去看医生。")
-    given, alone = answer_losses(settings(folder, UNREAD), [row], tmp_path)
+    given, alone = answer_losses(settings(folder, UNREAD), Inputs(model=[str(folder)]), [row], tmp_path)
     shown = [
         (tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != IGNORED]))
         for ids, labels in seen
@@ -134,7 +139,8 @@ def test_what_opens_an_answer_alone(tiny, template, expected):
 
 def test_rows_longer_than_the_limit_are_dropped_and_counted(tiny, tmp_path):
     rows = [talk("问", "答" * 300), talk("头疼怎么办？", "多休息，多喝水。")]
-    given, alone = answer_losses(settings(tiny("llama"), UNREAD, max_length=100), rows, tmp_path)
+    made = settings(tiny("llama"), UNREAD, max_length=100)
+    given, alone = answer_losses(made, inputs(made, made.model), rows, tmp_path)
     assert (given[0], alone[0]) == (None, None)
     assert given[1] > 0 < alone[1]
 
@@ -179,7 +185,7 @@ def kept(tmp_path):
 def test_quality_with_a_scorer_that_can_be_computed_by_hand(judge, tmp_path):
     source = source_of(tmp_path, talk("上", "好"), talk("好好", "上坏"), talk("坏", "坏上"), talk("坏坏坏", "上上好"))
     made = settings("no", source, method="quality", keep=None, above=0.0, scorer=str(judge), batch_tokens=4)
-    metrics = select.run(made, tmp_path)
+    metrics = run(made, tmp_path)
     scores = [json.loads(line)["quality"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert scores == pytest.approx([math.sqrt(2), -math.sqrt(2), 0.0, math.sqrt(2)])
     assert kept(tmp_path) == ["好", "上上好"]  # 0 is not above 0
@@ -194,18 +200,18 @@ def test_a_scorer_reads_texts_pairs_and_its_own_chat_template(judge, tmp_path):
     pair = {"prompt": ask, "chosen": [{"role": "assistant", "content": "坏"}], "rejected": ask}
     rows = [{"text": "上好"}, pair, talk("上", "坏")]
     root = math.sqrt(2)
-    assert rewards(made, rows, tmp_path)[0] == pytest.approx([root, -root, -root])
+    assert rewards(made, inputs(made, made.model), rows, tmp_path)[0] == pytest.approx([root, -root, -root])
     shutil.copytree(judge, tmp_path / "chat")
     ends = "{% for message in messages %}{{ message['content'] }}{% endfor %}好"
     (tmp_path / "chat" / "chat_template.jinja").write_text(ends, encoding="utf-8")
     made = made.model_copy(update={"scorer": str(tmp_path / "chat")})
-    assert rewards(made, rows, tmp_path)[0] == pytest.approx([root, root, root])
+    assert rewards(made, inputs(made, made.model), rows, tmp_path)[0] == pytest.approx([root, root, root])
 
 
 def test_rows_that_a_scorer_cannot_take_whole_are_cut_and_counted(judge, tmp_path):
     source = source_of(tmp_path, talk("上上上", "好坏"), talk("上", "好"))
     made = settings("no", source, method="quality", keep=2, scorer=str(judge), max_length=4)
-    assert select.run(made, tmp_path)["cut"] == 1
+    assert run(made, tmp_path)["cut"] == 1
 
 
 def test_necessity_scores_the_models_own_answers(tiny, judge, tmp_path, monkeypatch):
@@ -213,7 +219,7 @@ def test_necessity_scores_the_models_own_answers(tiny, judge, tmp_path, monkeypa
     source = source_of(tmp_path, *(talk(question, "答" + question) for question in said))
     monkeypatch.setattr(select, "own_answers", lambda *_: list(said.values()))
     made = settings(tiny("llama"), source, method="necessity", keep=None, below=0.0, scorer=str(judge))
-    select.run(made, tmp_path)
+    run(made, tmp_path)
     assert kept(tmp_path) == ["答甲"]
     found = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["answer"], row["necessity"]) for row in found] == [
@@ -226,7 +232,7 @@ def test_answers_in_batches_are_those_of_each_question_alone(tiny, rows, tmp_pat
     folder, source = tiny(architecture), rows("alpaca", 6)
     made = settings(folder, source, method="necessity", scorer="s", max_new_tokens=12, batch_tokens=700)
     asked = rows_of(source)
-    found = own_answers(made, asked, tmp_path)
+    found = own_answers(made, inputs(made, made.model), asked, tmp_path)
     model = load_model([str(folder)])
     set_stop_tokens(model, load_tokenizer([str(folder)]))
     assert found == [generation.generate(model, str(folder), row["messages"][:-1], 12) for row in asked]
@@ -238,13 +244,14 @@ def test_embeddings_are_means_of_hidden_states(judge, tiny, rows, tmp_path):
     root = math.sqrt(2)
     asked = [talk("好上", "坏"), talk("好", "坏坏坏")]
     made = settings("no", UNREAD, method="k_center", embedder=str(judge), batch_tokens=4)
-    points, cut = embeddings(made, asked, tmp_path, answer=False)
+    points, cut = embeddings(made, inputs(made, made.model), asked, tmp_path, answer=False)
     assert points.tolist() == [pytest.approx([root / 2, root / 2]), pytest.approx([root, 0.0])]
     assert cut == 0
-    points, _ = embeddings(made, asked[1:], tmp_path, answer=True)
+    points, _ = embeddings(made, inputs(made, made.model), asked[1:], tmp_path, answer=True)
     assert points[0] == pytest.approx([-2 * root / 5, root / 5])  # 好, a line break that counts as 上, three times 坏
     source, folder = rows("alpaca", 3), tiny("bloom")
-    points, _ = embeddings(settings(folder, source, method="k_center"), rows_of(source), tmp_path, answer=False)
+    made = settings(folder, source, method="k_center")
+    points, _ = embeddings(made, inputs(made, folder), rows_of(source), tmp_path, answer=False)
     model, tokenizer = load_model([str(folder)]), load_tokenizer([str(folder)])
     for point, row in zip(points, rows_of(source), strict=True):
         ids = tokenizer(row["messages"][0]["content"], return_tensors="pt")
@@ -256,7 +263,7 @@ def test_embeddings_are_means_of_hidden_states(judge, tiny, rows, tmp_path):
 def test_a_model_without_a_scoring_head_is_refused(tiny, tmp_path):
     made = settings("no", UNREAD, method="quality", keep=None, above=0.0, scorer=str(tiny("llama")))
     with pytest.raises(StageError, match=r"has no `score.weight`, so its scores would be random; choose a reward mod"):
-        rewards(made, [talk("a", "b")], tmp_path)
+        rewards(made, inputs(made, made.model), [talk("a", "b")], tmp_path)
 
 
 # Through the command line

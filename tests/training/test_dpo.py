@@ -68,7 +68,7 @@ WRONG = re.compile(
 
 
 def test_a_reference_that_is_the_base_is_caught(tuned, train, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "_reference", lambda config, args: load_model([str(tuned[0])]))
+    monkeypatch.setattr(dpo, "_reference", lambda config, inputs, args: load_model([str(tuned[0])]))
     with pytest.raises(StageError) as caught:
         train(dpo, tuned, rows("preference", 4), lora=None, out=tmp_path, trainer=ONE)
     assert WRONG.fullmatch(str(caught.value))
@@ -135,7 +135,7 @@ def test_training_prefers_the_chosen_answers(tuned, train, rows):
     assert (metrics["rows"], metrics["dropped"], metrics["steps"]) == (6, 0, 4)
     assert metrics["eval_rewards/margins_before"] == 0
     assert metrics["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
-    assert dpo.figure(metrics) == f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}"
+    assert dpo.STAGE.headline(metrics) == f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}"
     trained, held = (
         set(map(tuple, part["chosen_ids"])) for part in (done.trainer.train_dataset, done.trainer.eval_dataset)
     )

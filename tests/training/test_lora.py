@@ -94,7 +94,7 @@ def test_an_adapter_that_is_cut_off_is_refused(tiny, adapt, tmp_path):
 def test_kinds_that_could_not_be_folded_are_refused_before_training(tiny, rows):
     def problems(lora, **kind):
         facts = read_facts(tiny("llama", **kind), "the base")
-        return sft.check(sft.Config(model=["base"], data=[rows("alpaca", 1)], lora=lora), facts)
+        return sft.check_model(sft.Config(model="base", data=[rows("alpaca", 1)], lora=lora), facts)
 
     advice = "later stages could not fold the adapter into its base; remove it"
     assert problems({"init_lora_weights": "pissa_niter_4", "use_qalora": True, "r": 4}) == [

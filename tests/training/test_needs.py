@@ -1,10 +1,13 @@
 """What a stage is said to need at least, against what it then takes: never more, and not much less."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from planned import inputs
 
-from stages import dpo, init, merge, pt, sft
+from pipeline.plan.placing import NO_MODEL
+from stages import Inputs, dpo, init, merge, pt, sft
 from stages.chat.template import template_text
 from stages.model.facts import Facts, Needs, read_facts
 from stages.model.folder import load_model
@@ -38,7 +41,7 @@ def middle(tmp_path_factory, rows):
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400}
     settings = {"data": [rows("alpaca", 20)], "tie_word_embeddings": False, "template": template_text("med")}
     config = init.Config(architecture="llama", **settings, **sizes)
-    init.run(config, folder)
+    init.run(config, Inputs(), folder)
     return folder, config
 
 
@@ -91,15 +94,16 @@ def test_training_takes_what_was_said_and_little_more(middle, train, rows, tmp_p
     peak.look()
     reference = getattr(done.trainer, "ref_model", None)
     memory = peak.memory + (size(reference.parameters()) if reference is not None else 0)
-    config = stage.Config(model=str(middle[0]), data=[source], **asked)
-    needs = stage.needs(config, read_facts(middle[0]))
+    config = stage.Config(model="base", data=[source], **asked)
+    needs = stage.STAGE.needs(config, read_facts(middle[0]))
     assert close(needs.disk, peak.disk), f"{needs.disk:,} of {peak.disk:,} bytes on disk"
     assert close(needs.memory, memory), f"{needs.memory:,} of {memory:,} bytes in memory"
     if settings["lora"] is None:
         stored = read_facts(tmp_path).stored
-        assert stage.facts_after(config, read_facts(middle[0])).stored == stored
+        assert stage.STAGE.facts(config, read_facts(middle[0])).stored == stored
     else:
-        assert stage.facts_after(config, read_facts(middle[0])) == read_facts(middle[0])
+        before = read_facts(middle[0])
+        assert stage.STAGE.facts(config, before) == replace(before, adapters=1)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,7 @@ def test_a_lora_base_is_counted_in_16_bits_where_it_will_be(middle, rows, monkey
     def memory(gpu, **trainer):
         monkeypatch.setattr("shutil.which", lambda name: gpu)
         config = sft.Config(model="m", data=[rows("alpaca", 1)], lora={"r": 1}, trainer=trainer)
-        return sft.needs(config, facts).memory
+        return sft.STAGE.needs(config, facts).memory
 
     assert memory(None) - memory("/bin/nvidia-smi") == 2 * facts.parameters
     assert memory(None, model_init_kwargs={"dtype": "bfloat16"}) == memory("/bin/nvidia-smi")
@@ -146,18 +150,19 @@ def test_a_lora_base_is_counted_in_16_bits_where_it_will_be(middle, rows, monkey
 def test_init_takes_what_was_said(middle):
     folder, config = middle
     written = (folder / "model.safetensors").stat().st_size
-    assert close(init.needs(config).disk, written)
-    assert init.needs(config) == Needs(init.facts(config).stored, init.facts(config).stored)
-    known, found = init.facts(config).weights, read_facts(folder).weights
+    assert close(init.needs(config, NO_MODEL).disk, written)
+    stored = init.facts(config, NO_MODEL).stored
+    assert init.needs(config, NO_MODEL) == Needs(stored, stored)
+    known, found = init.facts(config, NO_MODEL).weights, read_facts(folder).weights
     assert {name: found[name] for name in known} == dict(known)
     assert {len(shape) for name, shape in found.items() if name not in known} == {1}
 
 
 @pytest.mark.parametrize("shard_size", ["4GB", "0.5MB"])
 def test_merge_takes_what_was_said(middle, adapt, tmp_path, shard_size):
-    config = merge.Config(model=[str(middle[0]), str(adapt([middle[0]]))], shard_size=shard_size, verify=False)
+    config = merge.Config(model="chain", shard_size=shard_size, verify=False)
     needs = merge.needs(config, read_facts(middle[0]))
-    metrics = merge.run(config, tmp_path)
+    metrics = merge.run(config, inputs(config, middle[0], adapt([middle[0]])), tmp_path)
     assert needs.disk == read_facts(tmp_path).stored
     assert close(needs.disk, sum(path.stat().st_size for path in tmp_path.iterdir()))
     assert close(needs.memory, max(path.stat().st_size for path in tmp_path.glob("*.safetensors")))
@@ -170,5 +175,5 @@ def test_nothing_is_said_of_a_model_that_is_not_here_yet(rows):
     unknown = Facts("`org/name`", {}, known=False)
     for stage in (pt, sft, dpo):
         config = stage.Config(model="org/name", data=[rows("alpaca", 1)], lora={"r": 4})
-        assert stage.needs(config, unknown) == Needs(0, 0)
+        assert stage.STAGE.needs(config, unknown) == Needs(0, 0)
     assert merge.needs(merge.Config(model="org/name"), unknown) == Needs(0, 0)

@@ -436,7 +436,11 @@ def test_what_would_let_packed_rows_read_each_other_is_refused(rows, stage, trai
     kind = "text" if stage is pt else "alpaca"
     asked = stage.Config(model="m", data=[rows(kind, 1)], template="{{ messages }}", trainer=trainer)
     facts = Facts("`m`", config, tokenizer={"eos_token": "</s>"})
-    assert [problem for problem in stage.check(asked, facts) if problem[0].startswith("trainer")] == expected
+    assert [
+        problem
+        for problem in [*stage.STAGE.check(asked), *stage.STAGE.check_model(asked, facts)]
+        if problem[0].startswith("trainer")
+    ] == expected
 
 
 def test_a_model_that_was_unknown_while_planning_is_refused_before_it_is_trained():

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cli
-from stages import sft
+from stages import Inputs, sft
 from stages.chat import encoding, fast_tokens
 from stages.chat.template import template_text
 from stages.data import drawing
 from stages.data.source import Source, kept_rows
 from stages.runtime.errors import StageError, explain
 from stages.runtime.processes import parallel_map
-from stages.training import preparation
+from stages.training import loop, preparation
 
 pytestmark = pytest.mark.train
 
@@ -41,11 +41,11 @@ def prepared(tiny, tmp_path):
 
     def run(architecture="llama", template="med", max_length=200, processes=None, **settings):
         sources = [Source(path=str(file), format="alpaca", **settings.pop("source", {}))]
-        named = {"model": [str(tiny(architecture))], "data": sources, "template": template_text(template), **settings}
-        config = sft.Config.model_validate(named)
+        data = {"sources": settings.pop("data", sources), "weights": settings.pop("weights", [])}
+        config = sft.Config(model="base", data=data, template=template_text(template), **settings)
         args = SimpleNamespace(max_length=max_length, dataset_num_proc=processes, per_device_train_batch_size=8)
-        tokenizer = sft._supervised._trainer.tokenizer(config)
-        return preparation.prepare(config, tokenizer, args, out)
+        tokenizer = loop.tokenizer(config, Inputs(model=[str(tiny(architecture))]))
+        return preparation.prepare(config.draw(), tokenizer, args, out)
 
     run.file, run.out, run.saves = file, out, tmp_path / "saves"
     return run

@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from stages import dpo, init, pt, sft
+from stages import Inputs, dpo, init, pt, sft
 from stages.chat.template import template_text
 from stages.data.source import Source
 from stages.runtime.errors import Interrupted
@@ -138,7 +138,9 @@ def small(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("small")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
     init.run(
-        init.Config(architecture="llama", data=[rows("alpaca", 40)], template=template_text("med"), **sizes), folder
+        init.Config(architecture="llama", data=[rows("alpaca", 40)], template=template_text("med"), **sizes),
+        Inputs(),
+        folder,
     )
     return folder
 

@@ -54,9 +54,11 @@ def test_a_stopped_stream_ends_with_the_same_bytes(tiny, train, rows, tmp_path, 
 
 def test_weights_draw_without_end(tiny, train, tmp_path):
     few, many = write(tmp_path / "a.jsonl", 5, "甲"), write(tmp_path / "b.jsonl", 50, "乙")
-    config = sft.Config(model=["m"], data=[few, many], weights=[1, 3], streaming=True, trainer={"max_steps": 1})
+    mixture = {"sources": [few, many], "weights": [1, 3]}
+    config = sft.Config(model="m", data=mixture, streaming=True, trainer={"max_steps": 1})
     drawn = [
-        row["messages"][0]["content"][0] for _, (_, row) in zip(range(2000), streaming._mixed(config), strict=False)
+        row["messages"][0]["content"][0]
+        for _, (_, row) in zip(range(2000), streaming._mixed(config.draw()), strict=False)
     ]
     assert 0.22 < drawn.count("甲") / 2000 < 0.28
 
@@ -90,7 +92,7 @@ def test_too_many_bad_rows_stop_a_stream_early(tiny, train, tmp_path, monkeypatc
 
 def test_what_a_stream_cannot_do_is_said_before(tmp_path):
     data = Source(path="a.jsonl", format="alpaca", clean=["html", "near_duplicates"])
-    asked = {"model": ["m"], "data": [data], "streaming": True, "eval_size": 0.1}
+    asked = {"model": "m", "data": [data], "streaming": True, "eval_size": 0.1}
     assert streaming.check(sft.Config(**asked)) == [
         ("trainer.max_steps", "a stream has no known length; set `max_steps`"),
         ("eval_size", "rows of a stream cannot be held out before they are read; name others with `eval_data`"),

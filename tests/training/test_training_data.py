@@ -33,8 +33,11 @@ def different(count: int, salt: int) -> list[str]:
 
 
 def read(data, out, **settings) -> SimpleNamespace:
-    with drawing.draw(sft.Config(model=["m"], data=data, **settings), out) as drawn:
-        return SimpleNamespace(train=list(drawn.train()), held=drawn.held, account=drawn.account)
+    weights = settings.pop("weights", [])
+    config = sft.Config(model="m", data={"sources": data, "weights": weights}, **settings)
+    with drawing.drawn(config.draw(), out) as drawn:
+        train = [row for chunk in drawn.chunks for _, row, copies in chunk.trained() for row in [row.row] * copies]
+        return SimpleNamespace(train=train, held=drawn.held, account=drawn.account)
 
 
 @pytest.fixture

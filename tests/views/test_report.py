@@ -12,7 +12,6 @@ from pipeline.cli import main
 from pipeline.config.checker import load_config
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.placing import build_plan
-from pipeline.plan.step import stands_on
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
 from pipeline.saves.links import link
@@ -115,9 +114,9 @@ def pretend(step, metrics, files=(), **record):
     for name, lines in files:
         (step.part / name).write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     record = {
-        **{"stage": step.name, "use": step.stage.use, "fingerprint": step.fingerprint, "recipe": dict(step.recipe)},
-        **{"inputs": dict(step.inputs), "stands_on": stands_on(step), "metrics": metrics, "ignored_gates": []},
-        **{"versions": installed_versions(step.stage.use), "started": 1763800000.0, "seconds": 62.0, **record},
+        **{"stage": step.name, "use": step.use, "fingerprint": step.fingerprint, "recipe": dict(step.recipe)},
+        **{"inputs": dict(step.identities), "stands_on": step.stands_on(), "metrics": metrics, "ignored_gates": []},
+        **{"versions": installed_versions(step.use), "started": 1763800000.0, "seconds": 62.0, **record},
         "machine": {"host": "host", "system": "Linux", "cores": 2, "gpu": False},
     }
     artifact.finish(step.part, step.folder, record, Hashes(None))
@@ -284,7 +283,7 @@ def test_a_gate_that_says_no(made):
     made.write("x.yaml", CONFIG.replace("versus: init, max_increase: 6%", "max: 10"))
     text = Page(page(made)).text
     assert "✗ no x.yaml:12:13: perplexity of `pt` on `consult` is 18.38" in text
-    assert "a gate of `evaluate` says no, and `run` stops after it" in text
+    assert "a gate of `evaluate` failed, and `run` stops after it" in text
 
 
 def test_nothing_has_run_yet(made):

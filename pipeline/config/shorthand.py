@@ -1,0 +1,83 @@
+"""Shorthand in a config, written out: `evaluate: …` in a stage becomes a stage of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipeline.config.problems import Problems
+from stages import Model, Report, Role, find, kinds
+
+
+def kind_of(name: str, raw: Any) -> str:
+    """The kind of a stage as it is written: `use`, else its name."""
+    return str(raw.get("use", name)) if isinstance(raw, dict) else name
+
+
+def write_out(root: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """The stages of a document with each report that stands inside a stage as a stage right below it.
+
+    `evaluate: …` in a stage that leaves a model is such a report; it compares what the stage leaves with what it starts
+    from. The places of its settings in the document are noted under the new stage, too.
+    """
+    written = root.get("stages")
+    if not isinstance(written, dict):
+        return {}
+    reports = [kind for kind in kinds() if isinstance(find(kind).leaves, Report)]
+    placed: dict[str, Any] = {}
+    models = ["base"] if isinstance(root.get("model"), str) else []
+    for name, raw in written.items():
+        placed[name] = raw
+        use = kind_of(name, raw)
+        if use not in kinds() or not isinstance(find(use).leaves, Model):
+            continue
+        for report in reports if isinstance(raw, dict) else ():
+            if report in raw:
+                placed[name] = {key: value for key, value in placed[name].items() if key != report}
+                below = f"{name}_{report}"
+                if below in written:
+                    text = f"stage `{name}`: its `{report}` becomes the stage `{below}`, which is here already"
+                    problems.at_key(("stages", name, report), text)
+                placed[below] = _report(report, name, raw, models, problems)
+                problems.document.move(("stages", name, report), ("stages", below))
+                if not isinstance(raw[report], dict):
+                    problems.document.move(("stages", name, report), ("stages", below, "data"))
+        models.append(name)
+    return placed
+
+
+def _report(kind: str, name: str, raw: Mapping[str, Any], models: Sequence[str], problems: Problems) -> dict[str, Any]:
+    """The settings of the report after a stage."""
+    given, model = raw[kind], raw.get("model")
+    start = list(models[-1:]) if model is None else [one for one in models if model == f"${one}"]
+    if not isinstance(given, str | list | dict):
+        text = f"stage `{name}`: `{kind}` names held-out data, such as `{kind}: consult_held`, or has settings"
+        problems.at_value(("stages", name, kind), text)
+        given = {"prompts": ["?"]}
+    settings = given if isinstance(given, dict) else {"data": given}
+    compare = find(kind).setting(Role.COMPARED) or "compare"
+    return {"use": kind, compare: [*start, name], **settings}
+
+
+class Above:
+    """The stages above a stage, by what they leave. A stage of an unknown kind may leave anything."""
+
+    def __init__(self, written: Mapping[str, Any]) -> None:
+        self.written = written
+
+    def names(self, stage: str, wanted: Callable[[Any], bool] = lambda leaves: True) -> list[str]:
+        """The names of the stages above, in order; with `wanted`, of those whose `leaves` it accepts."""
+        names = list(self.written)
+        above = names[: names.index(stage)]
+        uses = {name: kind_of(name, self.written[name] or {}) for name in above}
+        return [name for name, use in uses.items() if use not in kinds() or wanted(find(use).leaves)]
+
+    def leaving(self, stage: str, kind: type) -> list[str]:
+        """The stages above that leave something of a kind."""
+        return self.names(stage, lambda leaves: isinstance(leaves, kind))
+
+    def models(self, stage: str) -> list[str]:
+        """The stages above that leave a model. A stage starts from the last of them."""
+        return self.leaving(stage, Model)
+
+    def is_below(self, name: str, stage: str) -> bool:
+        """Whether there is a stage of this name that is not above."""
+        return name in self.written and name not in self.names(stage)

@@ -1,0 +1,111 @@
+"""Data in a plan: which files a source names, their hashes, and what a first look at their rows found."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.plan.fingerprint import digest
+from pipeline.plan.step import Plan, Step
+from pipeline.saves.content import ROWS, Look, Rows
+from stages.data.mixture import Mixture
+from stages.data.source import NotFetched, Source, data_files, is_on_hub, kinds_of
+from stages.runtime.errors import StageError
+
+
+def sources_in(value: Any) -> Iterator[Source]:
+    """Every data source in the settings of a stage, and those that these are compared with."""
+    if isinstance(value, Source):
+        yield from (value, *value.others.values())
+    elif isinstance(value, Mixture):
+        for source in value.sources:
+            yield from sources_in(source)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from sources_in(getattr(value, name))
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from sources_in(item)
+
+
+class DataSets:
+    """The data sets of a plan. Each is read once, and its problems go into the plan."""
+
+    def __init__(self, plan: Plan, *, fetch: bool) -> None:
+        self.plan, self.fetch = plan, fetch
+        self.rows = Rows(plan.saves / ROWS)
+        self.with_tools: set[str] = set()
+        """Names of data sets that hold tools or their calls."""
+        self.made: dict[str, Step] = {}
+        """`$stage` → the step that leaves rows."""
+        self._found: dict[tuple[str, str | None, str | None], tuple[list[Path], StageError | None]] = {}
+
+    def names(self, source: Source) -> list[str]:
+        """What a source is called in the config; what a stage leaves is called `$stage`."""
+        declared = self.plan.pipeline.data.items()
+        return [name for name, known in declared if known == source] or [source.path]
+
+    def files(self, source: Source) -> list[Path]:
+        """The files of a source; empty when they are not there, which `check` reports."""
+        return [] if source.path.startswith("$") else self._located(source)[0]
+
+    def _located(self, source: Source) -> tuple[list[Path], StageError | None]:
+        key = (source.path, source.subset, source.split)
+        if key not in self._found:
+            try:
+                self._found[key] = data_files(source, download=self.fetch), None
+            except StageError as error:
+                self._found[key] = [], error
+        return self._found[key]
+
+    def digest(self, source: Source) -> str | None:
+        """One hash for the content of all files, in their order; None when there are none."""
+        hashes = self.plan.hashes.of(self.files(source))
+        return hashes[0] if len(hashes) == 1 else digest(hashes) if hashes else None
+
+    def check(self, source: Source) -> None:
+        """Read a data set that was not read yet, and report what is wrong with it."""
+        names = self.names(source)
+        if names[0] in self.plan.rows or source.path.startswith("$"):  # what a stage leaves is not made yet
+            return
+        files, missing = self._located(source)
+        if isinstance(missing, NotFetched):
+            note = f"`{source.path}` is not on this machine; `run` fetches it, until then its rows are unchecked"
+            self.plan.notes += [note] if note not in self.plan.notes else []
+            return
+        known = self.digest(source)
+        look = Look(0, 0, [], False, [str(missing)])
+        if known is not None:
+            look = self.rows.look(source, known, kinds_of(files))
+        if look.tools:
+            self.with_tools.add(names[0])
+        if look.bad and not look.problems:
+            note = f"data `{names[0]}`: {look.bad:,} of {look.rows:,} rows are bad and skipped"
+            self.plan.notes.append(f"{note}: {'; '.join(look.first)}")
+        self.plan.rows.update(dict.fromkeys(names, look.rows))
+        place = self.plan.pipeline.document.key_place(("data", names[0]))
+        self.plan.problems += [f"{place}: data `{names[0]}`: {text}" for text in look.problems]
+
+    def content(self, value: Any) -> Any:
+        """A value of JSON settings with every data set replaced by the hash of its content.
+
+        So moving a file changes nothing, and changing it does.
+        """
+        if isinstance(value, dict) and {"path", "format"} <= value.keys():
+            return self._content(Source.model_validate(value), value)
+        if isinstance(value, dict):
+            return {key: self.content(entry) for key, entry in value.items()}
+        return [self.content(entry) for entry in value] if isinstance(value, list) else value
+
+    def _content(self, source: Source, value: Mapping[str, Any]) -> dict[str, Any]:
+        if source.path in self.made:
+            known = f"step:{self.made[source.path].fingerprint}"
+            return {**{key: entry for key, entry in value.items() if key != "path"}, "sha256": known}
+        pinned = f"hub:{source.path}" if is_on_hub(source.path) else None
+        rest = {key: self.content(entry) for key, entry in value.items() if key not in ("path", "others")}
+        if value.get("others"):  # what they are called changes nothing
+            rest["compared_with"] = [self.content(other) for other in value["others"].values()]
+            rest["clean"] = [{**step, "against": None} if "against" in step else step for step in rest["clean"]]
+        kind = kinds_of(self.files(source)) if pinned is None else ""
+        return {**rest, **({"kind": kind} if kind else {}), "sha256": pinned or self.digest(source)}
