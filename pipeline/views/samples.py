@@ -16,6 +16,7 @@ from stages.data.source import Source, kept_rows
 from stages.runtime.errors import nearest
 from stages.runtime.processes import parallel_map, usable_cores
 from stages.training import preparation
+from stages.training.sequences import sequences
 from stages.training.settings import Training
 
 
@@ -69,12 +70,12 @@ def _seen(data: str, source: Source, step: Step, training: Training, folder: Pat
         deque(chunks, maxlen=0)
         return Seen(data, step.name, account, None, [])
     tokenizer = _tokenizer(step, folder)
-    make = preparation.sequences(tokenizer, training.max_length, training.cut, 1)
+    make = sequences(tokenizer, training.max_length, training.cut, 1)
 
     def count(chunk: drawing.Chunk) -> tuple[encoding.Tokens, list[int], list[Row]]:
         made, (tokens,) = make(chunk)
         first = [placed.row for _, placed, _ in chunk.trained()][:rows]
-        return tokens, preparation.lengths(made) if made else [], first
+        return tokens, lengths(made) if made else [], first
 
     whole, lengths, first = encoding.Tokens(), array("L"), list[Row]()
     for tokens, more, begun in parallel_map(count, chunks, usable_cores(), preparation.FEW):

@@ -9,18 +9,15 @@ import fcntl
 import hashlib
 import json
 import shutil
-import struct
 from array import array
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.chat import encoding, fast_tokens
-from stages.chat.labels import IGNORED, Encoded
+from stages.chat import encoding
 from stages.data import drawing
 from stages.data.drawing import Draw
 from stages.data.source import READER_VERSION, data_files
@@ -29,6 +26,7 @@ from stages.runtime.events import emit
 from stages.runtime.files import sha256
 from stages.runtime.processes import parallel_map, usable_cores
 from stages.training import packing as packing_module
+from stages.training.sequences import lengths, sequences
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,8 +38,6 @@ FOLDER = ".prepared"
 VERSION = 1  # raise it when the same rows would become other sequences
 _ACCOUNT = "account.json"  # written last: a folder without it is not whole
 FEW = 8  # chunks that are not worth another process
-SOME = 8  # chunks of a process after which a faster tokenizer is worth looking for
-_COMPARED = 4000  # tokens of a vocabulary that the search goes through in the time of a chunk
 
 
 @dataclass(frozen=True)
@@ -189,78 +185,6 @@ def _pack(file: Path, args: Any) -> dict[str, float]:
     return figures
 
 
-def sequences(
-    tokenizer: Any, limit: int | None, cut: bool, data: int
-) -> Callable[[drawing.Chunk], tuple["pa.RecordBatch | None", list[encoding.Tokens]]]:
-    """What makes a chunk's sequences, and the figures of each data set."""
-
-    backend: Any = tokenizer.backend_tokenizer
-    some = max(SOME, len(tokenizer) // _COMPARED)
-    begun, twin = 0, None
-
-    def work(chunk: drawing.Chunk) -> tuple["pa.RecordBatch | None", list[encoding.Tokens]]:
-        nonlocal begun, twin
-        begun += 1
-        if begun == some:
-            twin = fast_tokens.twin(backend)
-        totals = [encoding.Tokens() for _ in range(data)]
-        columns: defaultdict[str, _Column] = defaultdict(_Column)
-        trained = list(chunk.trained())
-        with fast_tokens.used(backend, twin):
-            encoded = encoding.encode(tokenizer, [placed.row for _, placed, _ in trained])
-        for (_, placed, copies), row in zip(trained, encoded, strict=True):
-            if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
-                for example in examples(row, limit, cut) * copies:
-                    for name, values in example.items():
-                        columns[name].add(values)
-        return _batch(columns), totals
-
-    return work
-
-
-def examples(row: list[Encoded], limit: int | None, cut: bool) -> list[dict[str, "array[int]"]]:
-    """What a trainer gets of a row; all of `cut` rows is in the loss, and labels that are not given are the ids."""
-    ids, trained = _numbers(row[0].ids), row[0].trained
-    if len(row) == 2:  # chosen and rejected, after the same prompt
-        ((start, _),) = trained
-        return [{"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": _numbers(row[1].ids[start:])}]
-    if cut:
-        length = limit or len(ids)
-        return [{"input_ids": ids[start : start + length]} for start in range(0, len(ids), length)]
-    labels = array("i", [IGNORED]) * len(ids)
-    for begin, end in trained:
-        labels[begin:end] = ids[begin:end]
-    return [{"input_ids": ids[:limit], "labels": labels[:limit]}]
-
-
-def _numbers(ids: list[int]) -> "array[int]":
-    """As 32-bit numbers; `array` itself takes twice as long."""
-    return array("i", struct.pack(f"{len(ids)}i", *ids))
-
-
-class _Column:
-    """Lists of numbers, as Arrow keeps them: one after the other, and where each ends."""
-
-    def __init__(self) -> None:
-        self.values, self.ends = array("i"), array("i", [0])
-
-    def add(self, values: "array[int]") -> None:
-        self.values.extend(values)
-        self.ends.append(len(self.values))
-
-
-def _batch(columns: dict[str, _Column]) -> "pa.RecordBatch | None":
-    import pyarrow as pa
-
-    def made(numbers: "array[int]") -> pa.Array:
-        return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
-
-    arrays = {
-        name: pa.ListArray.from_arrays(made(column.ends), made(column.values)) for name, column in columns.items()
-    }
-    return pa.RecordBatch.from_pydict(arrays) if arrays else None
-
-
 def _written(
     made: Iterable[tuple["pa.RecordBatch | None", list[encoding.Tokens]]], file: Path, data: int
 ) -> list[encoding.Tokens]:
@@ -325,17 +249,6 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
         "longest": whole.longest,
         "held_out": 0,
     }
-
-
-def lengths(rows: "pa.RecordBatch") -> list[int]:
-    """The tokens of each sequence, the two of a pair one after the other."""
-    from pyarrow import compute
-
-    columns = {name: compute.list_value_length(rows[name]).to_pylist() for name in rows.schema.names}
-    if "input_ids" in columns:
-        return list(columns["input_ids"])
-    prompts = columns.pop("prompt_ids")
-    return [prompt + answer for prompt, *answers in zip(prompts, *columns.values(), strict=True) for answer in answers]
 
 
 def _told(account: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from stages.data.drawing import Draw
 from stages.data.row import Placed
 from stages.data.source import Source, kept_rows, rows_of
 from stages.training import preparation
+from stages.training.sequences import examples
 from stages.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ def rows(
         while chunk := list(islice(placed, max(_CHUNK, len(held)))):
             alike = {pair.training for pair in cleaning.overlap(held, [row for _, row in chunk])} if held else set()
             chunk = [row for number, row in enumerate(chunk) if number not in alike]
-            for (place, _), row in zip(chunk, encoding.encode(tokenizer, [row for _, row in chunk]), strict=True):
-                if total.count(row, limit, cut=cut, place=place, copies=1):
-                    for example in preparation.examples(row, limit, cut):
-                        yield {name: values.tolist() for name, values in example.items()}
+            made = encoding.encode(tokenizer, [row for _, row in chunk])
+            for (place, row), encoded in zip(chunk, made, strict=True):
+                if total.count(encoded, limit, cut=cut, place=place, copies=1):
+                    for example in examples(row, encoded, limit, cut):
+                        yield {name: list(values) for name, values in example.items() if not isinstance(values, bool)}
             if total.rows + total.untrained >= _CHECKED:
                 preparation.check_dropped(draw, total, args.max_length)
 

@@ -19,7 +19,7 @@ from stages.data import drawing
 from stages.data.source import Source, kept_rows
 from stages.runtime.errors import StageError, explain
 from stages.runtime.processes import parallel_map
-from stages.training import loop, preparation
+from stages.training import loop, preparation, sequences
 
 pytestmark = pytest.mark.train
 
@@ -168,7 +168,7 @@ def test_tiktoken_gives_the_same_rows(prepared, monkeypatch, processes):
     (folder,) = entries(prepared.saves)
     alone = (folder / "train.arrow").read_bytes()
     _remove(folder)
-    monkeypatch.setattr(preparation, "SOME", 3)
+    monkeypatch.setattr(sequences, "SOME", 3)
     counts, find = prepared.saves / "counts", fast_tokens.twin
 
     def counted(backend):

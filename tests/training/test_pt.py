@@ -7,7 +7,7 @@ import pytest
 from stages import pt
 from stages.data import drawing
 from stages.data.source import load, rows_of
-from stages.training import preparation
+from stages.training.sequences import sequences
 
 pytestmark = pytest.mark.train
 
@@ -31,7 +31,7 @@ def documents(tiny, rows):
 @pytest.mark.parametrize("room", [7, 64, 10_000, None])
 def test_documents_are_cut_into_pieces_and_none_is_lost(tiny, rows, documents, room):
     placed = [drawing.Placed(0, place, row) for place, row in load(rows("text", COUNT))[0]]
-    made, (tokens,) = preparation.sequences(tokenizer_of(tiny("llama")), room, True, 1)(next(drawing.chunks(placed)))
+    made, (tokens,) = sequences(tokenizer_of(tiny("llama")), room, True, 1)(next(drawing.chunks(placed)))
     pieces = made["input_ids"].to_pylist()
     assert tokens.tokens == tokens.trained == sum(map(len, documents))
     assert list(chain(*pieces)) == list(chain(*documents))
