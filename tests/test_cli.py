@@ -1,8 +1,10 @@
 """Words on a command line in, an exit code and text out; and none of it waits for torch."""
 
 import fcntl
+import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from pipeline.cli import main
+from pipeline.cli import app, main
 from pipeline.config import checker
 from pipeline.config.checker import load_config
+from pipeline.errors import ConfigError, GateClosed, StageFailed
 from pipeline.plan import step as step_module
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.placing import build_plan
@@ -28,6 +33,8 @@ from stages.training.checkpoint import seal
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
+VERBS = {"Run": ["run", "plan", "validate"], "Look": ["data", "status", "report", "diff"], "Keep house": ["gc"]}
+COMMANDS = typer.main.get_command(app).commands
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets", "gptqmodel", "accelerate", "optimum", "pandas"]
 CONFIG = """\
 data:
@@ -36,6 +43,12 @@ stages:
   init: {architecture: bloom, data: books}
   pt: {data: books, lora: {r: 8}}
   merge:
+"""
+TWO_STAGES = """\
+stages:
+  sft: {data: consult}
+  second: {use: dpo, data: prefer}
+  judge: {use: evaluate, data: held}
 """
 
 
@@ -49,7 +62,7 @@ def project(tmp_path, monkeypatch, capsys):
     def call(*words):
         try:
             code = main(words)
-        except SystemExit as leave:  # argparse
+        except SystemExit as leave:  # `--show-completion`
             code = leave.code
         shown = capsys.readouterr()
         return code, shown.out, shown.err
@@ -66,7 +79,7 @@ def pretend(step):
     """Leave what a run of this step leaves."""
     step.part.mkdir(parents=True)
     (step.part / "model.safetensors").write_bytes(b"weights")
-    record = {"recipe": dict(step.recipe), "versions": installed_versions(step.stage.use), "started": 0.0}
+    record = {"recipe": dict(step.recipe), "versions": installed_versions(step.use), "started": 0.0}
     artifact.finish(step.part, step.folder, record, Hashes(None))
     links_module.link(step.folder, step.link)
 
@@ -92,26 +105,250 @@ print(json.dumps(found))
     assert found == {command: [0, []] for command in commands}
 
 
-def test_help_names_every_command(project):
-    code, out, err = project("--help")
+def test_the_command_line_needs_no_large_library():
+    """`--help` shows text and checks nothing, so it needs neither pydantic nor YAML; without it, nor rich."""
+    code = f"""
+import json, sys
+import pipeline.cli
+
+light = [name for name in {[*HEAVY, "pydantic", "yaml", "rich"]} if name in sys.modules]
+pipeline.cli.main(["--help"])
+print(json.dumps([light, [name for name in {[*HEAVY, "pydantic", "yaml"]} if name in sys.modules]]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], []]
+
+
+def shown_help(*words):
+    """The lines of a help page at 80 columns, without colours."""
+    result = CliRunner().invoke(app, [*words], prog_name="pipeline", env={"COLUMNS": "80"}, catch_exceptions=False)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return re.sub(r"\x1b\[[\d;]*m", "", result.stdout).splitlines()
+
+
+def test_help_names_every_command():
+    panels, panel = {}, ""
+    for line in shown_help("--help"):
+        if line.startswith("╭"):
+            panel = line.strip("╭─╮ ")
+        elif name := re.match(r"│ ([a-z]+) ", line):
+            panels.setdefault(panel, []).append(name[1])
+    assert panels == VERBS
+    assert list(COMMANDS) == [verb for verbs in VERBS.values() for verb in verbs]
+
+
+@pytest.mark.parametrize("verb", ["", *COMMANDS])
+def test_help_fits_80_columns(verb):
+    words = [verb] if verb else []
+    lines = shown_help(*words, "--help")
+    assert max(map(len, lines)) == 80
+    assert not [line for line in lines if "…" in line]
+    assert lines == shown_help(*words, "-h")
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_shows_an_example_that_works(verb, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (example,) = [line.strip() for line in shown_help(verb, "--help") if "Example: " in line]
+    program, name, *words = shlex.split(example.removeprefix("Example: "))
+    assert (program, name) == ("pipeline", verb)
+    found = COMMANDS[verb].make_context(verb, words).params
+    if "config" in found:
+        config = load_config(found["config"], found.get("assignments") or ())
+        assert found.get("until") in (None, *(stage.name for stage in config.stages))
+        assert found.get("name") in (None, *config.data)
+
+
+def test_version(project):
+    assert re.fullmatch(r"stagewise \d+\.\d+\.\d+\n", project("--version")[1])
+    assert (project("--version")[0], project("--version")[2]) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "",
+            "a command is missing, such as `run` in `pipeline run configs/tiny.yaml`; `pipeline --help` shows them all",
+        ),
+        ("--verbose", "`pipeline` has no option `--verbose`; `pipeline --help` shows them all"),
+        ("--json plan x.yaml", "`--json` goes after the command: write `pipeline plan x.yaml --json`"),
+        # a word that is not a command
+        ("trian x.yaml", "`trian` is not a command: write `pipeline run x.yaml`"),
+        ("train x.yaml --fresh pt", "`train` is not a command: write `pipeline run x.yaml --fresh pt`"),
+        ("vaildate x.yaml", "`vaildate` is not a command: write `pipeline validate x.yaml`"),
+        ("clean --yes", "`clean` is not a command: write `pipeline gc --yes`"),
+        ("help run", "`help` is not a command: write `pipeline --help`"),
+        ("x.yaml", "`x.yaml` is a config, not a command: write `pipeline run x.yaml`"),
+        ("x.yaml --until pt", "`x.yaml` is a config, not a command: write `pipeline run x.yaml --until pt`"),
+        (
+            "--config x.yaml",
+            "`x.yaml` is a config, not a command; the config is an argument: write `pipeline run x.yaml`",
+        ),
+        ("sft x.yaml", "`sft` is a stage, not a command: write `pipeline run x.yaml --until sft`"),
+        ("evaluate x.yaml", "`evaluate` is a stage, not a command: write `pipeline run x.yaml --until evaluate`"),
+        ("eval y.yaml", "`eval` is not a command, but `judge` is a stage: write `pipeline run y.yaml --until judge`"),
+        ("second y.yaml", "`second` is a stage, not a command: write `pipeline run y.yaml --until second`"),
+        (
+            "frobnicate x.yaml",
+            "`frobnicate` is not a command; "
+            "there is `data`, `diff`, `gc`, `plan`, `report`, `run`, `status`, `validate`",
+        ),
+        # what is missing or too many
+        ("plan", "CONFIG is missing: write `pipeline plan configs/tiny.yaml`"),
+        ("train", "`train` is not a command; CONFIG is missing: write `pipeline run configs/tiny.yaml`"),
+        ("diff a", "B is missing: write `pipeline diff a B`"),
+        ("run x.yaml z.yaml", "`z.yaml` is one argument too many: write `pipeline run x.yaml`"),
+        ("gc x.yaml", "`x.yaml` is one argument too many: write `pipeline gc`"),
+        ("run -- x.yaml z.yaml", "`z.yaml` is one argument too many: write `pipeline run x.yaml`"),
+        ("run x.yaml pt", "`pt` is a stage: write `pipeline run x.yaml --until pt`"),
+        ("run x.yaml --set", "`--set` needs a value: write `pipeline run x.yaml --set KEY.PATH=VALUE`"),
+        ("run x.yaml --saves --json", "`--saves` needs a value: write `pipeline run x.yaml --saves DIR --json`"),
+        ("plan x.yaml --json=yes", "`--json` takes no value: write `pipeline plan x.yaml --json`"),
+        # the config as an option
+        ("run --config x.yaml", "the config is an argument: write `pipeline run x.yaml`"),
+        ("plan -c x.yaml --until pt", "the config is an argument: write `pipeline plan x.yaml --until pt`"),
+        ("validate --config_file=x.yaml", "the config is an argument: write `pipeline validate x.yaml`"),
+        ("status --config x.yaml", "the config is an argument: write `pipeline status x.yaml`"),
+        # settings as options
+        (
+            "run x.yaml --max_steps 3",
+            "`--max_steps` is a setting of stage `pt` and needs `--set`: "
+            "write `pipeline run x.yaml --set pt.trainer.max_steps=3`",
+        ),
+        (
+            "run x.yaml --learning_rate=2e-5",
+            "`--learning_rate` is a setting of stage `pt` and needs `--set`: "
+            "write `pipeline run x.yaml --set pt.trainer.learning_rate=2e-5`",
+        ),
+        (
+            "run y.yaml --max-steps 3 --lr=2e-5 --bf16 --json",
+            "`--max-steps`, `--lr`, `--bf16` are settings of stages `sft`, `second` and need `--set`: "
+            "write `pipeline run y.yaml --json --set sft.trainer.max_steps=3 --set sft.trainer.learning_rate=2e-5 "
+            "--set sft.trainer.bf16=true`",
+        ),
+        (
+            "plan --beta 0.2 y.yaml",
+            "`--beta` is a setting of stage `second` and needs `--set`: "
+            "write `pipeline plan y.yaml --set second.trainer.beta=0.2`",
+        ),
+        (
+            "run y.yaml --lora_rank 4 --eval_size 0.1",
+            "`--lora_rank`, `--eval_size` are settings of stages `sft`, `second` and need `--set`: "
+            "write `pipeline run y.yaml --set sft.lora.r=4 --set sft.eval_size=0.1`",
+        ),
+        (
+            "run no.yaml --max_steps 3",
+            "`--max_steps` is a setting of stage `sft` and needs `--set`: "
+            "write `pipeline run no.yaml --set sft.trainer.max_steps=3`",
+        ),
+        (
+            "run --seed 3 x.yaml",
+            "`--seed` is a setting of the config and needs `--set`: write `pipeline run x.yaml --set seed=3`",
+        ),
+        (
+            "train --config x.yaml --max_steps 3",
+            "`train` is not a command; the config is an argument; `--max_steps` is a setting of stage `pt` and needs "
+            "`--set`: write `pipeline run x.yaml --set pt.trainer.max_steps=3`",
+        ),
+        ("run x.yaml --output_dir out", "outputs go to `--saves`: write `pipeline run x.yaml --saves out`"),
+        (
+            "run x.yaml --push_to_hub",
+            "`pipeline run` has no option `--push_to_hub`, and `push_to_hub` is left to you (the pipeline uploads "
+            "nothing); remove it",
+        ),
+        (
+            "run x.yaml --max_stepz 3",
+            "`pipeline run` has no option `--max_stepz`, and SFTConfig has no setting `max_stepz`; "
+            "did you mean `max_steps`?",
+        ),
+        # Hydra's way
+        (
+            "run x.yaml pt.trainer.max_steps=3",
+            "`pt.trainer.max_steps=3` needs `--set`: write `pipeline run x.yaml --set pt.trainer.max_steps=3`",
+        ),
+        (
+            "data x.yaml pt.trainer.max_steps=3",
+            "`pt.trainer.max_steps=3` needs `--set`: write `pipeline data x.yaml --set pt.trainer.max_steps=3`",
+        ),
+        (
+            "run seed=3",
+            "CONFIG is missing; `seed` is a setting of the config and needs `--set`: "
+            "write `pipeline run configs/tiny.yaml --set seed=3`",
+        ),
+        (
+            "plan x.yaml max_steps=3 --set seed=2",
+            "`max_steps` is a setting of stage `pt` and needs `--set`: "
+            "write `pipeline plan x.yaml --set seed=2 --set pt.trainer.max_steps=3`",
+        ),
+        # slips
+        ("plan x.yaml --sets a=1", "`pipeline plan` has no option `--sets`; did you mean `--set`?"),
+        ("run x.yaml --untill pt", "`pipeline run` has no option `--untill`; did you mean `--until`?"),
+        ("run x.yaml --ignore_gates", "`pipeline run` has no option `--ignore_gates`; did you mean `--ignore-gates`?"),
+        ("status --max_steps 3", "`pipeline status` has no option `--max_steps`; there is `--json`, `--saves`"),
+        (
+            "data x.yaml --rows few",
+            "Invalid value for '--rows': Input should be a valid integer, unable to parse string as an integer",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(project, words, expected):
+    Path("y.yaml").write_text(TWO_STAGES, encoding="utf-8")
+    code, out, err = project(*words.split())
+    assert (code, out, err) == (2, "", f"error: {expected}\n")
+    assert not Path("saves").exists()
+
+
+@pytest.mark.parametrize("words", ["plan x.yaml --max_steps 3", "plan -c x.yaml", "plan x.yaml pt.seed=3 --bf16 --r 4"])
+def test_the_line_that_an_error_names_works(project, words):
+    err = project(*words.split())[2]
+    (line,) = re.findall("write `pipeline (.+)`", err)
+    assert project(*shlex.split(line))[::2] == (0, "")
+
+
+def test_a_word_is_quoted_where_the_shell_needs_it(project):
+    expected = "error: `pt.lora={r: 4}` needs `--set`: write `pipeline plan x.yaml --set 'pt.lora={r: 4}'`\n"
+    assert project("plan", "x.yaml", "pt.lora={r: 4}") == (2, "", expected)
+
+
+def test_a_config_with_an_equals_sign_in_its_name_is_a_config(project):
+    shutil.copy("x.yaml", "lr=3.yaml")
+    assert project("plan", "lr=3.yaml", "--json")[0] == 0
+    expected = "lr=4.yaml: cannot be read (No such file or directory); there is `lr=3.yaml`, `x.yaml`\n"
+    assert project("plan", "lr=4.yaml") == (2, "", expected)
+
+
+def completions(words):
+    """What bash offers for the last word."""
+    env = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_PIPELINE_COMPLETE": "complete_bash"}
+    return CliRunner().invoke(app, [], prog_name="pipeline", env=env, catch_exceptions=False).stdout.split()
+
+
+def test_the_shell_completes_commands_options_and_stages(project):
+    assert completions("pipeline ") == [verb for verbs in VERBS.values() for verb in verbs]
+    assert completions("pipeline run x.yaml --un") == ["--until"]
+    assert completions("pipeline run x.yaml --until ") == ["init", "pt", "merge"]
+    assert completions("pipeline plan --json x.yaml --fresh m") == ["merge"]
+    assert completions("pipeline plan no.yaml --fresh m") == []
+    assert completions("pipeline run x.yaml --until --sa") == ["--saves"]
+
+
+def test_the_completion_script_is_shown_for_bash(project, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # it goes by the process above: pytest
+    code, out, err = project("--show-completion", "bash")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "] == [
-        "run",
-        "plan",
-        "validate",
-        "data",
-        "status",
-        "report",
-        "diff",
-        "gc",
-    ]
+    assert "_PIPELINE_COMPLETE=complete_bash" in out
+    assert "complete -o default -F _pipeline_completion pipeline" in out.splitlines()
 
 
-@pytest.mark.parametrize("words", [[], ["trian", "x.yaml"], ["plan"], ["plan", "x.yaml", "--sets", "a=1"]])
-def test_a_wrong_command_line_is_exit_code_2(project, words):
-    code, out, err = project(*words)
-    assert (code, out) == (2, "")
-    assert err.startswith("usage: pipeline")
+def test_the_completion_is_installed(project, monkeypatch, tmp_path):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = project("--install-completion", "bash")
+    script = tmp_path / ".bash_completions" / "pipeline.sh"
+    assert (code, err) == (0, "")
+    assert out.startswith(f"bash completion installed in {script}\n")
+    assert "_pipeline_completion" in script.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
@@ -177,7 +414,7 @@ def test_plan_writes_json(project):
             "folder": str(steps[name].folder),
             "fingerprint": steps[name].fingerprint,
             "recipe": dict(steps[name].recipe),
-            "inputs": dict(steps[name].inputs),
+            "inputs": dict(steps[name].identities),
         }
         for name in ("init", "pt")
     ]
@@ -468,3 +705,57 @@ def test_an_interrupted_command_is_exit_code_75(project, monkeypatch):
 
     monkeypatch.setattr(checker, "load_config", interrupted)
     assert project("plan", "x.yaml") == (75, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (StageFailed("stage `pt` failed"), 1, "error: stage `pt` failed\n"),
+        (GateClosed("gate failed"), 3, "error: gate failed\n"),
+        (
+            ConfigError(["x.yaml:1:1: a", "x.yaml:2:1: b"]),
+            2,
+            "x.yaml:1:1: a\nx.yaml:2:1: b\n2 problems; nothing was run\n",
+        ),
+        (OSError(28, "No space"), 1, "error: the disk is full; free space and run again, what was finished is kept\n"),
+    ],
+)
+def test_an_error_ends_in_its_message_and_its_exit_code(project, monkeypatch, error, code, shown):
+    def failed(*words):
+        raise error
+
+    monkeypatch.setattr(checker, "load_config", failed)
+    assert project("plan", "x.yaml") == (code, "", shown)
+    result = CliRunner().invoke(app, ["plan", "x.yaml"], prog_name="pipeline")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", shown)
+
+
+def test_a_reader_that_left_is_no_error(project, monkeypatch):
+    def left(*words):
+        raise BrokenPipeError
+
+    stream = io.StringIO()
+    monkeypatch.setattr(checker, "load_config", left)
+    monkeypatch.setattr("sys.stderr", stream)
+    assert main(["plan", "x.yaml"]) == 1
+    assert stream.closed  # or Python would complain at its end
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(5, "Input/output error"), EOFError()], ids=repr)
+def test_a_fault_of_ours_shows_its_traceback(project, error):
+    code = f"""
+import sys
+from pipeline.cli import main
+from pipeline.config import checker
+
+def load_config(*words):
+    raise {error!r}
+
+checker.load_config = load_config
+sys.exit(main(["plan", "x.yaml"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.lstrip().startswith("Traceback (most recent call last):\n")
+    assert f'File "{ROOT / "pipeline" / "cli.py"}"' in done.stderr
+    assert repr(error).partition("(")[0] in done.stderr
