@@ -16,7 +16,7 @@ from stages.data.source import Source, kept_rows
 from stages.runtime.errors import nearest
 from stages.runtime.processes import parallel_map, usable_cores
 from stages.training import preparation
-from stages.training.sequences import sequences
+from stages.training.sequences import lengths, sequences
 from stages.training.settings import Training
 
 
@@ -77,12 +77,12 @@ def _seen(data: str, source: Source, step: Step, training: Training, folder: Pat
         first = [placed.row for _, placed, _ in chunk.trained()][:rows]
         return tokens, lengths(made) if made else [], first
 
-    whole, lengths, first = encoding.Tokens(), array("L"), list[Row]()
+    whole, sizes, first = encoding.Tokens(), array("L"), list[Row]()
     for tokens, more, begun in parallel_map(count, chunks, usable_cores(), preparation.FEW):
         whole.add(tokens)
-        lengths.extend(more)
+        sizes.extend(more)
         first += begun[: rows - len(first)]
-    whole.padding = encoding.padding(lengths, training.batch)
+    whole.padding = encoding.padding(sizes, training.batch)
     shown = [encoding.pieces(tokenizer, one) for row in encoding.encode(tokenizer, first) for one in row]
     return Seen(data, step.name, account, whole, shown)
 
