@@ -7,43 +7,28 @@ hook is a TypeError that names it when the file is imported. The YAML key is the
 `config` is what was written in the YAML; `Inputs` is what it became: folders of models and files of rows.
 """
 
+from __future__ import annotations
+
 import importlib
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pydantic import BaseModel
+if TYPE_CHECKING:  # the rooms are imported when a stage is: `pipeline --help` needs none of them
+    from pydantic import BaseModel
 
-from stages.data.mixture import Mixture
-from stages.data.source import Format, Source
-from stages.measuring.gates import Verdict
-from stages.model.facts import Facts, Needs
-from stages.model.inputs import Inputs
-from stages.model.references import Reference
-from stages.runtime.errors import Problem
-from stages.runtime.figures import Figure
-from stages.training.settings import Training
+    from stages.data.source import Format
+    from stages.measuring.gates import Verdict
+    from stages.model.facts import Facts, Needs
+    from stages.model.inputs import Inputs
+    from stages.model.references import Role
+    from stages.runtime.errors import Problem
+    from stages.runtime.figures import Figure
+    from stages.training.settings import Training
 
-__all__ = [
-    "Figure",
-    "Inputs",
-    "Metrics",
-    "Model",
-    "Parallel",
-    "Report",
-    "Role",
-    "Rows",
-    "Scorer",
-    "Stage",
-    "find",
-    "kinds",
-]
-
-C = TypeVar("C", bound=BaseModel)
+C = TypeVar("C", bound="BaseModel")
 Metrics = dict[str, Any]
 """What a stage measured, as JSON; it goes into the record."""
 
@@ -81,65 +66,6 @@ class Report(Generic[C]):
     """What the gates say about a finished folder: one verdict for each gate, in their order."""
 
 
-# What the settings of a stage stand for, read from their types
-
-
-class Role(Enum):
-    """What the value of a setting stands for."""
-
-    START = "the model that the stage starts from"
-    SCORER = "a reward model"
-    OTHER = "another model"
-    COMPARED = "models above, by their names"
-    SOURCES = "data sets"
-    MIXTURE = "data sets, with weights or without"
-    NAMED = "data sets by their names"
-    PROMPTS = "data sets by their names, or a list of texts"
-
-
-_REFERENCES = {
-    Reference.START: Role.START,
-    Reference.SCORER: Role.SCORER,
-    Reference.OTHER: Role.OTHER,
-    Reference.COMPARED: Role.COMPARED,
-}
-
-
-def _roles(config: type[BaseModel]) -> dict[tuple[str, ...], Role]:
-    found: dict[tuple[str, ...], Role] = {}
-    for name, info in config.model_fields.items():
-        parts = [*info.metadata, *_parts(info.annotation)]
-        role = _role(parts)
-        if role is not None:
-            found[(name,)] = role
-            continue
-        for part in parts:
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                found |= {(name, *path): inner for path, inner in _roles(part).items()}
-    return found
-
-
-def _role(parts: Sequence[Any]) -> Role | None:
-    for part in parts:
-        if isinstance(part, Reference):
-            return _REFERENCES[part]
-    if Mixture in parts:
-        return Role.MIXTURE
-    if Source not in parts:
-        return None
-    if not any(get_origin(part) is dict for part in parts):
-        return Role.SOURCES
-    return Role.PROMPTS if list[str] in parts else Role.NAMED
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """The annotation and everything in it: members of unions, items of lists, metadata of Annotated."""
-    yield annotation
-    if isinstance(annotation, types.GenericAlias | types.UnionType) or get_origin(annotation) is not None:
-        for part in get_args(annotation):
-            yield from _parts(part)
-
-
 # The contract
 
 
@@ -167,8 +93,8 @@ class Stage(Generic[C]):
     """Problems that the settings alone show before the first stage starts."""
     check_model: Callable[[C, Facts], list[Problem]] = lambda config, facts: []
     """Problems with the model that the stage starts from, or with one that it compares."""
-    needs: Callable[[C, Facts], Needs] = lambda config, facts: Needs(0, 0)
-    """Memory and disk in bytes that the stage takes at least, never more than it does."""
+    needs: Callable[[C, Facts], Needs] | None = None
+    """Memory and disk in bytes that the stage takes at least, never more than it does; None when that is not known."""
     facts: Callable[[C, Facts], Facts] = lambda config, facts: facts
     """What later stages can know of the model that the stage leaves."""
     reads_model: Callable[[C], bool] = lambda config: True
@@ -194,7 +120,9 @@ class Stage(Generic[C]):
     @cached_property
     def roles(self) -> dict[tuple[str, ...], Role]:
         """The settings that stand for models or data: the path of each, such as ("calibration", "data")."""
-        return _roles(self.config)
+        from stages.model.references import roles
+
+        return roles(self.config)
 
     def setting(self, role: Role) -> str | None:
         """The setting with a role that at most one setting has."""
@@ -207,7 +135,7 @@ def kinds() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
 
 
-def find(kind: str) -> "Stage[Any]":
+def find(kind: str) -> Stage[Any]:
     """The stage of a kind.
 
     Raises:

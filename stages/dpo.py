@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from stages import Inputs, Metrics, Model, Parallel, Stage
+from stages import Metrics, Model, Parallel, Stage
 from stages.model.facts import Facts, Needs
 from stages.model.folder import load_model
+from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem, StageError
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stages import Inputs, Metrics, Report, Stage
+from stages import Metrics, Report, Stage
 from stages.data.row import Row
 from stages.data.source import Source, rows_of
 from stages.measuring.gates import Gate, Verdict, gate_problems, judge_gate
@@ -35,6 +35,7 @@ from stages.measuring.table import ANSWERS, SCHEMA, TABLE, figures_and_compariso
 from stages.measuring.tasks import check_tasks, measure_tasks, task_files, task_metrics
 from stages.model.facts import Facts, Needs, check_template
 from stages.model.generation import load_engine
+from stages.model.inputs import Inputs
 from stages.model.references import Compared
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stages import Inputs, Metrics, Stage
+from stages import Metrics, Stage
 from stages.chat.template import install_template
 from stages.data.source import Source, rows_of
 from stages.model.facts import Facts, Needs
 from stages.model.folder import set_stop_tokens
+from stages.model.inputs import Inputs
 from stages.runtime.events import emit
 
 if TYPE_CHECKING:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages import Figure, Inputs, Metrics, Stage
+from stages import Metrics, Stage
 from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size, weight_files
 from stages.model.folder import carried_files, load_model
+from stages.model.inputs import Inputs
 from stages.model.lora import AdapterChain, fold_into
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
+from stages.runtime.figures import Figure
 
 if TYPE_CHECKING:
     import torch

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from stages import Inputs, Metrics, Model, Parallel, Stage
+from stages import Metrics, Model, Parallel, Stage
 from stages.model.facts import Facts
+from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem
 from stages.training import description, packing, supervised
 from stages.training.needs import facts_after_training, training_needs

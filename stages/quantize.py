@@ -19,17 +19,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages import Figure, Inputs, Metrics, Model, Stage
+from stages import Metrics, Model, Stage
 from stages.measuring import quality
 from stages.measuring.calibration import MEASURED, Calibration, calibration_rows, split
 from stages.measuring.metrics import Measured, compare_models
 from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size, read_facts
 from stages.model.folder import carried_files
 from stages.model.generation import load_engine
+from stages.model.inputs import Inputs
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
-from stages.runtime.figures import count, number, word
+from stages.runtime.figures import Figure, count, number, word
 from stages.runtime.processes import in_fresh_process
 
 GROUPS = (1024, 512, 256, 128, 64, 32, 16)

@@ -21,12 +21,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stages import Inputs, Metrics, Rows, Stage
+from stages import Metrics, Rows, Stage
 from stages.data.row import Row
 from stages.data.source import ROWS_FILE, Format, Source, rows_of
 from stages.measuring import points as points_module
 from stages.measuring.scores import answer_losses, embeddings, own_answers, rewards, with_answer
 from stages.model.facts import Facts, check_template, is_hub_name
+from stages.model.inputs import Inputs
 from stages.model.references import ModelRef, OtherModel, ScorerRef
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import planned
 import pytest
 
-from stages import Inputs, init
+from stages import init
 from stages.chat.template import template_text
 from stages.data.source import Source
 from stages.model.folder import carried_files, load_model
+from stages.model.inputs import Inputs
 from stages.training import loop
 
 DATA = Path(__file__).parent.parent / "data"

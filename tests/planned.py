@@ -11,7 +11,7 @@ from pipeline.plan.placing import build_plan
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
 from pipeline.saves.links import link
-from stages import Inputs
+from stages.model.inputs import Inputs
 
 ROWS = {
     "books.jsonl": '{"text": "a"}\n{"text": "b"}\n',

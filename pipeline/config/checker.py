@@ -12,10 +12,11 @@ from pipeline.config.problems import Problems, in_order
 from pipeline.config.references import UNKNOWN, References
 from pipeline.config.shorthand import Above, write_out
 from pipeline.errors import ConfigError
-from stages import Model, Role, Stage, find, kinds
+from stages import Model, Stage, find, kinds
 from stages.chat.template import template_text
 from stages.data.cleaning_steps import Contamination
 from stages.data.source import Source
+from stages.model.references import Role
 from stages.runtime.errors import StageError, nearest
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}\Z")  # becomes a folder name

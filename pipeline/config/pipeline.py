@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.document import Document
-from stages import Model, Role, Rows, Scorer, Stage, find
+from stages import Model, Rows, Scorer, Stage, find
 from stages.data.source import Source
+from stages.model.references import Role
 from stages.training.settings import Training
 
 

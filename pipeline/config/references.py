@@ -10,10 +10,11 @@ from pipeline.config.document import Key
 from pipeline.config.pipeline import StageEntry
 from pipeline.config.problems import Problems
 from pipeline.config.shorthand import Above
-from stages import Model, Report, Role, Rows, Scorer, Stage
+from stages import Model, Report, Rows, Scorer, Stage
 from stages.data.mixture import Mixture
 from stages.data.source import Source
 from stages.model.facts import is_hub_name
+from stages.model.references import Role
 from stages.runtime.errors import nearest
 
 UNKNOWN = Source.model_construct(path="?", format="text")  # in the place of data that could not be read

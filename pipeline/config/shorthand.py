@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline.config.problems import Problems
-from stages import Model, Report, Role, find, kinds
+from stages import Model, Report, find, kinds
+from stages.model.references import Role
 
 
 def kind_of(name: str, raw: Any) -> str:

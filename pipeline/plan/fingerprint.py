@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.config.pipeline import StageEntry
-from stages import Role, find
+from stages import find
+from stages.model.references import Role
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets")
 # Settings of a trainer that change what is logged or kept, never the weights.

@@ -18,10 +18,11 @@ from pipeline.plan.step import Plan, Step, gate_verdicts
 from pipeline.saves import artifact
 from pipeline.saves.content import HASHES, Hashes
 from pipeline.saves.links import belongs, same_file
-from stages import Inputs, Scorer
+from stages import Scorer
 from stages.chat.trial import try_tools
 from stages.data.source import ROWS_FILE
 from stages.model.facts import Facts, Needs
+from stages.model.inputs import Inputs
 from stages.runtime.errors import nearest
 
 NO_MODEL = Facts("no model", {}, known=False)
@@ -198,9 +199,10 @@ class Placer:
 
     def needs(self, entry: StageEntry, models: list[PlacedModel]) -> Needs:
         """What it needs with the model that takes most."""
+        if entry.stage.needs is None:
+            return Needs(0, 0)
         facts = [model.facts for model in models] or [NO_MODEL]
-        found = [entry.stage.needs(entry.config, one) for one in facts]
-        return max(found, key=lambda needs: needs.memory)
+        return max((entry.stage.needs(entry.config, one) for one in facts), key=lambda needs: needs.memory)
 
     def inexact(self, entry: StageEntry, state: str) -> str | None:
         """Why resuming is not bit-exact; noted in the plan when the stage will run."""

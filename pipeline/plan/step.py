@@ -11,10 +11,11 @@ from pipeline.errors import ConfigError, StageFailed
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
-from stages import Inputs, Report, Stage
+from stages import Report, Stage
 from stages.measuring.gates import Verdict
 from stages.model.device import has_gpu
 from stages.model.facts import Needs
+from stages.model.inputs import Inputs
 
 State = Literal["done", "resume", "run", "refused"]
 

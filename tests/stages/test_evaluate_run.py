@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.saves import artifact
-from stages import Inputs, evaluate
+from stages import evaluate
 from stages.chat.labels import IGNORED
 from stages.chat.template import template_text
 from stages.data.source import Source, rows_of
@@ -18,6 +18,7 @@ from stages.measuring.metrics import figure_of
 from stages.measuring.table import read_table
 from stages.model import generation, inference
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.model.inputs import Inputs
 
 pytestmark = pytest.mark.train
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from stages import Inputs, evaluate, quantize
+from stages import evaluate, quantize
 from stages.chat.labels import encode_chat
 from stages.chat.template import install_template, template_text
 from stages.measuring.calibration import calibration_rows, split
 from stages.model.facts import read_facts
+from stages.model.inputs import Inputs
 
 pytestmark = pytest.mark.train
 

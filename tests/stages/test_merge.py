@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from stages import Inputs, merge
+from stages import merge
 from stages.model.facts import read_facts
 from stages.model.folder import carried_files, load_model
+from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train

@@ -10,13 +10,14 @@ from planned import inputs
 
 from pipeline import cli
 from pipeline.saves import artifact
-from stages import Inputs, select
+from stages import select
 from stages.chat.labels import IGNORED
 from stages.chat.template import install_template, template_text
 from stages.data.source import Source, rows_of
 from stages.measuring.scores import answer_losses, embeddings, opening, own_answers, rewards
 from stages.model import generation, inference
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train

@@ -7,10 +7,11 @@ import pytest
 from planned import inputs
 
 from pipeline.plan.placing import NO_MODEL
-from stages import Inputs, dpo, init, merge, pt, sft
+from stages import dpo, init, merge, pt, sft
 from stages.chat.template import template_text
 from stages.model.facts import Facts, Needs, read_facts
 from stages.model.folder import load_model
+from stages.model.inputs import Inputs
 from stages.training import needs as needs_module
 
 pytestmark = pytest.mark.train

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cli
-from stages import Inputs, sft
+from stages import sft
 from stages.chat import encoding, fast_tokens
 from stages.chat.template import template_text
 from stages.data import drawing
 from stages.data.source import Source, kept_rows
+from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError, explain
 from stages.runtime.processes import parallel_map
 from stages.training import loop, preparation, sequences

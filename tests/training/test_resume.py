@@ -11,9 +11,10 @@ import json
 
 import pytest
 
-from stages import Inputs, dpo, init, pt, sft
+from stages import dpo, init, pt, sft
 from stages.chat.template import template_text
 from stages.data.source import Source
+from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted
 from stages.training.checkpoint import newest_whole
 from stages.training.settings import inexact_resume
