@@ -18,7 +18,8 @@ from pipeline import secret
 from pipeline.run import tracking
 from pipeline.saves import artifact
 from pipeline.saves.locks import held_file
-from stages import Inputs, find
+from stages import find
+from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted, explain
 from stages.runtime.events import LAUNCHED, emit
 from stages.runtime.processes import end_with_parent, peak_memory

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages import Inputs, dpo, merge, pt, sft
+from stages import dpo, merge, pt, sft
 from stages.chat.labels import IGNORED, encode_chat, end_of_turn
 from stages.chat.rendering import render
 from stages.chat.template import install_template, template_names, template_text
 from stages.data.source import Source, rows_of
+from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
