@@ -30,16 +30,17 @@ Save = Callable[[Any, TrainingConfig, Inputs, Path], None]
 
 
 def tokenizer(config: TrainingConfig, inputs: Inputs) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the stage's model with the run's template."""
+    """The tokenizer of the starting model, with the chat template of the run."""
     loaded = load_tokenizer(inputs.model)
     install_template(loaded, config.template)
     return loaded
 
 
 def start(config: TrainingConfig, inputs: Inputs, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
-    """The model that the stage starts from.
+    """Load the model that the stage starts from, with its adapters folded in.
 
-    Weights are float32 for full fine-tuning and on the CPU, else bfloat16; `model_init_kwargs` says otherwise.
+    Weights are bfloat16 for LoRA on a GPU that computes in it, and float32 elsewhere, unless `model_init_kwargs` has a
+    `dtype`.
     """
     settings = dict(config.trainer.get("model_init_kwargs") or {})
     settings.setdefault("dtype", "bfloat16" if config.lora is not None and has_bf16() else "float32")
@@ -49,7 +50,7 @@ def start(config: TrainingConfig, inputs: Inputs, tokenizer: "PreTrainedTokenize
 
 
 def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> "TrainingArguments":
-    """The TRL config `kind` with the user's settings over `defaults` over ours.
+    """The TRL config `kind`: the settings of the user, then `defaults`, then those of this project.
 
     Raises:
         StageError: the library itself refuses the settings.
@@ -79,10 +80,10 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
 
 
 def build(trainer: Any, **parts: Any) -> Any:
-    """A TRL trainer of its parts.
+    """Build a TRL trainer.
 
     Raises:
-        StageError: it refuses the settings, which it checks only now.
+        StageError: TRL refuses the settings.
     """
     try:
         built = trainer(**parts)
@@ -90,7 +91,7 @@ def build(trainer: Any, **parts: Any) -> Any:
         raise StageError(f"TRL refuses these settings: {error}") from None
     if parts.get("peft_config") is not None:
         for parameter in built.model.parameters():
-            if parameter.requires_grad:  # PEFT leaves `modules_to_save` in the base's bfloat16, where steps get lost
+            if parameter.requires_grad:  # in bfloat16, as PEFT leaves `modules_to_save`, small steps get lost
                 parameter.data = parameter.data.float()
     return built
 
@@ -143,12 +144,12 @@ def train(
 
 
 def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[str, float]:
-    """The held-out figures of the model that the stage started from; a resumed run reads what it measured then."""
+    """Measure the starting model on the held-out rows; a resumed run reads what it measured before the stop."""
     if trainer.eval_dataset is None:
         return {}
     file = out / "before.json"
     if resumed:
-        with contextlib.suppress(OSError, ValueError):  # torn by a power cut: the model is still the starting one
+        with contextlib.suppress(OSError, ValueError):  # a power cut can tear the file
             return dict(json.loads(file.read_text(encoding="utf-8")))
     emit(out, "note", text="measures the held-out rows before training")
     figures = trainer.evaluate()

@@ -12,12 +12,14 @@ from stages.training.settings import TrainingConfig, is_named, saving
 
 
 def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Needs:
-    """Memory: `copies` of the whole model, and gradients and Adam's two moments of what is trained. Disk: the
-    checkpoints that lie there while one more is written, and the result.
+    """A lower bound, not a guarantee.
 
-    Not in it: activations and logits (often the most), what autocast and libraries hold, files besides the weights,
-    moments of another optimizer than 32-bit AdamW. A run whose steps are not known is taken to reach every share of
-    them that `save_steps` asks for.
+    Memory: `copies` of the whole model, and gradients and both moments of Adam for the trained weights. Disk: the
+    checkpoints that are kept, the one that is being written, and the result.
+
+    Not counted: activations and logits (often the largest part), buffers of autocast and of libraries, files besides
+    the weights, moments of optimizers other than 32-bit AdamW. If the number of steps is not known, every checkpoint
+    that `save_steps` asks for is counted.
     """
     if not facts.weights:
         return Needs(0, 0)
@@ -31,7 +33,7 @@ def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Nee
 
 
 def facts_after_training(config: TrainingConfig, facts: Facts) -> Facts:
-    """What later stages can know of the result: the whole model has the width that it was trained in."""
+    """Facts about the trained model: an adapter is added, or all weights have the width that they were trained in."""
     if config.lora is not None:
         return replace(facts, adapters=facts.adapters + 1)
     return replace(facts, adapters=0, stored=facts.parameters * _width(config, facts))
@@ -78,7 +80,7 @@ def _is_targeted(module: str, lora: Mapping[str, Any]) -> bool:
 
 
 def _checkpoints(trainer: Mapping[str, Any]) -> int:
-    """How many lie on the disk at one time: those that are kept, and the one that is being written."""
+    """The most checkpoints on the disk at one time: those that are kept, and the one that is being written."""
     settings = {**saving(trainer), **trainer}
     strategy, step = settings["save_strategy"], settings["save_steps"]
     steps = int(trainer.get("max_steps") or 0)

@@ -17,25 +17,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# tests/training/test_packing.py proves it of each of these, and of no other.
+# Architectures for which tests/training/test_packing.py proves that packed rows do not attend to each other.
 EXACT = ("bloom", "llama", "qwen2", "qwen3")
-# Rotary embeddings that are stretched to the longest row of a batch, so that a row depends on its neighbours.
+# Kinds of rotary embeddings that depend on the longest row of a batch.
 STRETCHED = ("dynamic", "longrope")
 
 
 def check(trainer: Mapping[str, Any], facts: Facts, *, packing: bool, wraps: bool) -> list[Problem]:
-    """What would let packed rows read each other; `packing` is the stage's default.
+    """Settings under which packed rows would attend to each other.
 
-    `wraps`: this stage may run rows into one another when `packing_strategy: wrapped` asks for it.
+    `packing` is the default of the stage; with `wraps` the stage allows `packing_strategy: wrapped`, where rows do
+    attend to each other.
     """
     packs = trainer.get("packing", packing)
     wrapped = packs and trainer.get("packing_strategy") == "wrapped"
     problems: list[Problem] = []
     if wrapped and not wraps:
-        text = "`wrapped` lets rows read each other; leave it out, then rows packed together stay apart"
+        text = "`wrapped` lets rows attend to each other; remove it, and packed rows stay apart"
         problems.append(("trainer.packing_strategy", text))
     if trainer.get("eval_packing") and not packs:
-        text = "without `packing` the held-out rows would read each other; remove it"
+        text = "without `packing` the held-out rows would attend to each other; remove it"
         problems.append(("trainer.eval_packing", text))
     for setting, asked in (("packing", packs and not wrapped), ("padding_free", trainer.get("padding_free"))):
         trouble = inexact(facts.config) if asked and facts.config else None
@@ -46,25 +47,26 @@ def check(trainer: Mapping[str, Any], facts: Facts, *, packing: bool, wraps: boo
 
 
 def inexact(config: Mapping[str, Any]) -> str | None:
-    """Why rows packed for the model of this config.json would not be as if alone; None when they are."""
+    """Why packed rows would attend to each other in the model of this config.json; None if they do not."""
     model_type = config.get("model_type", "")
     if model_type not in EXACT:
         proven = ", ".join(f"`{name}`" for name in EXACT)
-        return f"nothing proves that `{model_type}` keeps rows packed together from reading each other, as {proven} do"
+        text = f"packing is not verified for `{model_type}`: packed rows might attend to each other"
+        return f"{text} (it is verified for {proven})"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type"))
     if kind in STRETCHED:
         return (
-            f"`{kind}` position embeddings follow the longest row of a batch, so rows packed together change each other"
+            f"`{kind}` position embeddings depend on the longest row of a batch, so packed rows would change each other"
         )
     return None
 
 
 def prepare(model: "PreTrainedModel", args: Any) -> None:
-    """Make a loaded model ready to train with these SFTConfig arguments, packed or not.
+    """Prepare a loaded model for training with these SFTConfig arguments, packed or not.
 
     Raises:
-        StageError: they pack, and this model cannot keep rows apart. `check` says so earlier where it can.
+        StageError: the arguments ask for packing, and this model cannot keep rows apart.
     """
     apart = args.packing and args.packing_strategy != "wrapped"
     trouble = inexact(model.config.to_dict()) if apart or args.padding_free else None
@@ -75,9 +77,9 @@ def prepare(model: "PreTrainedModel", args: Any) -> None:
 
 
 def pack(rows: "Dataset", args: Any, file: Path) -> dict[str, float]:
-    """Pack rows as these SFTConfig arguments ask for, into an Arrow file, and account for it.
+    """Pack rows into an Arrow file as these SFTConfig arguments ask, and report rows before and after, and padding.
 
-    `padding` is the share of the packed rows' room, rows × `max_length`, that holds no token.
+    `padding` is the share of rows × `max_length` positions without a token.
 
     Raises:
         RuntimeError: a token was lost.

@@ -1,8 +1,8 @@
-"""A training stage's rows as its trainer reads them: drawn, tokenized and packed once, and kept by their content.
+"""The rows of a training stage as its trainer reads them: drawn, tokenized, packed, and kept for later runs.
 
-They lie in `.prepared/<key>` beside the stages' folders. The key is a hash of the content of every data file, of all
-that reads, cleans, draws and cuts rows, of the tokenizer with its template and of the versions of what computes: other
-rows have another key, and two stages that agree in all of it share one. The trainer maps the files into memory.
+They are in `saves/.prepared/<key>`. The key is a hash of everything that decides what the rows become: the content of
+every data file, the settings that read, clean, draw and cut rows, the tokenizer with its template, and the versions of
+the libraries. Stages that agree in all of it share the rows. The trainer maps the files into memory.
 """
 
 import fcntl
@@ -42,7 +42,7 @@ FEW = 8  # chunks that are not worth another process
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows for a trainer, and what they came to."""
+    """Rows for a trainer, and their counts."""
 
     train: "Dataset"
     """Columns `input_ids` and, where they differ, `labels`; `seq_lengths` when packed. For pairs `prompt_ids`,
@@ -52,10 +52,10 @@ class Prepared:
 
 
 def prepare(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool = False) -> Prepared:
-    """The rows of a stage under its trainer's arguments; those of an earlier stage or run where they are the same.
+    """The rows of a stage for the arguments of its trainer; rows that were prepared before are used again.
 
-    `cut`: what is longer than `max_length` is cut into pieces, none lost; else it keeps its start, and a row with
-    nothing to train in it is dropped and counted.
+    With `cut`, a text longer than `max_length` is cut into pieces, and no token is lost. Otherwise a row keeps its
+    start, and a row without a token to train on is dropped and counted.
 
     Raises:
         StageError: more rows are dropped than the data sets allow, nothing is left to train on, or a file changed
@@ -87,7 +87,7 @@ def prepare(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Pa
 
 
 def _recipe(draw: Draw, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:
-    """What makes the rows what they are, besides the files."""
+    """Everything besides the files that decides what the rows become."""
     packs = getattr(args, "packing", False)
     eval_packing = getattr(args, "eval_packing", None)
     wraps = packs and args.packing_strategy == "wrapped"  # cuts the stream of all texts by itself
@@ -124,7 +124,7 @@ def _key(recipe: dict[str, Any], draw: Draw) -> str:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one process prepare, and the others, of this run or another, wait for it."""
+    """Let one process prepare, and others, of this run or of another, wait for it."""
     for made in (lock(folder), folder):
         made.parent.mkdir(parents=True, exist_ok=True)
     with open(lock(folder), "a", encoding="utf-8") as file:
@@ -138,7 +138,7 @@ def lock(folder: Path) -> Path:
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:
-    """The account of prepared rows, if every file is what it was when they were made."""
+    """The counts of prepared rows; None unless every file is as it was written."""
     try:
         kept: dict[str, Any] = json.loads((folder / _ACCOUNT).read_text(encoding="utf-8"))
         files: dict[str, str] = kept["files"]
@@ -149,7 +149,7 @@ def _whole(folder: Path) -> dict[str, Any] | None:
 
 
 def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder: Path) -> dict[str, Any]:
-    """Prepare the rows in `folder` and hand back their account."""
+    """Prepare the rows in `folder`; returns their counts."""
     part = folder.with_name(f"{folder.name}.part")
     for old in (part, folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -178,7 +178,7 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
 
 
 def _pack(file: Path, args: Any) -> dict[str, float]:
-    """Pack the rows of an Arrow file, which is replaced, and hand back what packing did."""
+    """Replace an Arrow file by one with its rows packed; returns the counts of packing."""
     packed = file.with_suffix(".packed")
     figures = packing_module.pack(_dataset(file), args, packed)
     packed.replace(file)
@@ -188,7 +188,7 @@ def _pack(file: Path, args: Any) -> dict[str, float]:
 def _written(
     made: Iterable[tuple["pa.RecordBatch | None", list[encoding.Tokens]]], file: Path, data: int
 ) -> list[encoding.Tokens]:
-    """Write sequences as they come, and sum up the figures of each data set."""
+    """Write batches to an Arrow file as they are made; returns the token counts of each data set."""
     import pyarrow as pa
 
     totals = [encoding.Tokens() for _ in range(data)]
@@ -211,9 +211,10 @@ def _dataset(file: Path) -> "Dataset":
 
 
 def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None) -> None:
-    """
+    """Check how many rows have no token to train on.
+
     Raises:
-        StageError: more rows would train nothing than the data sets allow.
+        StageError: there are more of them than `max_dropped` allows.
     """
     rows = total.rows + total.untrained
     if not total.rows:
@@ -228,7 +229,7 @@ def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None) ->
 
 
 def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: encoding.Tokens) -> dict[str, Any]:
-    """The account of the stage, with that of each data set under `data`."""
+    """The counts of the stage, with those of each data set under `data`."""
     for entry, total in zip(drawn.account, totals, strict=True):
         if total.untrained:
             entry["trained_rows"] -= total.untrained
@@ -252,7 +253,7 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
 
 
 def _told(account: dict[str, Any]) -> str:
-    """One line for people."""
+    """The counts as one line."""
     words = [f"{account['rows']:,} rows", f"{account['dropped']:,} dropped", f"{account['truncated']:,} truncated"]
     words += [f"{account['tokens']:,} tokens", f"{account['trained_tokens']:,} in the loss"]
     words += [f"{account['held_out']:,} held out"] if account["held_out"] else []

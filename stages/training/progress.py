@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime.errors import StageError
 from stages.runtime.events import emit, main_process
 from stages.training.checkpoint import rotate, seal
-from stages.training.resume import Rest
+from stages.training.resume import ExactResume
 
 if TYPE_CHECKING:
     from transformers import (
@@ -27,7 +27,7 @@ class Progress:
 
         self.out, self.keep = out, keep
         self.checkpoints = Path(trainer.args.output_dir)
-        self.rest = Rest(trainer)
+        self.resume = ExactResume(trainer)
         self.asked = self.stopped = self.to_save = False
         self.shown = 0.0
         self.early = EarlyStoppingCallback(patience) if patience is not None else None
@@ -43,14 +43,14 @@ class Progress:
         class Callback(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 emit(progress.out, "total", steps=state.max_steps, step=state.global_step, **batch_sizes(args))
-                progress.rest.load(progress.newest(state))
+                progress.resume.load(progress.newest(state))
                 progress.recall(state)
                 if state.best_model_checkpoint is not None:  # the folder may have moved since
                     best = progress.checkpoints / Path(state.best_model_checkpoint).name
                     state.best_model_checkpoint = str(best)
 
             def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                progress.rest.begin_epoch(int(state.epoch), kwargs["train_dataloader"])
+                progress.resume.begin_epoch(int(state.epoch), kwargs["train_dataloader"])
 
             def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 progress.epoch_end(state, control)
@@ -67,13 +67,16 @@ class Progress:
         return Callback()
 
     def recall(self, state: Any) -> None:
-        """Count on from the checkpoint; transformers' own way would also bring back what the loop was about to do."""
+        """Restore the count of evaluations without improvement from the checkpoint.
+
+        transformers' own way would also restore what the loop was about to do when it stopped.
+        """
         if self.early is not None:
             known = state.stateful_callbacks.get(type(self.early).__name__, {}).get("attributes", {})
             self.early.early_stopping_patience_counter = known.get("early_stopping_patience_counter", 0)
 
     def no_better(self) -> bool:
-        """Has it stopped early? That goes before a stop by the user: there is nothing to go on with."""
+        """Whether training stopped early. That counts before a stop by the user, since nothing is left to resume."""
         early = self.early
         return early is not None and early.early_stopping_patience_counter >= early.early_stopping_patience
 
@@ -85,12 +88,12 @@ class Progress:
             emit(self.out, "step", step=state.global_step)
         if _any_process(self.asked, args.world_size) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
-            args.save_strategy = SaveStrategy.STEPS  # `best` would not save a step that is no better
-        if is_whole(state.epoch):  # what belongs to the epoch's end must be in the checkpoint
+            args.save_strategy = SaveStrategy.STEPS  # `best` would not save a step without improvement
+        if is_whole(state.epoch):  # the log and evaluation at the end of an epoch must be in its checkpoint
             self.to_save, control.should_save = control.should_save, False
 
     def epoch_end(self, state: Any, control: Any) -> None:
-        """Also called when a stop cuts an epoch short, which is no reason to log, evaluate or save once more."""
+        """transformers calls this also when a stop cuts an epoch short; then nothing is logged or saved again."""
         if is_whole(state.epoch):
             control.should_save |= self.to_save
             self.to_save = False
@@ -104,7 +107,9 @@ class Progress:
         figures = {key: value for key, value in logs.items() if isinstance(value, int | float)}
         emit(self.out, "log", step=state.global_step, **figures)
         for key in ("loss", "grad_norm", "eval_loss"):
-            scaled = key == "grad_norm" and self.rest.trainer.args.fp16  # whose scaler skips steps until it fits
+            scaled = (
+                key == "grad_norm" and self.resume.trainer.args.fp16
+            )  # the loss scaler of fp16 skips steps until it fits
             if key in figures and not math.isfinite(figures[key]) and not scaled:
                 raise StageError(
                     f"`{key}` is {figures[key]} at step {state.global_step}; nothing of it is kept as a result. "
@@ -113,9 +118,9 @@ class Progress:
                 )
 
     def save(self, state: Any, model: Any) -> None:
-        """Seal the newest checkpoint. The last one is not: going on from it would do a step too many."""
+        """Seal the newest checkpoint, except for the last step: resuming from that one would train a step too many."""
         newest = self.newest(state)
-        self.rest.save(newest)
+        self.resume.save(newest)
         wait_for_all()  # every process writes its random state and its sums
         try:
             check_finite(model, state.global_step)
@@ -142,9 +147,10 @@ def wait_for_all() -> None:
 
 
 def check_finite(model: Any, step: int) -> None:
-    """
+    """Check every trained weight before it becomes a checkpoint or a result.
+
     Raises:
-        StageError: a trained weight is NaN or infinite; it must become neither a checkpoint nor a result.
+        StageError: a weight is NaN or infinite.
     """
     import torch
 
@@ -164,7 +170,7 @@ def batch_sizes(args: Any) -> dict[str, int]:
 
 
 def _any_process(asked: bool, processes: int) -> bool:
-    """True when any process was asked to stop: all must leave at the same step."""
+    """Whether any process was asked to stop, since all processes must stop at the same step."""
     if processes == 1:
         return asked
     import torch

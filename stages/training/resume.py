@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly, and transformers does not keep: a part of it in the checkpoint, beside the rest.
+"""State that a bit-exact resume needs and transformers does not keep in its checkpoints.
 
 tests/training/test_resume.py stops every kind of run at every step and compares the bytes.
 """
@@ -8,20 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from stages.runtime.events import main_process
+from stages.runtime.interfaces import require
 
 REFERENCE = "reference.safetensors"
 
 
-class Rest:
-    """The order of each epoch's rows, the figures summed since the last log, a reference that moves."""
+class ExactResume:
+    """Keeps the order of rows in each epoch, the figures summed since the last log, and a reference model that moves.
+
+    It works on private attributes of transformers' and TRL's trainers.
+
+    Raises:
+        StageError: the installed libraries do not have these attributes.
+    """
 
     def __init__(self, trainer: Any) -> None:
+        require("transformers", trainer, "_get_train_sampler")
+        require("trl", trainer, "_metrics")
         self.trainer = trainer
         self.sampler: Any = None
         self.make_sampler, trainer._get_train_sampler = trainer._get_train_sampler, self._get_train_sampler
 
     def _get_train_sampler(self, *args: Any) -> Any:
-        """transformers' sampler with random numbers of its own, else it draws from those that dropout draws from."""
+        """transformers' sampler, with a generator of its own. Without one it shares the random numbers of dropout."""
         import torch
 
         self.sampler = self.make_sampler(*args)
@@ -30,9 +39,9 @@ class Rest:
         return self.sampler
 
     def begin_epoch(self, epoch: int, loader: Any) -> None:
-        """Let the order of rows hang on seed and epoch alone.
+        """Make the order of rows depend on seed and epoch alone.
 
-        accelerate does not pass the epoch on in every case when it skips the batches that were trained on before.
+        accelerate does not always pass the epoch on when it skips the batches that were trained on before a stop.
         """
         loader.set_epoch(epoch)
         if hasattr(self.sampler, "generator"):
@@ -41,7 +50,7 @@ class Rest:
             self.sampler.set_epoch(epoch)
 
     def save(self, checkpoint: Path) -> None:
-        """Add to a checkpoint; every process writes its own sums."""
+        """Add this state to a checkpoint; every process writes its own sums."""
         from safetensors.torch import save_model
 
         trainer = self.trainer
@@ -56,10 +65,11 @@ class Rest:
             save_model(trainer.accelerator.unwrap_model(trainer.ref_model), str(checkpoint / REFERENCE))
 
     def load(self, checkpoint: Path) -> None:
-        """Go on with what `save` added; a checkpoint of an earlier version has nothing of it."""
+        """Restore what `save` added to a checkpoint; without such files nothing is restored."""
         from safetensors.torch import load_model
 
         trainer = self.trainer
+        require("transformers", trainer, "_tr_loss", "_globalstep_last_logged", "_total_train_tokens")
         if self._sums(checkpoint).is_file():
             sums = json.loads(self._sums(checkpoint).read_text(encoding="utf-8"))
             trainer._tr_loss.fill_(sums["loss"])

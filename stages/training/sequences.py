@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.chat import encoding, fast_tokens
+from stages.chat import encoding
+from stages.chat.encoder import Encoder
 from stages.chat.labels import IGNORED, Encoded
 from stages.data import drawing
 from stages.data.row import Row
@@ -21,22 +22,19 @@ _COMPARED = 4000  # tokens of a vocabulary that the search goes through in the t
 def sequences(
     tokenizer: Any, limit: int | None, cut: bool, data: int
 ) -> Callable[[drawing.Chunk], tuple["pa.RecordBatch | None", list[encoding.Tokens]]]:
-    """What makes a chunk's sequences, and the figures of each data set."""
-
-    backend: Any = tokenizer.backend_tokenizer
+    """A function that turns a chunk of rows into a batch of sequences and the token counts of each data set."""
     some = max(SOME, len(tokenizer) // _COMPARED)
-    begun, twin = 0, None
+    begun, encoder = 0, Encoder(tokenizer)
 
     def work(chunk: drawing.Chunk) -> tuple["pa.RecordBatch | None", list[encoding.Tokens]]:
-        nonlocal begun, twin
+        nonlocal begun, encoder
         begun += 1
         if begun == some:
-            twin = fast_tokens.twin(backend)
+            encoder = encoder.with_twin()
         totals = [encoding.Tokens() for _ in range(data)]
         columns: defaultdict[str, _Column] = defaultdict(_Column)
         trained = list(chunk.trained())
-        with fast_tokens.used(backend, twin):
-            encoded = encoding.encode(tokenizer, [placed.row for _, placed, _ in trained])
+        encoded = encoding.encode(encoder, [placed.row for _, placed, _ in trained])
         for (_, placed, copies), row in zip(trained, encoded, strict=True):
             if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
                 for example in examples(placed.row, row, limit, cut) * copies:
@@ -50,7 +48,7 @@ def sequences(
 def examples(
     row: Row, encoded: Sequence[Encoded], limit: int | None, cut: bool
 ) -> "list[dict[str, array[int] | bool]]":
-    """What a trainer gets of a row, by column; all of `cut` rows is in the loss, and labels not given are the ids.
+    """The sequences of a row, by column. All tokens of `cut` rows are in the loss, so they have no `labels`.
 
     A text or a conversation has `input_ids` and `labels`; a preference pair `prompt_ids`, `chosen_ids` and
     `rejected_ids`; a labelled answer `prompt_ids`, `completion_ids` and `label`.
@@ -73,12 +71,12 @@ def examples(
 
 
 def _numbers(ids: list[int]) -> "array[int]":
-    """As 32-bit numbers; `array` itself takes twice as long."""
+    """Token ids as 32-bit numbers; building the `array` itself takes twice as long."""
     return array("i", struct.pack(f"{len(ids)}i", *ids))
 
 
 class _Column:
-    """Lists of numbers, as Arrow keeps them: one after the other, and where each ends. Or single truth values."""
+    """A column of lists of numbers as Arrow stores them (all values, and the end of each list), or of booleans."""
 
     def __init__(self) -> None:
         self.values, self.ends = array("i"), array("i", [0])

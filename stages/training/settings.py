@@ -17,7 +17,7 @@ from stages.model.inputs import Inputs
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, nearest
 
-# Kinds of LoRA that are no plain update of a weight.
+# Settings of LoraConfig that do more than add B·A to a weight.
 UNFOLDABLE = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
@@ -39,7 +39,7 @@ MEASURED_OF_PAIRS = tuple(
     for of in them
 )
 
-# Settings that TRL and PEFT take at any value, and that fail late or train nothing when they are not positive.
+# Settings that must be positive; TRL and PEFT accept other values, and then fail late or train nothing.
 POSITIVE = {
     "trainer": (
         *("learning_rate", "num_train_epochs", "max_length", "beta", "gradient_accumulation_steps"),
@@ -47,7 +47,7 @@ POSITIVE = {
     ),
     "lora": ("r", "lora_alpha"),
 }
-# Packages that a setting's value needs and that do not come with this project.
+# Packages that are not dependencies of this project, by the values of settings that need them.
 PACKAGES = {
     "report_to": {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "comet_ml")},
     "optim": {"adamw_8bit": "bitsandbytes", "adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes"},
@@ -79,9 +79,9 @@ class TrainingConfig(BaseModel):
     data: Mixture
     """Names of declared data; with weights, such as `{books: 1, general: 5}`, the shares of rows drawn from each."""
     rows: int | None = Field(default=None, gt=0)
-    """How many rows are drawn by the weights; without it as many as repeat none."""
+    """How many rows are drawn by the weights. Default: the largest number that repeats no row."""
     eval_data: list[Source] = []
-    """Names of declared data that is held out, never trained on."""
+    """Names of declared data that is held out and never trained on."""
     eval_size: float = Field(default=0, ge=0)
     """Rows of `data` held out: a share below 1, or a number of rows."""
     lora: dict[str, Any] | None = None
@@ -89,7 +89,7 @@ class TrainingConfig(BaseModel):
     trainer: dict[str, Any] = {}
     """TRL's own settings."""
     early_stopping: int | None = Field(default=None, gt=0)
-    """Stop after so many evaluations in a row that are no better than the best one."""
+    """Stop after this many evaluations in a row without improvement."""
     template: str | None = None
     """The chat template's text; without it the model keeps its own."""
     seed: int = Field(default=42, ge=0, lt=2**32)
@@ -131,7 +131,7 @@ class TrainingConfig(BaseModel):
 
 
 def check_training(config: TrainingConfig, facts: Facts, formats: Sequence[str], *, chat: bool) -> list[Problem]:
-    """What can be known to fail before anything is loaded."""
+    """Problems that are known before anything is loaded."""
     problems: list[Problem] = []
     for key, sources in (("data", config.data.sources), ("eval_data", config.eval_data)):
         for source in sources:
@@ -164,7 +164,7 @@ def check_training(config: TrainingConfig, facts: Facts, formats: Sequence[str],
 
 
 def _check_best(config: TrainingConfig, measured: Sequence[str]) -> list[Problem]:
-    """The best model is chosen among checkpoints, by a figure that is measured when they are written."""
+    """Early stopping and `load_best_model_at_end` need evaluations, and a checkpoint at each of them."""
     problems: list[Problem] = []
     trainer, best = config.trainer, config.trainer.get("load_best_model_at_end")
     evaluates = trainer.get("eval_strategy", "no")
@@ -192,7 +192,7 @@ def _check_best(config: TrainingConfig, measured: Sequence[str]) -> list[Problem
 
 
 def _check_save_steps(trainer: Mapping[str, Any]) -> list[Problem]:
-    """Every checkpoint that could be the best must have been evaluated: transformers' own rule."""
+    """transformers requires `save_steps` to be a multiple of `eval_steps` when it loads the best model."""
     step = trainer.get("eval_steps") or trainer.get("logging_steps") or LOGGING_STEPS
     save = {**saving(trainer), **trainer}["save_steps"]
     if (step < 1) == (save < 1) and round(save * 1_000_000) % round(step * 1_000_000) == 0:
@@ -202,7 +202,7 @@ def _check_save_steps(trainer: Mapping[str, Any]) -> list[Problem]:
 
 
 def saving(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """When to save unless the user says it: at each tenth, or where the best is wanted whenever it evaluates."""
+    """The default checkpoint schedule: every tenth of the run, or at each evaluation if the best model is wanted."""
     usual = {"save_strategy": "steps", "save_steps": SAVE_STEPS}
     if not trainer.get("load_best_model_at_end"):
         return usual
@@ -253,7 +253,7 @@ def _check_targets(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
 
 
 def _no_patterns(lora: Mapping[str, Any]) -> list[Problem]:
-    """Text that PEFT would read as a regular expression, and that is none."""
+    """Strings that PEFT would read as regular expressions and that are not valid ones."""
     texts = [(name, lora[name]) for name in ("target_modules", "exclude_modules") if isinstance(lora.get(name), str)]
     texts += [(name, text) for name in ("rank_pattern", "alpha_pattern") for text in lora.get(name) or {}]
     problems: list[Problem] = []
@@ -269,7 +269,7 @@ def _no_patterns(lora: Mapping[str, Any]) -> list[Problem]:
 def is_named(module: str, targets: str | Sequence[str]) -> bool:
     """PEFT's own rule: a string is a pattern for the whole name, a list holds names or their ends."""
     if isinstance(targets, str):
-        with contextlib.suppress(re.error):  # `_check_targets` tells of it
+        with contextlib.suppress(re.error):  # `_check_targets` reports it
             return re.fullmatch(targets, module) is not None
         return False
     return any(module == target or module.endswith(f".{target}") for target in targets)
@@ -290,11 +290,10 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
 
 
 def inexact_resume(config: TrainingConfig) -> str | None:
-    """Why a run that is stopped and goes on may end otherwise than one that never stops; None: it ends bit for bit
-    the same.
+    """Why resuming is not bit-exact; None if it is.
 
-    tests/training/test_resume.py shows both on a CPU. Nothing is promised for another device or another number of
-    processes than the run began on.
+    tests/training/test_resume.py shows both on a CPU. A run that goes on with another device or another number of
+    processes than it began with is not bit-exact.
     """
     evaluates = config.trainer.get("logging_steps", LOGGING_STEPS)
     settings = {**saving(config.trainer), "eval_steps": evaluates, **config.trainer}

@@ -1,5 +1,7 @@
-"""A stage's rows as they come from the files, tokenized on the way and never kept: for data that the disk cannot hold
-twice. The order depends on the seed alone, so a run that was stopped reads what it has seen once more, and goes on."""
+"""Rows of a stage tokenized while training reads them, and not kept: for data that does not fit on the disk twice.
+
+The order depends on the seed alone, so a run that was stopped reads the rows before the stop again and then goes on.
+"""
 
 import random
 from collections.abc import Iterator
@@ -7,10 +9,12 @@ from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Any
 
 from stages.chat import encoding
+from stages.chat.encoder import Encoder
 from stages.data import cleaning
 from stages.data.drawing import Draw
 from stages.data.row import Placed
 from stages.data.source import Source, kept_rows, rows_of
+from stages.runtime.interfaces import require
 from stages.training import preparation
 from stages.training.sequences import examples
 from stages.training.settings import TrainingConfig
@@ -26,7 +30,7 @@ _CHECKED = 1_000  # rows after which too many bad ones stop the run
 
 
 def check(config: TrainingConfig) -> list[tuple[str, str]]:
-    """What a stream cannot do."""
+    """Settings that do not work with streaming."""
     problems: list[tuple[str, str]] = []
     if not int(config.trainer.get("max_steps") or 0) > 0:
         problems.append(("trainer.max_steps", "a stream has no known length; set `max_steps`"))
@@ -48,16 +52,18 @@ def check(config: TrainingConfig) -> list[tuple[str, str]]:
 def rows(
     draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, total: encoding.Tokens, cut: bool
 ) -> "IterableDataset":
-    """The rows under the arguments of an SFTTrainer; `total` counts those that were read.
+    """The rows for an SFTTrainer with these arguments; `total` counts the rows that were read.
 
     Raises (while it is read):
         StageError: more rows are bad, or have nothing to train, than the data sets allow.
     """
-    from datasets import IterableDataset
-    from datasets.iterable_dataset import ExamplesIterable
+    from datasets import IterableDataset, iterable_dataset
     from trl import pack_dataset
 
+    require("datasets", iterable_dataset, "ExamplesIterable")
+
     held = [row for source in draw.eval_data for row in rows_of(source)]
+    encoder = Encoder(tokenizer)
     limit = None if args.packing and args.packing_strategy == "wrapped" else args.max_length
 
     def generate() -> Iterator[dict[str, list[int]]]:
@@ -65,7 +71,7 @@ def rows(
         while chunk := list(islice(placed, max(_CHUNK, len(held)))):
             alike = {pair.training for pair in cleaning.overlap(held, [row for _, row in chunk])} if held else set()
             chunk = [row for number, row in enumerate(chunk) if number not in alike]
-            made = encoding.encode(tokenizer, [row for _, row in chunk])
+            made = encoding.encode(encoder, [row for _, row in chunk])
             for (place, row), encoded in zip(chunk, made, strict=True):
                 if total.count(encoded, limit, cut=cut, place=place, copies=1):
                     for example in examples(row, encoded, limit, cut):
@@ -73,8 +79,8 @@ def rows(
             if total.rows + total.untrained >= _CHECKED:
                 preparation.check_dropped(draw, total, args.max_length)
 
-    # `from_generator` would pickle what the closure holds, for a name in a cache that a stream does not have.
-    stream = IterableDataset(ExamplesIterable(lambda: enumerate(generate()), {}))
+    # `IterableDataset.from_generator` would pickle the closure to name a cache, and a stream has no cache.
+    stream = IterableDataset(iterable_dataset.ExamplesIterable(lambda: enumerate(generate()), {}))
     stream = stream.shuffle(seed=args.seed, buffer_size=BUFFER)
     return pack_dataset(stream, args.max_length, args.packing_strategy) if args.packing else stream
 
@@ -84,7 +90,7 @@ def _read(source: Source) -> Iterator[Placed]:
 
 
 def _mixed(draw: Draw) -> Iterator[Placed]:
-    """Rows drawn by the weights, without end: a data set that is used up begins anew."""
+    """Rows drawn by the weights, without end: a data set that is used up starts again."""
     chance = random.Random(draw.seed)
     streams = [chain.from_iterable(map(_read, repeat(source))) for source in draw.sources]
     while True:

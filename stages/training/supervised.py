@@ -22,7 +22,7 @@ class Config(TrainingConfig):
     """The settings that `pt` and `sft` share."""
 
     streaming: bool = False
-    """Tokenize rows while training reads them and keep none, for data that does not fit on the disk twice."""
+    """Tokenize rows while training reads them and keep none: for data that does not fit on the disk twice."""
 
 
 def check(config: Config) -> list[Problem]:
@@ -31,7 +31,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> dict[str, Any]:
-    """Train and leave the artifact in `out`; `cut` as in `_prepared.prepare`, `defaults` are settings of SFTConfig."""
+    """Train and leave the artifact in `out`; `cut` as in `preparation.prepare`, `defaults` for SFTConfig."""
     from trl import SFTTrainer
 
     tokenizer = loop.tokenizer(config, inputs)
@@ -63,7 +63,7 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
 
 
 def _held(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool) -> "Dataset":
-    """The held-out rows of a stage that streams, prepared as others are."""
+    """The held-out rows of a stage that streams. They are prepared as without streaming."""
     args = copy.copy(args)
     args.packing = args.packing if args.eval_packing is None else args.eval_packing
     alone = Draw(sources=draw.eval_data, seed=draw.seed)

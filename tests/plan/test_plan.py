@@ -79,10 +79,7 @@ def refused(*problems):
         ],
         (
             "sft: {data: consult, trainer: {packing: true, packing_strategy: wrapped}}",
-            [
-                "8:67: stage `sft`: `wrapped` lets rows read each other; leave it out, then rows packed together stay "
-                "apart"
-            ],
+            ["8:67: stage `sft`: `wrapped` lets rows attend to each other; remove it, and packed rows stay apart"],
         ),
         (
             "pt: {data: books, trainer: {packing_strategy: bfd}}",
@@ -168,8 +165,8 @@ def test_a_setting_that_fits_is_not_refused(project):
 def test_rows_are_packed_only_where_it_is_known_that_they_stay_apart(project):
     text = project.model(model_type="gpt2")
     problem = (
-        "nothing proves that `gpt2` keeps rows packed together from reading each other, as `bloom`, `llama`, `qwen2`, "
-        "`qwen3` do; set `packing: false`"
+        "packing is not verified for `gpt2`: packed rows might attend to each other (it is verified for `bloom`, "
+        "`llama`, `qwen2`, `qwen3`); set `packing: false`"
     )
     packed = "  pt: {data: books}\n  sft: {data: consult, trainer: {packing: true}}\n"
     assert project.validate(text + packed) == refused(

@@ -370,8 +370,8 @@ def test_a_stopped_packed_run_of_bloom_ends_with_the_same_bytes(tiny, train, tex
 
 
 UNPROVEN = (
-    "nothing proves that `gpt2` keeps rows packed together from reading each other, as `bloom`, `llama`, `qwen2`, "
-    "`qwen3` do; set "
+    "packing is not verified for `gpt2`: packed rows might attend to each other (it is verified for `bloom`, "
+    "`llama`, `qwen2`, `qwen3`); set "
 )
 
 
@@ -412,7 +412,7 @@ UNPROVEN = (
             sft,
             {"eval_packing": True},
             {"model_type": "bloom"},
-            [("trainer.eval_packing", "without `packing` the held-out rows would read each other; remove it")],
+            [("trainer.eval_packing", "without `packing` the held-out rows would attend to each other; remove it")],
         ),
         (
             sft,
@@ -421,7 +421,7 @@ UNPROVEN = (
             [
                 (
                     "trainer.packing_strategy",
-                    "`wrapped` lets rows read each other; leave it out, then rows packed together stay apart",
+                    "`wrapped` lets rows attend to each other; remove it, and packed rows stay apart",
                 )
             ],
         ),
