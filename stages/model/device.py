@@ -1,10 +1,7 @@
 """The devices of this machine."""
 
+import gc
 import shutil
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def has_bf16() -> bool:
@@ -17,3 +14,23 @@ def has_bf16() -> bool:
 def has_gpu() -> bool:
     """Is there an NVIDIA driver? Asked without torch, which would open the GPU."""
     return shutil.which("nvidia-smi") is not None
+
+
+def torch_device() -> str:
+    """The device that models compute on: `cuda` if torch sees a GPU, or else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype() -> str:
+    """The dtype that models compute in, whatever they are stored in: bfloat16 if the GPU has it, or else float32."""
+    return "bfloat16" if has_bf16() else "float32"
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, so that the next model has it."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

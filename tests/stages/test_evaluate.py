@@ -269,7 +269,7 @@ def test_a_closed_gate_shows_in_the_plan_and_stops_the_run(project, capsys):
         assert cli.main(["run", "x.yaml"]) == 3
         shown, table = capsys.readouterr()[::-1]
         assert "evaluate, all of it in saves/x/evaluate" in table
-        assert shown.startswith("error: the gates of `evaluate` say no, and nothing after it was run:\n" + said)
+        assert shown.startswith("error: gate failed: `evaluate`; nothing after it was run:\n" + said)
         assert "`--ignore-gates`" in shown
     told = json.loads((project.folder / "saves/x/gates.json").read_text())
     assert (told["ignored"], [gate["passed"] for gate in told["gates"]]) == (False, [False])

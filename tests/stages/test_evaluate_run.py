@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import plain
 import pytest
 
 from pipeline import cli
@@ -192,7 +193,7 @@ def test_answers_are_those_of_each_model_alone_and_each_model_is_loaded_once(
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     asked = rows_of(rows("alpaca", 4))
     for line, row in zip(lines, asked, strict=True):
-        alone = generation.generate(model, str(folder), row["messages"][:1], 12)
+        alone = plain.answer(model, folder, row["messages"][:1], 12)
         assert [line["answers"][name]["answer"] for name in ("one", "two")] == [alone, alone]
         assert (line["reference"], line["prompt"]) == (row["messages"][1]["content"], row["messages"][:1])
     assert found["answer_tokens"]["talks"]["one"] == pytest.approx(
@@ -311,7 +312,7 @@ def test_a_gate_stops_the_chain(tmp_path, capsys):
     began = artifact.read(evaluated)["started"]
     assert not (saves / "x" / "sft").exists()
     models = {
-        one["model"]: one["value"] for one in evaluate.table(evaluated)["figures"] if one["metric"] == "perplexity"
+        one["model"]: one["value"] for one in read_table(evaluated)["figures"] if one["metric"] == "perplexity"
     }
     assert models["quantize"] / models["init"] == pytest.approx(1, abs=0.2)
     assert run()[0] == 3

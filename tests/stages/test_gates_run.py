@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from stages import evaluate, quantize
+from stages.chat.encoder import Encoder
 from stages.chat.labels import encode_chat
 from stages.chat.template import install_template, template_text
 from stages.measuring.calibration import calibration_rows, split
@@ -101,7 +102,7 @@ def build(folder):
     save("pt")
     for name, shift in (("shuffled", 1), ("sft", 0)):
         model = LlamaForCausalLM.from_pretrained(folder / "pt")
-        train([encode_chat(tokenizer, row) for row in talks(ASKED[:3], shift)], 60)
+        train([encode_chat(Encoder(tokenizer), row) for row in talks(ASKED[:3], shift)], 60)
         save(name)
     prefer(model, tokenizer)
     save("dpo")
@@ -131,7 +132,7 @@ def prefer(model, tokenizer):
     def margins():
         sums = []
         for shift in (0, 1):
-            rows = [encode_chat(tokenizer, row) for row in talks(ASKED[:3], shift)]
+            rows = [encode_chat(Encoder(tokenizer), row) for row in talks(ASKED[:3], shift)]
             sums.append(torch.stack([-model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss * sum(
                 label != -100 for label in labels) for ids, labels in rows]))  # fmt: skip
         return sums[0] - sums[1]

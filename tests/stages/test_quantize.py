@@ -16,6 +16,7 @@ from stages.measuring.calibration import calibration_rows, split
 from stages.model.facts import Facts, Needs, read_facts
 from stages.model.folder import carried_files, load_tokenizer
 from stages.model.generation import load_engine
+from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 from stages.runtime.processes import in_fresh_process
 
@@ -235,6 +236,14 @@ def config(model, data, samples=32, **settings):
     return quantize.Config(model=str(model), calibration=calibration, **named)
 
 
+def run(asked, out):
+    return quantize.run(asked, Inputs(model=[asked.model]), out)
+
+
+def encode(asked, folder):
+    return calibration_rows(asked.calibration, lambda source: source, folder, asked.seed)
+
+
 @pytest.fixture(scope="module")
 def worker():
     """A process like the one a stage runs in; GPTQModel patches what it imports."""
@@ -264,14 +273,14 @@ def done(tmp_path_factory, worker, models, data):
     """The result of a whole run of a kind of model, made once."""
     made = {}
 
-    def run(kind):
+    def quantized(kind):
         if kind not in made:
             out = tmp_path_factory.mktemp(f"{kind}-out")
             asked = config(models(kind), data)
-            made[kind] = SimpleNamespace(config=asked, out=out, metrics=worker(quantize.run, asked, out))
+            made[kind] = SimpleNamespace(config=asked, out=out, metrics=worker(run, asked, out))
         return made[kind]
 
-    return run
+    return quantized
 
 
 KINDS = pytest.mark.parametrize("kind", ["bloom", "tied", "untied"])
@@ -351,7 +360,7 @@ def test_config_says_how_it_was_quantized_and_no_more(done, models, kind):
 
 
 def same_weights(asked, folder, out):
-    held_out, calibration = split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
+    held_out, calibration = split(encode(asked, folder), asked.calibration.samples, asked.seed)
     assert not {*map(tuple, held_out)} & {*map(tuple, calibration)}
     quantize._quantize(asked, read_facts(folder), folder, calibration, out)
     return sha256(out / "model")
@@ -368,7 +377,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models,
 
 def encoded(asked, folder):
     tokenizer = load_tokenizer([str(folder)])
-    rows = calibration_rows(asked.calibration, lambda source: source, folder, asked.seed)
+    rows = encode(asked, folder)
     return [[tokenizer.decode(ids) for ids in part] for part in (rows, *split(rows, 16, 7))]
 
 
@@ -403,7 +412,7 @@ def test_memory_or_disk_gives_the_same_weights(done, models, worker, data, tmp_p
 
 
 def losses(asked, folder, work, out):
-    _, calibration = split(quantize._encoded(asked, folder), asked.calibration.samples, asked.seed)
+    _, calibration = split(encode(asked, folder), asked.calibration.samples, asked.seed)
     return quantize._summary(quantize._quantize(asked, read_facts(folder), folder, calibration, work), out)
 
 
@@ -464,14 +473,14 @@ def poison(folder, out):
 def test_broken_weights_are_refused_before_anything_is_quantized(models, worker, data, tmp_path):
     folder = worker(poison, models("bloom"), tmp_path / "nan")
     with pytest.raises(StageError) as caught:
-        worker(quantize.run, config(folder, data), tmp_path)
+        worker(run, config(folder, data), tmp_path)
     assert str(caught.value) == (f"the perplexity of `{folder}` is nan before quantization; look at the stage before")
 
 
 @pytest.mark.train
 def test_too_few_rows(models, worker, tmp_path):
     with pytest.raises(StageError) as caught:
-        worker(quantize.run, config(models("bloom"), write_rows(tmp_path / "few.jsonl", 11)), tmp_path)
+        worker(run, config(models("bloom"), write_rows(tmp_path / "few.jsonl", 11)), tmp_path)
     assert str(caught.value) == (
         "the calibration data has 11 different rows, and 16 are the least: 8 to calibrate with and 8 to "
         "measure perplexity on; add data"
@@ -486,7 +495,7 @@ def test_conversations_without_a_template(models, worker, data, tmp_path):
         if path.name != "chat_template.jinja":
             (folder / path.name).write_bytes(path.read_bytes())
     with pytest.raises(StageError) as caught:
-        worker(quantize.run, config(folder, data), tmp_path)
+        worker(run, config(folder, data), tmp_path)
     assert str(caught.value) == (
         f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
         "data of `format: text`, or set `template:` at the top"
@@ -497,7 +506,7 @@ def test_conversations_without_a_template(models, worker, data, tmp_path):
 def test_settings_that_gptqmodel_refuses(models, worker, data, tmp_path):
     asked = config(models("bloom"), data, desc_act=True, act_group_aware=True)
     with pytest.raises(StageError, match="GPTQModel refuses the settings of `quantize`"):
-        worker(quantize.run, asked, tmp_path)
+        worker(run, asked, tmp_path)
 
 
 def adapt(folder, out):

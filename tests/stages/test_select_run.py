@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import plain
 import pytest
 from planned import inputs
 
@@ -15,7 +16,7 @@ from stages.chat.labels import IGNORED
 from stages.chat.template import install_template, template_text
 from stages.data.source import Source, rows_of
 from stages.measuring.scores import answer_losses, embeddings, opening, own_answers, rewards
-from stages.model import generation, inference
+from stages.model import inference
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
@@ -236,7 +237,7 @@ def test_answers_in_batches_are_those_of_each_question_alone(tiny, rows, tmp_pat
     found = own_answers(made, inputs(made, made.model), asked, tmp_path)
     model = load_model([str(folder)])
     set_stop_tokens(model, load_tokenizer([str(folder)]))
-    assert found == [generation.generate(model, str(folder), row["messages"][:-1], 12) for row in asked]
+    assert found == [plain.answer(model, folder, row["messages"][:-1], 12) for row in asked]
 
 
 def test_embeddings_are_means_of_hidden_states(judge, tiny, rows, tmp_path):
