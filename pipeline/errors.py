@@ -2,14 +2,14 @@
 
 PipelineError                exit code
   ConfigError          2     the YAML or the command line is wrong; carries every problem found
-  StageError           1     a stage met something a user can mend (a bad row, a wrong template, …)
-  StageFailed          1     a stage ended without a result; says which, why and where its log is
-  GateClosed           3     a gate said no; what comes after was not run, and nothing is thrown away
+  StageError           1     a stage met something that the user can fix (a bad row, a wrong template, …)
+  StageFailed          1     a stage ended without a result; the message names the stage, the reason and its log
+  GateClosed           3     a gate failed; later stages were not run, and all results are kept
   Interrupted         75     stopped by a signal; the next `run` goes on
   Busy                 1     another run holds the same folder
   NewerRecord          1     a later version of this project wrote the folder
 
-Anything else that is raised is a fault of ours and shows its traceback.
+Any other exception is an internal error and shows its traceback.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class StageFailed(PipelineError):
 
 
 class GateClosed(PipelineError):
-    """A gate of a finished evaluation said no."""
+    """A gate of a finished evaluation failed."""
 
     exit_code = 3
 
@@ -42,4 +42,4 @@ class Busy(PipelineError):
 
 
 class NewerRecord(PipelineError):
-    """A finished folder whose record this version cannot read, and must not take for damage."""
+    """A finished folder with a record of a later version, which is not damage."""

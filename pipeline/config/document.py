@@ -1,7 +1,7 @@
 """YAML text in, plain values with the line and column of each out.
 
-PyYAML composes the nodes; the values are read after YAML 1.2's core schema, so `5e-5` is a number and `no` is
-a word. Refused, each with its place: duplicate keys, tabs, tags, aliases beyond a budget, deep nesting.
+PyYAML composes the nodes; values are read by the core schema of YAML 1.2, so `5e-5` is a number and `no` is a
+word. Refused, each with its place: duplicate keys, tabs, tags, aliases beyond a budget, deep nesting.
 """
 
 import re
@@ -33,13 +33,13 @@ _WORDS: dict[str, Any] = {
 
 class _Loader(yaml.SafeLoader):
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
-        """PyYAML asks for the tag of what is written without one; so a node with a tag had it in the file."""
+        """PyYAML calls this for values without a tag, so a node that has a tag got it from the user."""
         return ""
 
 
 @dataclass
 class Document:
-    """The values of a YAML file; `keys` and `values` say where each key and each value stands."""
+    """The values of a YAML file, with the place of each key (`keys`) and of each value (`values`)."""
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Document:
         return self.values.get(key) or self.key_place(key)
 
     def move(self, old: Key, new: Key) -> None:
-        """What stands below a key counts as standing below another one too."""
+        """Give the places below one key to another key as well."""
         for places in (self.keys, self.values):
             found = {key: place for key, place in places.items() if key[: len(old)] == old}
             places.update({new + key[len(old) :]: place for key, place in found.items()})
@@ -67,7 +67,7 @@ class Document:
         """Apply one `--set key.path=value`; the value is read as YAML.
 
         Raises:
-            ConfigError: `=` is missing, or the path runs through a value that is no mapping.
+            ConfigError: `=` is missing, or the path runs through a value that is not a mapping.
         """
         path, equals, text = assignment.partition("=")
         words: list[str] = path.strip().split(".")
@@ -85,7 +85,7 @@ class Document:
                 target[word] = {}
             target = target[word]
             if not isinstance(target, dict):
-                raise ConfigError([f"--set {path}: `{'.'.join(words[: depth + 1])}` is no mapping"])
+                raise ConfigError([f"--set {path}: `{'.'.join(words[: depth + 1])}` is not a mapping"])
         target[words[-1]] = value.data
         for depth in range(1, len(words) + 1):
             self.keys.setdefault(tuple(words[:depth]), f"--set {path}")
@@ -157,7 +157,7 @@ def _syntax(name: str, text: str, error: yaml.MarkedYAMLError) -> str:
 
 
 class _Reader:
-    """Turns nodes into values and notes where they stand."""
+    """Turns nodes into values and notes their places."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -194,7 +194,7 @@ class _Reader:
             word = key_node.value
             if word in found:
                 first = self.document.keys[(*key, word)].rsplit(":", 2)[-2]
-                self.document.problems.append(f"{place}: `{word}` is here twice; it stands in line {first} already")
+                self.document.problems.append(f"{place}: `{word}` is here twice; it is in line {first} already")
                 continue
             self.document.keys[(*key, word)] = place
             found[word] = self.value(value_node, (*key, word))

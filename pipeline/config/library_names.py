@@ -47,7 +47,7 @@ MANAGED = {
         }
     ),
 }
-"""What is not the user's to set, and why, by class."""
+"""Settings that the pipeline sets itself, and why, by class."""
 
 _TRAINER_MOVED = _by_name(
     {
@@ -114,7 +114,7 @@ MOVED = {
         }
     ),
 }
-"""Names of earlier versions and of other tools, and what to write today, by class."""
+"""Names of earlier versions and of other tools, and what to write instead, by class."""
 
 HIDDEN = {
     "DPOConfig.loss_type": ("trl.trainer.dpo_trainer", r'\b(?:el)?if loss_type == "(\w+)"', ()),
@@ -127,4 +127,4 @@ HIDDEN = {
         ("all", "none"),
     ),
 }
-"""Choices that stand only in the library's code: the module, where in its text, and words beside them."""
+"""Choices that only the code of a library states: its module, a pattern for its text, and further choices."""

@@ -1,6 +1,6 @@
-"""A name and a value of a `trainer:` or `lora:` mapping in, what is wrong with it out.
+"""Checks a name and a value under `trainer:`, `lora:` or `gptq:` against the installed library.
 
-The truth is the source of the installed library, read as text: importing trl takes ten seconds, this 0.1.
+The source of the library is read as text, which takes 0.1 seconds; importing trl takes ten.
 """
 
 import ast
@@ -49,7 +49,7 @@ def settings(reference: str) -> dict[str, Setting]:
 
 @cache
 def _collect(file: Path, name: str) -> dict[str, Setting]:
-    """The fields of a class after those of its bases; a class out of reach has none."""
+    """The fields of the bases of a class, then its own; none for a class that cannot be found."""
     block, home = _find(file, name)
     if not block:
         return {}
@@ -66,7 +66,7 @@ def _collect(file: Path, name: str) -> dict[str, Setting]:
 
 
 def _field(name: str, line: ast.AnnAssign, home: Path) -> dict[str, Setting]:
-    """One field by its name; nothing when it is not for the caller to set."""
+    """One field by its name; empty for a field that the caller cannot set."""
     annotation, options = ast.unparse(line.annotation), _options(line.value)
     init = options.get("init", ast.Constant(True))
     if name.startswith("_") or "ClassVar" in annotation or ast.unparse(init) == "False":
@@ -84,7 +84,7 @@ def _options(value: ast.expr | None) -> dict[str, ast.expr]:
 
 
 def _choices(metadata: ast.expr | None) -> tuple[object, ...]:
-    """The literal list under `choices`; one made by code, such as `levels.keys()`, says nothing here."""
+    """The literal list under `choices`; a list made by code, such as `levels.keys()`, is ignored."""
     if isinstance(metadata, ast.Dict):
         for key, value in zip(metadata.keys, metadata.values, strict=True):
             if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
@@ -108,7 +108,7 @@ def _find(file: Path, name: str) -> tuple[str, Path]:
 
 
 def _head(block: str) -> str:
-    """A class without its methods, unless fields follow them: half the time of all goes into parsing."""
+    """The text of a class without its methods, unless fields follow them; parsing takes half of all the time."""
     method = _METHOD.search(block)
     return block[: method.start()] if method and not _FIELD.search(block, method.end()) else block
 
@@ -175,12 +175,12 @@ def _managed(owner: str, name: str, value: object) -> str | None:
 
 
 def _misfit(owner: str, setting: Setting, value: object) -> str | None:
-    """First the type, then the choices; both are the library's own."""
+    """Check the type, then the choices, as the library declares them."""
     if value is None and setting.default == "None":
         return None
     node = ast.parse(setting.annotation, mode="eval").body
     words = _words(node, setting.home)
-    # DPOConfig makes a list of one loss itself.
+    # DPOConfig turns one loss into a list itself.
     listed = [value] if setting.name == "loss_type" and isinstance(value, str) else value
     if not _fits(node, value, setting.home) and not _fits(node, listed, setting.home):
         if isinstance(value, str) and words:
@@ -200,7 +200,7 @@ def _no_choice(owner: str, name: str, value: object, choices: tuple[object, ...]
 
 @cache
 def _hidden(owner: str, name: str) -> tuple[str, ...]:
-    """The choices a library states only in its code; none if it no longer does so at this place."""
+    """Choices that a library states only in its code; none if they are no longer at this place."""
     module, pattern, beside = HIDDEN.get(f"{owner}.{name}") or HIDDEN.get(name) or ("", "", ())
     file = _module(Path(), module) if module else None
     found = re.findall(pattern, _read(file), re.M) if file else []
@@ -212,7 +212,7 @@ def _fits(node: ast.expr, value: object, home: Path) -> bool:
 
 
 def _fits_one(part: ast.expr, value: object, home: Path) -> bool:
-    """What YAML cannot write, such as `torch.dtype`, fits anything: the library has the last word."""
+    """Types that YAML cannot write, such as `torch.dtype`, accept any value here; the library checks them."""
     plain = _PLAIN.get(_name(part))
     if plain is None:
         words = _own_words(part, home)
@@ -233,7 +233,7 @@ def _is(word: object, value: object) -> bool:
 
 
 def _parts(node: ast.expr, home: Path) -> list[ast.expr]:
-    """The members of a union. `SchedulerType | str` is a SchedulerType: the library makes one of the text."""
+    """The members of a union. `SchedulerType | str` counts as SchedulerType: the library converts the text."""
     parts = list(_flat(node))
     if any(_name(part) not in _PLAIN and _enum(part, home) for part in parts):
         return [part for part in parts if _name(part) != "str"]

@@ -23,7 +23,7 @@ from stages.runtime.errors import OUT_OF_MEMORY, Interrupted
 from stages.runtime.events import EVENTS_FILE, LAUNCHED
 from stages.runtime.processes import end_with_parent
 
-# Not with a GPU: some of these open it while they are imported, and CUDA does not survive a fork.
+# Only without a GPU: some of these modules open the GPU when they are imported, and CUDA does not survive a fork.
 PRELOAD = [
     "torch",
     "pipeline.run.worker",
@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 
 class View(Protocol):
-    """What the runner tells whoever draws."""
+    """Progress callbacks for the view."""
 
     def step(self, step: Step, state: str, detail: str = "") -> None: ...
     def event(self, step: Step, event: dict[str, Any]) -> None: ...
@@ -60,13 +60,13 @@ class Child(Protocol):
 
 
 class Stop:
-    """How often the user asked to stop."""
+    """How often the user asked the run to stop."""
 
     count = 0
 
 
 def follow(step: Step, view: View, stop: Stop) -> dict[str, Any]:
-    """Start the stage's process and pass on its events until it ends; the last one, `done`.
+    """Start the process of a stage and pass its events to the view until it ends; returns the `done` event.
 
     Raises:
         Interrupted, StageFailed: as `run`.
@@ -86,7 +86,7 @@ def follow(step: Step, view: View, stop: Stop) -> dict[str, Any]:
 
 
 def _ask_to_stop(child: Child, events: "Events", step: Step, view: View, *, hard: bool) -> bool:
-    """Tell the stage to stop at its next step, or end it; False while it cannot be told yet."""
+    """Ask the stage to stop at its next step, or end it; False if its process cannot be asked yet."""
     if hard:
         child.kill()
         return True
@@ -109,7 +109,7 @@ def _result(step: Step, code: int | None, last: dict[str, dict[str, Any]], asked
         raise Interrupted(f"stage `{step.name}` {how}; run the same command again to go on")
     if "error" in last:
         error = last["error"]
-        text = error["text"] or "ended with a fault of ours:\n" + error["traceback"].rstrip()
+        text = error["text"] or "failed with an internal error; please report this:\n" + error["traceback"].rstrip()
         least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
         raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
     least = f"; {_least(step)}" if code == -signal.SIGKILL and step.needs.memory else ""
@@ -132,7 +132,7 @@ def _death(code: int | None) -> str:
 
 
 class Events:
-    """Reads the lines that a growing events file has gained."""
+    """Reads new events from a growing events file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.position, self.last = path, 0, {}  # type: Path, int, dict[str, dict[str, Any]]
@@ -147,7 +147,9 @@ class Events:
         self.position += end
         found = [event for line in chunk[:end].splitlines() if (event := _event(line)) is not None]
         for event in found:
-            if event["kind"] != "error" or "error" not in self.last:  # the first process to fail knows the cause
+            if (
+                event["kind"] != "error" or "error" not in self.last
+            ):  # the first error has the cause
                 self.last[event["kind"]] = event
         return found
 
@@ -185,7 +187,7 @@ class _Forked:
 
 
 def warm(log: Path) -> None:
-    """Start the server that children fork from, if it is not there yet; what its imports print goes to the log."""
+    """Start the server that stages are forked from, unless it runs already; its output goes to the log."""
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
     multiprocessing.set_forkserver_preload(
         ["pipeline.run.server", *(["pipeline.run.worker"] if has_gpu() else PRELOAD)]
@@ -194,7 +196,7 @@ def warm(log: Path) -> None:
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the runner's to handle
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits this; the runner handles Ctrl-C
     try:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -212,7 +214,7 @@ class _Launched:
 
     def __init__(self, step: Step) -> None:
         processes = step.entry.launch.processes
-        # `--multi_gpu` is accelerate's word for several processes on this machine; `--cpu` would start only one.
+        # In accelerate, `--multi_gpu` means several processes on this machine; `--cpu` would start only one.
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
         command += ["--dynamo_backend", "no", "--main_process_port", str(_free_port())]
@@ -223,7 +225,7 @@ class _Launched:
         if not has_gpu():
             environment["ACCELERATE_USE_CPU"] = "true"
         with open(step.part / artifact.LOG, "ab") as log:
-            # A session of its own: Ctrl-C reaches the runner, which tells the first process to stop.
+            # A session of its own, so that Ctrl-C reaches only the runner, which then asks the first process to stop.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -233,7 +235,7 @@ class _Launched:
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
-        self.pid: int | None = None  # the launcher itself is never told; it would end its processes at once
+        self.pid: int | None = None  # the launcher is never signalled: it would kill its processes at once
 
     def is_alive(self) -> bool:
         return self.process.poll() is None

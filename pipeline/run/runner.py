@@ -30,17 +30,17 @@ from pipeline.saves.locks import locked
 from stages.model.device import has_gpu
 from stages.runtime.events import EVENTS_FILE
 
-GATES = "gates.json"  # what the gates of a config's last run said
+GATES = "gates.json"  # the verdicts of the last run of a config
 
 
 def run(planned: Plan, view: View) -> list[dict[str, Any]]:
-    """Run every step that is not done, in order; the records of all of them.
+    """Run every step that is not done, in order; returns the records of all steps.
 
     Raises:
         StageFailed: a stage ended without a result.
         Interrupted: a signal came; running again goes on.
         Busy: another run is at work on the same stage.
-        GateClosed: a gate said no, and the plan does not ignore gates.
+        GateClosed: a gate failed, and the plan does not ignore gates.
     """
     records: list[dict[str, Any]] = []
     gates = _Gates(planned)
@@ -66,41 +66,41 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
 
 
 class _Gates:
-    """What the gates of this run have said; kept in `gates.json` beside the links."""
+    """The verdicts of the gates of this run, kept in `gates.json` beside the links."""
 
     def __init__(self, planned: Plan) -> None:
-        self.planned, self.said = planned, []  # type: Plan, list[dict[str, Any]]
+        self.planned, self.verdicts = planned, []  # type: Plan, list[dict[str, Any]]
         self.ignored: list[str] = []
 
     def judge(self, step: Step) -> None:
-        """Go on, or stop the run.
+        """Judge a finished step.
 
         Raises:
-            GateClosed: a gate says no, and gates are not ignored.
+            GateClosed: a gate failed, and gates are not ignored.
         """
         verdicts = gate_verdicts(step, self.planned)
         if not verdicts:
             return
-        closed = [verdict.text for verdict in verdicts if not verdict.passed]
-        self.said += [
+        failed = [verdict.text for verdict in verdicts if not verdict.passed]
+        self.verdicts += [
             {"stage": step.name, "folder": step.folder.name, "passed": verdict.passed, "text": verdict.text}
             for verdict in verdicts
         ]
         file = self.planned.saves / self.planned.pipeline.name / GATES
-        content = {"ignored": self.planned.ignore_gates, "gates": self.said}
+        content = {"ignored": self.planned.ignore_gates, "gates": self.verdicts}
         file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         if self.planned.ignore_gates:
-            self.ignored += closed
-        elif closed:
+            self.ignored += failed
+        elif failed:
             raise GateClosed(
-                "\n".join([f"the gates of `{step.name}` say no, and nothing after it was run:", *closed])
+                "\n".join([f"gate failed: `{step.name}`; nothing after it was run:", *failed])
                 + f"\nall figures are in {step.link}; change what made them worse, or the gate, or go on all the same "
                 "with `--ignore-gates`"
             )
 
 
 def _tidy(step: Step) -> None:
-    """Delete what a run that was killed at its very end left in a finished folder."""
+    """Delete the working files that a run left in a finished folder when it was killed at the very end."""
     if any((step.folder / name).exists() for name in artifact.TO_GO_ON):
         with contextlib.suppress(Busy), locked(step.part, step.name):  # a run that still holds it deletes it itself
             artifact.clear_leftovers(step.folder)
@@ -125,7 +125,7 @@ def _signals() -> Iterator[Stop]:
 def _run_step(
     step: Step, planned: Plan, view: View, stop: Stop, gates: _Gates, before: Sequence[card.Made]
 ) -> dict[str, Any]:
-    """Run one step to its finished folder, and hold its lock until that has its name."""
+    """Run one step under its lock until its folder is finished and has its final name."""
     began, clock = time.time(), time.monotonic()
     hashes = planned.hashes
     with locked(step.part, step.name):
@@ -149,41 +149,44 @@ def _run_step(
         if step.stage.card:
             card.write(step.part, step, done["metrics"], planned, before, versions)
         secret.forbid(step.part, step.name)
-        record = {
-            "stage": step.name,
-            "use": step.use,
-            "fingerprint": step.fingerprint,
-            "recipe": dict(step.recipe),
-            "inputs": dict(step.identities),
-            "model": step.produces,
-            "stands_on": step.stands_on(),
-            "metrics": done["metrics"],
-            "inexact_after_a_stop": step.inexact,
-            "ignored_gates": list(gates.ignored),
-            "versions": versions,
-            "machine": {
-                "host": platform.node(),
-                "system": platform.platform(),
-                "cores": os.cpu_count(),
-                "gpu": has_gpu(),
-            },
-            "started": round(began, 3),
-            "seconds": round(time.monotonic() - clock, 3),
-            "memory": done["memory"],
-        }
+        record = _record(step, done, versions, gates.ignored)
+        record |= {"started": round(began, 3), "seconds": round(time.monotonic() - clock, 3), "memory": done["memory"]}
         artifact.finish(step.part, step.folder, record, hashes)
         hashes.save()
     view.step(step, "ran")
     return record
 
 
+def _record(step: Step, done: dict[str, Any], versions: dict[str, str], ignored: Sequence[str]) -> dict[str, Any]:
+    """What `record.json` says of a step besides times and files."""
+    return {
+        "stage": step.name,
+        "use": step.use,
+        "fingerprint": step.fingerprint,
+        "recipe": dict(step.recipe),
+        "inputs": dict(step.identities),
+        "model": step.produces,
+        "stands_on": step.stands_on(),
+        "metrics": done["metrics"],
+        "inexact_after_a_stop": step.inexact,
+        "ignored_gates": list(ignored),
+        "versions": versions,
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "gpu": has_gpu(),
+        },
+    }
+
+
 def _make_room(step: Step) -> None:
-    """An empty folder to work in, but for what an earlier try left to go on from; what is in the way is set aside."""
-    if step.folder.exists():  # damaged, or to be made again
+    """Prepare the working folder: keep what an earlier try left to resume from, set aside what is in the way."""
+    if step.folder.exists():  # damaged, or to be rebuilt
         step.folder.rename(_free_name(step.folder))
     if step.fresh and step.part.exists():
         step.part.rename(_free_name(step.part))
-    for part in step.left if step.fresh else ():  # given up, yet kept for going back to those settings
+    for part in step.left if step.fresh else ():  # given up, but kept in case the settings come back
         spec = {**(artifact.begun(part) or {}), "of": None}
         (part / SPEC).write_text(json.dumps(spec, ensure_ascii=False, indent=1), encoding="utf-8")
     step.part.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""All stages of a run under one name in whatever `report_to` names, unless the user says otherwise.
+"""Groups all stages of a run under one name in the trackers of `report_to`, unless the user sets names.
 
 transformers' integrations take a run's name and trackio's project from the trainer's settings, the rest from the
 environment. TensorBoard's files differ from run to run, so they lie beside the artifacts and never in one.
@@ -23,9 +23,9 @@ TENSORBOARD = "tensorboard"  # the folder beside a config's links
 
 
 def environment(spec: Mapping[str, Any], out: Path) -> dict[str, str]:
-    """What the trackers read; `out` is the stage's unfinished folder in `saves`."""
+    """Environment variables that the trackers read; `out` is the working folder of the stage in `saves`."""
     name = spec["of"]
-    # A folder for each recipe: with other settings a stage is another curve.
+    # One folder for each recipe: a stage with other settings is another curve.
     curve = out.parent / name / TENSORBOARD / f"{spec['stage']}-{spec['fingerprint'][:12]}"
     return {
         "TENSORBOARD_LOGGING_DIR": str(curve.resolve()),
@@ -38,7 +38,7 @@ def environment(spec: Mapping[str, Any], out: Path) -> dict[str, str]:
 
 
 def group(spec: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Set the environment for this process; the stage's settings with a name for its run."""
+    """Set the environment of this process; returns the settings of the stage with a name for its run."""
     for variable, value in environment(spec, out).items():
         os.environ.setdefault(variable, value)
     config: dict[str, Any] = spec["config"]
@@ -50,10 +50,10 @@ def group(spec: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 
 def finish(spec: Mapping[str, Any], code: int) -> None:
-    """End the trackers' runs, so that nothing they hold is lost; with a `code` that is not 0, as failed.
+    """End the runs of the trackers, so that they write what they hold; a `code` other than 0 marks them as failed.
 
-    They wait for Python's exit handlers, which a process forked by `multiprocessing` leaves without calling. What goes
-    wrong is in the log, and one that takes too long is left behind: neither costs the stage.
+    Trackers rely on Python's exit handlers, which a process forked by `multiprocessing` does not call. Errors go to the
+    log, and a tracker that takes too long is abandoned: neither fails the stage.
     """
     named = spec["config"].get("trainer", {}).get("report_to") or []
     for name, end in ENDS.items():

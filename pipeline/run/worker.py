@@ -1,4 +1,4 @@
-"""One stage in a process of its own: its spec in, its folder and events out.
+"""Runs one stage in a process of its own: its spec in, its folder and events out.
 
 Forked from a warm server (see `runner`), or started by accelerate's launcher as `python -m pipeline.run.worker SPEC`
 in each of several processes. What the libraries print goes to the folder's `log.txt`.
@@ -26,7 +26,7 @@ from stages.runtime.processes import end_with_parent, peak_memory
 
 
 def main(spec_file: str) -> None:
-    """Run the stage that a spec file names and leave with 0, 1 or 75; never returns."""
+    """Run the stage of a spec file and exit with 0, 1 or 75; never returns."""
     out = Path(spec_file).parent
     spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
     to_log(out / artifact.LOG)
@@ -35,22 +35,22 @@ def main(spec_file: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the runner decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if LAUNCHED not in os.environ:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # left by a launcher around us, meant for others
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # set by a launcher around this program
             os.environ.pop(name, None)
         # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    for name in secret.HUB:  # a stage is offline and needs none
+    for name in secret.HUB:  # a stage is offline and needs no token
         os.environ.pop(name, None)
     emit(out, "start", pid=os.getpid())
     code = _run(spec, out)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the stage is over, only trackers are not; asked twice, it is killed
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only the trackers are still busy; a second Ctrl-C kills the process
     tracking.finish(spec, code)
     held.close()
     sys.exit(code)
 
 
 def _hold(out: Path) -> TextIO:
-    """A lock, shared by all processes of the stage, that tells a later runner that work still goes on here."""
+    """Take the lock that the processes of a stage share; a later runner sees from it that they still work."""
     file = open(held_file(out), "a", encoding="utf-8")  # noqa: SIM115 - held until the process ends
     fcntl.flock(file, fcntl.LOCK_SH)
     return file

@@ -1,4 +1,4 @@
-"""A stage's finished folder and its record: `record.json` is written last, so no record means no artifact."""
+"""The finished folder of a stage and its record. `record.json` is written last: a folder without it is not finished."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from stages.runtime.files import sync
 
 RECORD = "record.json"
 SCHEMA = 1
-NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # what a stage says about itself, not what later stages read
-SPEC = "spec.json"  # what a stage was begun with
-TO_GO_ON = (SPEC, "checkpoints", "before.json")  # what an unfinished stage goes on from
+NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # about the stage itself; later stages do not read these
+SPEC = "spec.json"  # settings and inputs that a stage was begun with
+TO_GO_ON = (SPEC, "checkpoints", "before.json")  # what an unfinished stage resumes from
 FOLDER = re.compile(r"(?P<use>[a-z][a-z0-9_]*)-[0-9a-f]{12}(?P<end>\.part|\.old-\d+|\.part\.old-\d+|)\Z")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished folder, or None when there is none that can be read.
+    """The record of a finished folder, or None when it has none that can be read.
 
     Raises:
         NewerRecord: a later version of this project wrote it.
@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def begun(part: Path) -> dict[str, Any] | None:
-    """What an unfinished folder was begun with, or None when that is not known."""
+    """The spec that an unfinished folder was begun with, or None when it cannot be read."""
     try:
         spec = json.loads((part / SPEC).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def begun(part: Path) -> dict[str, Any] | None:
 
 
 def damage(folder: Path, record: Mapping[str, Any], hashes: Hashes, *, thorough: bool = False) -> str | None:
-    """What is wrong with the files of a finished folder, or None; `thorough` trusts no remembered hash."""
+    """What is wrong with the files of a finished folder, or None; `thorough` reads every byte again."""
     files: dict[str, Mapping[str, Any]] = record["files"]
     for name, entry in files.items():
         path = folder / name
@@ -66,7 +66,7 @@ def damage(folder: Path, record: Mapping[str, Any], hashes: Hashes, *, thorough:
 
 
 def finish(part: Path, folder: Path, record: dict[str, Any], hashes: Hashes) -> None:
-    """Write every file durably, then the record with their hashes, then give the folder its final name.
+    """Sync every file to disk, then write the record with their hashes, then give the folder its final name.
 
     What the stage could have gone on from is deleted last, when it is not needed any more.
     """
@@ -89,7 +89,7 @@ def finish(part: Path, folder: Path, record: dict[str, Any], hashes: Hashes) -> 
 
 
 def _clock(handle: int, newest: int) -> int:
-    """The file system's time in ns, once its clock has moved on from `newest`; a coarse one is not waited for."""
+    """The time of the file system in ns, after its clock has passed `newest`; gives up after 0.1 s."""
     for _ in range(20):
         os.utime(handle)
         if os.fstat(handle).st_ctime_ns > newest:
@@ -99,7 +99,7 @@ def _clock(handle: int, newest: int) -> int:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what a finished stage could have gone on from; a kill can have come in between."""
+    """Delete the files that only resuming needs; a kill may have left them in a finished folder."""
     for name in TO_GO_ON:
         path = folder / name
         if path.is_dir():
@@ -113,7 +113,7 @@ def _is_content(path: Path) -> bool:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files below a folder; those that go meanwhile do not count."""
+    """Bytes of all files below a folder; files that vanish meanwhile are not counted."""
     found = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -125,7 +125,7 @@ LOG = "log.txt"
 
 
 def size_of(count: float) -> str:
-    """Bytes for people, such as `12.3 GB`."""
+    """A size in bytes as text, such as `12.3 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def link(folder: Path, name: Path) -> None:
-    """Let `name` point to the folder, relatively; an unchanged link is not touched."""
+    """Make `name` a relative link to the folder; a link that is right already is not touched."""
     target = os.path.relpath(folder, name.parent)
     if name.is_symlink() and os.readlink(name) == target:
         return
@@ -17,21 +17,22 @@ def link(folder: Path, name: Path) -> None:
     fresh.replace(name)
 
 
-BELONGS = ".config.json"  # beside the links of a config: which file they are of
+BELONGS = ".config.json"  # beside the links: the config file that owns them
 
 
 def belongs(links: Path) -> Path | None:
-    """The config file that a folder of links was made for, or None when that is not known."""
+    """The config file that owns a folder of links, or None when it is not known."""
     try:
         known = json.loads((links / BELONGS).read_text(encoding="utf-8"))
         beside = Path(os.path.relpath(os.path.normpath(links.resolve() / known["config"])))
-        before = Path(known.get("absolute") or beside)  # where it was before `saves` was moved
+        before = Path(known.get("absolute") or beside)  # the place of the config before `saves` was moved
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return before if before.exists() and not beside.exists() else beside
 
 
 def same_file(one: Path, other: Path) -> bool:
+    """Whether both paths exist and are the same file."""
     return other.exists() and one.samefile(other)
 
 

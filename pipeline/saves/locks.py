@@ -1,4 +1,4 @@
-"""Who is at work on a stage: locks that the kernel lets go of however their holder ends."""
+"""Locks on the working folder of a stage. The kernel releases them however their holder ends."""
 
 import contextlib
 import fcntl
@@ -13,13 +13,13 @@ from pipeline.errors import Busy
 
 
 def held_file(out: Path) -> Path:
-    """The file that a stage's processes lock while they work in `out`."""
+    """The file that the processes of a stage lock while they work in `out`."""
     return out.parent / ".locks" / f"{out.name}.worker"
 
 
 @contextlib.contextmanager
 def locked(part: Path, name: str) -> Iterator[None]:
-    """Hold the stage `name`, which works in `part`; the kernel lets go of it however this process ends.
+    """Hold the stage `name`, which works in `part`; the kernel releases the lock however this process ends.
 
     Raises:
         Busy: another run, or a process that a killed one left behind, is at work on it.
@@ -27,10 +27,10 @@ def locked(part: Path, name: str) -> Iterator[None]:
     held = held_file(part)
     held.parent.mkdir(parents=True, exist_ok=True)
     with open(held.with_suffix(".runner"), "a+", encoding="utf-8") as file, open(held, "a", encoding="utf-8") as left:
-        if not _lock(file, seconds=0.5):  # `status` and `gc` look at it for a moment
+        if not _lock(file, seconds=0.5):  # `status` and `gc` hold it for a moment
             file.seek(0)
             raise Busy(f"stage `{name}` is being run by another process ({file.read().strip()}); wait for it")
-        if not _lock(left, seconds=60):  # on Linux they end by themselves, as soon as the fork server has
+        if not _lock(left, seconds=60):  # on Linux these processes end by themselves, with the fork server
             raise Busy(f"stage `{name}` is still being run by what a killed run left behind; wait, or end it")
         fcntl.flock(left, fcntl.LOCK_UN)
         file.truncate(0)
@@ -40,7 +40,7 @@ def locked(part: Path, name: str) -> Iterator[None]:
 
 
 def _lock(file: IO[str], seconds: float) -> bool:
-    """Take an exclusive lock, trying for so long."""
+    """Take an exclusive lock; False if it is still held after `seconds`."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -53,16 +53,16 @@ def _lock(file: IO[str], seconds: float) -> bool:
 
 
 def held(part: Path) -> str | None:
-    """Who is at work on a stage, as `pid 12 on HOST since TIME`; None when nobody is."""
+    """The holder of a stage, as `pid 12 on HOST since TIME`; None when nobody works on it."""
     file = held_file(part)
     words = []
     for lock in (file.with_suffix(".runner"), file):
         try:
             with open(lock, encoding="utf-8") as handle:
                 words.append(handle.read().strip())
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing lets go of it
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file releases it
                 if lock == file:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its processes share it
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of a stage share it
         except FileNotFoundError:
             continue
         except OSError:

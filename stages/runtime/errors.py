@@ -15,11 +15,11 @@ class PipelineError(Exception):
 
 
 class StageError(PipelineError):
-    """Raised by a stage for what a user can mend: the message says where, what, and what to do now."""
+    """Raised by a stage for what the user can fix: the message says where, what, and what to do now."""
 
 
 class Interrupted(PipelineError):
-    """A signal stopped the run; nothing is lost."""
+    """A signal stopped the run; the next `run` resumes it."""
 
     exit_code = 75
 
@@ -47,7 +47,7 @@ _NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
 
 
 def explain(error: BaseException) -> str | None:
-    """A sentence for an error that the user can mend; None for a fault of ours."""
+    """A sentence for an error that the user can fix; None for an internal error."""
     if isinstance(error, PipelineError):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):

@@ -298,7 +298,7 @@ def load_here(*assignments):
             [
                 "x.yaml:1:1: there is no `a` here; there is `card`, `data`, `launch`, `model`, `question`, `seed`, "
                 "`stages`, `template`",
-                "x.yaml:3:1: `stages` is here twice; it stands in line 2 already",
+                "x.yaml:3:1: `stages` is here twice; it is in line 2 already",
             ],
         ),
     ],

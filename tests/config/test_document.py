@@ -84,8 +84,8 @@ def test_an_alias_repeats_a_value_and_an_empty_file_is_an_empty_mapping():
         (
             "a: 1\nb:\n  c: 2\n  c: 3\na: 2\n",
             [
-                "x.yaml:4:3: `c` is here twice; it stands in line 3 already",
-                "x.yaml:5:1: `a` is here twice; it stands in line 1 already",
+                "x.yaml:4:3: `c` is here twice; it is in line 3 already",
+                "x.yaml:5:1: `a` is here twice; it is in line 1 already",
             ],
         ),
         ("a:\n\tb: 1\n", ["x.yaml:2:1: a tab; YAML is indented with spaces"]),
@@ -209,8 +209,8 @@ def test_what_is_assigned_last_counts_and_the_rest_stays():
         ("sft.trainer", "--set sft.trainer: write it as `--set key.path=value`"),
         ("=5", "--set =5: write it as `--set key.path=value`"),
         ("sft..r=5", "--set sft..r=5: write it as `--set key.path=value`"),
-        ("model.name=5", "--set model.name: `model` is no mapping"),
-        ("sft.data.x=5", "--set sft.data.x: `stages.sft.data` is no mapping"),
+        ("model.name=5", "--set model.name: `model` is not a mapping"),
+        ("sft.data.x=5", "--set sft.data.x: `stages.sft.data` is not a mapping"),
         (
             "sft.data=[a",
             "--set sft.data:1:3: not valid YAML (expected ',' or ']', but got '<stream end>')",

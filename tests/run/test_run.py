@@ -148,7 +148,7 @@ def test_secrets_of_the_environment_are_in_no_file(finished):
 def test_a_secret_that_would_be_handed_on_with_the_model_stops_the_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_canary-one")
     config, saves = write_config(tmp_path), tmp_path / "saves"
-    template = (ROOT / "stages/templates/med.jinja").read_text(encoding="utf-8")
+    template = (ROOT / "stages/chat/templates/med.jinja").read_text(encoding="utf-8")
     (tmp_path / "mine.jinja").write_text("{#- hf_canary-one -#}" + template, encoding="utf-8")
     assert run(config, saves, "--until", "init", "--set", f"template={tmp_path}/mine.jinja") == 1
     (part,) = saves.glob("init-*.part")
@@ -294,7 +294,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_leaves_the_runner_alive(chain, 
     unforeseen = "sft.trainer.lr_scheduler_kwargs={no_such_word: 1}"
     assert run(config, saves, "--until", "sft", "--set", unforeseen) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: stage `sft`: ended with a fault of ours:\nTraceback (most recent call last):\n")
+    assert error.startswith("error: stage `sft`: failed with an internal error; please report this:\nTraceback (most recent call last):\n")
     assert "no_such_word" in error
 
 
@@ -315,7 +315,7 @@ def test_a_damaged_artifact_is_made_anew_and_never_used(chain, capsys):
     shutil.rmtree((saves / "small" / "sft").resolve())
     assert run(config, saves, "--until", "sft") == 0
     out = capsys.readouterr().out
-    assert "pt: starts; its folder is damaged (`model.safetensors` has changed); it is made anew\n" in out
+    assert "pt: starts; its folder is damaged (`model.safetensors` has changed); it is rebuilt\n" in out
     assert {name: content(saves, name) for name in before} == before
     assert damaged.with_name(f"{damaged.name}.old-1").is_dir()
 

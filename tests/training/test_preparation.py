@@ -170,7 +170,7 @@ def test_tiktoken_gives_the_same_rows(prepared, monkeypatch, processes):
     alone = (folder / "train.arrow").read_bytes()
     _remove(folder)
     monkeypatch.setattr(sequences, "SOME", 3)
-    counts, find = prepared.saves / "counts", fast_tokens.twin
+    counts, find = prepared.saves / "counts", fast_tokens.find_twin
 
     def counted(backend):
         twin = find(backend)
@@ -182,7 +182,7 @@ def test_tiktoken_gives_the_same_rows(prepared, monkeypatch, processes):
 
         return encode
 
-    monkeypatch.setattr(fast_tokens, "twin", counted)
+    monkeypatch.setattr(fast_tokens, "find_twin", counted)
     prepared(processes=processes)
     assert (folder / "train.arrow").read_bytes() == alone
     asked = len(counts.read_text(encoding="utf-8").splitlines())
@@ -265,9 +265,9 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(prepared, monkeypatch):
 
 def test_processes_end_with_the_one_that_began_them(tmp_path):
     code = (
-        "import os, sys, time\nfrom stages import _processes\n"
+        "import os, sys, time\nfrom stages.runtime.processes import parallel_map\n"
         "def work(item):\n    open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()\n    time.sleep(600)\n"
-        "list(_processes.mapped(work, range(8), 2))\n"
+        "list(parallel_map(work, range(8), 2))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
     while len(children := [int(file.name) for file in tmp_path.iterdir()]) < 2:

@@ -8,9 +8,10 @@ import pytest
 
 from pipeline.saves.artifact import TO_GO_ON
 from stages import sft
+from stages.chat.encoder import Encoder
 from stages.chat.labels import IGNORED, encode_chat
 from stages.data.source import Source, rows_of
-from stages.model import generation
+from stages.model.generation import load_engine
 from stages.runtime.errors import Interrupted, StageError
 from stages.training.checkpoint import newest_whole, rotate, seal
 
@@ -105,7 +106,7 @@ def test_a_model_that_learnt_a_row_gives_its_answer_and_stops(tiny, train, tmp_p
     asked = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_tensors="pt")
     ids = model.generate(**asked, max_new_tokens=100, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert tokenizer.decode(ids) == "多休息，多喝水。</s>"
-    assert generation.generate(model, str(out), row["messages"][:1], 100) == "多休息，多喝水。"
+    assert load_engine([str(out)]).answer(row["messages"][:1], 100) == "多休息，多喝水。"
 
 
 @pytest.mark.parametrize(("architecture", "tied"), [("bloom", True), ("qwen3", False)])
@@ -155,7 +156,7 @@ def test_rows_without_room_for_their_answer_are_dropped_and_counted(tiny, train,
     question, answer = "感冒了怎么办？", "多休息。"
     talks = [talk(question, answer), talk(question * 20, answer), talk(question, answer * 20)]
     tokenizer = tokenizer_of(tiny("llama"))
-    encoded = [encode_chat(tokenizer, row["messages"]) for row in talks]
+    encoded = [encode_chat(Encoder(tokenizer), row["messages"]) for row in talks]
     room = len(encoded[0][0])
     trained = sum(label != IGNORED for _, labels in encoded for label in labels[:room])
     source = written(tmp_path / "rows.jsonl", talks)
@@ -192,7 +193,7 @@ def test_held_out_rows_are_measured_before_and_after_and_never_trained_on(done, 
     trained = [tuple(ids) for ids in done.trainer.train_dataset["input_ids"]]
     held = [tuple(ids) for ids in done.trainer.eval_dataset["input_ids"]]
     tokenizer = tokenizer_of(tiny("llama"))
-    examples = {tuple(encode_chat(tokenizer, row["messages"])[0]): row for row in rows_of(rows("alpaca", 8))}
+    examples = {tuple(encode_chat(Encoder(tokenizer), row["messages"])[0]): row for row in rows_of(rows("alpaca", 8))}
     assert (len(trained), len(held)) == (6, 2)
     assert {*trained, *held} == examples.keys()
     expected = loss_by_hand(tiny("llama"), [examples[ids]["messages"] for ids in held])
