@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.plan.step import Plan, Step
 from stages.chat import encoding
+from stages.chat.encoder import Encoder
 from stages.data import cleaning, drawing
 from stages.data.row import Row
 from stages.data.source import Source, kept_rows
@@ -83,7 +84,7 @@ def _seen(data: str, source: Source, step: Step, training: Training, folder: Pat
         sizes.extend(more)
         first += begun[: rows - len(first)]
     whole.padding = encoding.padding(sizes, training.batch)
-    shown = [encoding.pieces(tokenizer, one) for row in encoding.encode(tokenizer, first) for one in row]
+    shown = [encoding.pieces(tokenizer, one) for row in encoding.encode(Encoder(tokenizer), first) for one in row]
     return Seen(data, step.name, account, whole, shown)
 
 

@@ -1,11 +1,12 @@
-"""Rows as the model sees them, and what they come to: tokens, the share of them in the loss, padding."""
+"""Rows as the model sees them, and their counts: tokens, tokens in the loss, padding."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from stages.chat.labels import Encoded, encode_chats, token_ids
+from stages.chat.encoder import Encoder
+from stages.chat.labels import Encoded, encode_chats
 from stages.chat.rendering import render
 from stages.data.row import Row
 
@@ -13,37 +14,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_SHOWN = 3  # places named of dropped rows
+_SHOWN = 3  # places of dropped rows that are named
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[list[Encoded]]:
-    """Normalised rows of one shape as tokens: one sequence of a text or conversation, two of a pair (chosen,
-    rejected)."""
+def encode(encoder: Encoder, rows: Sequence[Row]) -> list[list[Encoded]]:
+    """The sequences of each row; all rows are normalised and have the same columns.
+
+    A pair has two sequences, chosen and rejected, each after the prompt; every other row has one.
+
+    Raises:
+        StageError: as `encode_chats`.
+    """
     if not rows:
         return []
     if "text" in rows[0]:
-        texts = token_ids(tokenizer, [row["text"] for row in rows], special=True)
-        ended = [[*ids, tokenizer.eos_token_id] for ids in texts]
+        texts = encoder.token_ids([row["text"] for row in rows], special=True)
+        ended = [[*ids, encoder.tokenizer.eos_token_id] for ids in texts]
         return [[Encoded(ids, [(0, len(ids))])] for ids in ended]
     if "messages" in rows[0]:
         talks = [(row["messages"], row.get("tools")) for row in rows]
-        return [[encoded] for encoded in encode_chats(tokenizer, talks)]
+        return [[encoded] for encoded in encode_chats(encoder, talks)]
     answers = ("chosen", "rejected") if "chosen" in rows[0] else ("completion",)
-    prompts = [render(tokenizer, row["prompt"], prompt=True, tools=row.get("tools")) for row in rows]
-    starts = [len(ids) for ids in token_ids(tokenizer, prompts)]
+    prompts = [render(encoder.tokenizer, row["prompt"], prompt=True, tools=row.get("tools")) for row in rows]
+    starts = [len(ids) for ids in encoder.token_ids(prompts)]
     talks = [(row["prompt"] + row[answer], row.get("tools")) for row in rows for answer in answers]
-    encoded = encode_chats(tokenizer, talks)
-    each = len(answers)
+    encoded, size = encode_chats(encoder, talks), len(answers)
     return [
-        [_answered(one, start) for one in encoded[number * each : (number + 1) * each]]
+        [_answer_only(whole, start) for whole in encoded[number * size : (number + 1) * size]]
         for number, start in enumerate(starts)
     ]
 
 
-def _answered(whole: Encoded, start: int) -> Encoded:
-    """A prompt of `start` tokens and its answer, all of which is in the loss up to its end of turn.
+def _answer_only(whole: Encoded, start: int) -> Encoded:
+    """The conversation up to its last end of turn, in the loss from token `start` on, which is after the prompt.
 
-    Answers of earlier turns are given, and what a template writes after the end of turn is not the model's to say.
+    The prompt, with answers of earlier turns, is not in the loss; text that a template writes after the end of turn is
+    cut off.
     """
     _, end = whole.trained[-1]
     return Encoded(whole.ids[:end], [(start, end)])
@@ -51,27 +57,30 @@ def _answered(whole: Encoded, start: int) -> Encoded:
 
 @dataclass
 class Tokens:
-    """What encoded rows come to at a stage's `max_length`."""
+    """Counts of encoded rows at a stage's `max_length`."""
 
     rows: int = 0
-    """Those that have a token in the loss, each as often as it is drawn."""
+    """Rows that have a token in the loss; a row that is drawn twice counts twice."""
     sequences: int = 0
     tokens: int = 0
     trained: int = 0
     """Tokens in the loss."""
     longest: int = 0
-    """Tokens of the longest sequence, before anything is cut off."""
+    """Tokens of the longest sequence before it is cut."""
     truncated: int = 0
+    """Rows with a sequence that lost its end."""
     untrained: int = 0
-    """Rows without a token in the loss; they are dropped."""
+    """Rows that are dropped: one of their sequences has no token in the loss."""
     first: list[str] = field(default_factory=list)
-    """Where the first of those are."""
+    """Places of the first rows that are dropped."""
     padding: float = 0.0
     """Share of pad tokens when sequences are batched in their order."""
 
     def count(self, row: Sequence[Encoded], max_length: int | None, *, cut: bool, place: str, copies: int) -> bool:
-        """Count a row; False when it would train no token. `cut`: what is too long is cut into pieces, none lost; else
-        it keeps its start."""
+        """Count the copies of a row; False if they are dropped, as a sequence has no token in the loss.
+
+        `cut`: a sequence longer than `max_length` is cut into pieces, and no token is lost; or else it keeps its start.
+        """
         lengths = [len(ids) for ids, _ in row]
         self.longest = max(self.longest, *lengths)
         room = self.longest if cut or max_length is None else max_length
@@ -89,7 +98,7 @@ class Tokens:
         return True
 
     def add(self, other: "Tokens") -> None:
-        """Add the figures of the rows that follow."""
+        """Add the counts of the rows that follow."""
         for name in ("rows", "sequences", "tokens", "trained", "truncated", "untrained"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
@@ -100,7 +109,7 @@ class Tokens:
 
 
 def padding(lengths: Sequence[int], batch: int) -> float:
-    """The share of pad tokens when sequences of these lengths are batched in their order."""
+    """The share of pad tokens when sequences of these lengths are batched in their order, `batch` at a time."""
     import numpy as np
 
     starts = np.arange(0, len(lengths), batch)
@@ -111,7 +120,7 @@ def padding(lengths: Sequence[int], batch: int) -> float:
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", encoded: Encoded) -> list[tuple[str, bool]]:
-    """The text of a sequence in stretches, each with whether it is in the loss."""
+    """The text of a sequence in stretches; True: the stretch is in the loss."""
     ids, trained = encoded
     edges = [0, *(edge for stretch in trained for edge in stretch), len(ids)]
     stretches = [(ids[begin:end], bool(number % 2)) for number, (begin, end) in enumerate(pairwise(edges))]

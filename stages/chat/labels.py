@@ -1,18 +1,17 @@
 """Conversations in, token ids and labels out.
 
-One template and one way to tokenize serve every stage, the exported folder and the server: the ids that a stage
-trains on are those of `tokenizer.apply_chat_template(messages)`.
+Every stage, the exported folder and the server use one template and one way to tokenize: the ids that a stage trains on
+are those of `tokenizer.apply_chat_template(messages)`.
 """
 
-import functools
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from stages.chat import fast_tokens
-from stages.chat.rendering import Talk, fast_renderer, has_tools, refuse_left_out, rendered
+from stages.chat.encoder import Encoder
+from stages.chat.rendering import Render, Talk, has_tools, refuse_left_out
 from stages.data.row import Message, Tools
 from stages.runtime.errors import StageError
 
@@ -27,30 +26,28 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     trained: list[tuple[int, int]]
-    """The stretches in the loss, in their order and apart: where each begins and ends."""
+    """Begin and end of each stretch in the loss, in order; no two overlap."""
 
     @property
     def labels(self) -> list[int]:
-        """As long as the ids."""
+        """The token id where a token is in the loss, or else `IGNORED`; as long as `ids`."""
         labels = [IGNORED] * len(self.ids)
         for begin, end in self.trained:
             labels[begin:end] = self.ids[begin:end]
         return labels
 
 
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], tools: Tools | None = None
-) -> tuple[list[int], list[int]]:
-    """`encode_all` for one conversation: token ids and labels, both of length T."""
-    (encoded,) = encode_chats(tokenizer, [(messages, tools)])
+def encode_chat(encoder: Encoder, messages: list[Message], tools: Tools | None = None) -> tuple[list[int], list[int]]:
+    """`encode_chats` for one conversation: token ids and labels, both of length T."""
+    (encoded,) = encode_chats(encoder, [(messages, tools)])
     return encoded.ids, encoded.labels
 
 
-def encode_chats(tokenizer: "PreTrainedTokenizerBase", talks: Sequence[Talk]) -> list[Encoded]:
-    """Token ids of each conversation, and the stretches in the loss, which are the assistant's turns.
+def encode_chats(encoder: Encoder, talks: Sequence[Talk]) -> list[Encoded]:
+    """Token ids of each conversation, with the assistant's turns in the loss.
 
-    Its tool calls are among them, what the tools gave back is not. The end of turn (the special token after the
-    answer) is in the loss, or the model would never learn to stop.
+    Tool calls are part of an assistant's turn, what a tool gave back is not. The end of turn (the special token after
+    the answer) is in the loss, or the model would never learn to stop.
 
     Raises:
         StageError: the template cannot render these messages or tools, its prompt is not how the conversation
@@ -59,51 +56,35 @@ def encode_chats(tokenizer: "PreTrainedTokenizerBase", talks: Sequence[Talk]) ->
     if not talks:
         return []
     with_tools = [has_tools(talk) for talk in talks]
-    refuse_left_out(tokenizer, any(with_tools))
-    special = _marks(tokenizer)
+    refuse_left_out(encoder.tokenizer, any(with_tools))
+    special = _special_tokens(encoder.tokenizer)
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"\Z\b")
-    plain = [talk for talk, has_tools in zip(talks, with_tools, strict=True) if not has_tools]
-    slow = functools.partial(rendered, tokenizer)
-    fast = fast_renderer(tokenizer, plain[0]) if len(plain) > 1 else slow
-    renders = [slow if has_tools else fast for has_tools in with_tools]
+    plain = encoder.render_fast if with_tools.count(False) > 1 else encoder.render
+    renders = [encoder.render if tools else plain for tools in with_tools]
     full = [render(messages, tools) for render, (messages, tools) in zip(renders, talks, strict=True)]
-    ids = token_ids(tokenizer, full)
+    ids = encoder.token_ids(full)
     marks = [list(pattern.finditer(text)) for text in full]
     turns = list(map(_turns, renders, talks, full, marks))
-    ends = list({turn.after: None for found in turns for turn in found or ()})
-    known = dict(zip(ends, token_ids(tokenizer, ends), strict=True))
+    openings = list({turn.opening: None for found in turns for turn in found or ()})
+    known = dict(zip(openings, encoder.token_ids(openings), strict=True))
     return [
         (found and _labelled(row, [special[mark[0]] for mark in written], found, known))
-        or _by_offsets(tokenizer, talk, text)
+        or _by_offsets(encoder, talk, text)
         for talk, text, row, written, found in zip(talks, full, ids, marks, turns, strict=True)
     ]
-
-
-def token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-    """The token ids of each text; `special`: with what the tokenizer adds around a text.
-
-    As the tokenizer's own call gives them, without the place of every token, which takes half of its time.
-    """
-    backend: Any = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    twins = fast_tokens.ids(backend, texts, special=special)
-    if twins is not None:
-        return twins
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
 
 class _Turn(NamedTuple):
     """An assistant's turn without tool calls."""
 
     marks: int
-    """Special tokens before it."""
-    after: str
-    """Its prompt from the last of these on."""
+    """Special tokens before the turn."""
+    opening: str
+    """The prompt of the turn from its last special token on."""
 
 
-def _turns(render: Callable[..., str], talk: Talk, text: str, marks: list[re.Match[str]]) -> list[_Turn] | None:
-    """The assistant's turns, where they are as plain as most: each ends at the first special token after it."""
+def _turns(render: Render, talk: Talk, text: str, marks: list[re.Match[str]]) -> list[_Turn] | None:
+    """The assistant's turns, if each is the answer up to the first special token after its prompt; None if not."""
     messages, tools = talk
     closed = [mark.end() for mark in marks]
     found: list[_Turn] = []
@@ -121,17 +102,20 @@ def _turns(render: Callable[..., str], talk: Talk, text: str, marks: list[re.Mat
 
 
 def _labelled(ids: list[int], marks: list[int], turns: list[_Turn], known: Mapping[str, list[int]]) -> Encoded | None:
-    """What is in the loss, found by counting special tokens; None when `marks`, those in the text, are not in `ids`.
+    """The tokens in the loss, found by counting special tokens; None if this cannot find them.
 
-    Tokenizers split at their special tokens first and treat what lies between on its own. So a prompt alone is how the
-    conversation begins if what follows the prompt's last special token is, and that is the same few words in every row.
+    `marks` are the ids of the special tokens in the text, `known` the ids of every opening.
+
+    Tokenizers first split a text at its special tokens, and then encode each part alone. So a prompt's ids begin the
+    conversation's ids if the ids of its opening follow its last special token; openings are the same few words in every
+    row.
     """
     places = [*compress(range(len(ids)), map(frozenset(marks).__contains__, ids))]
     if [ids[place] for place in places] != marks:
         return None
     trained: list[tuple[int, int]] = []
-    for before, after in turns:
-        first, opening = places[before - 1] if before else 0, known[after]
+    for before, text in turns:
+        first, opening = places[before - 1] if before else 0, known[text]
         begin = first + len(opening)
         if ids[first:begin] != opening:
             return None
@@ -139,22 +123,22 @@ def _labelled(ids: list[int], marks: list[int], turns: list[_Turn], known: Mappi
     return Encoded(ids, trained)
 
 
-def _by_offsets(tokenizer: "PreTrainedTokenizerBase", talk: Talk, text: str) -> Encoded:
+def _by_offsets(encoder: Encoder, talk: Talk, text: str) -> Encoded:
     """One conversation, the slow way: by the place of every token in the text."""
-    messages, tools = talk
+    (messages, tools), tokenizer = talk, encoder.tokenizer
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     trained: list[tuple[int, int]] = []
-    special = set(_marks(tokenizer).values())
+    special = set(_special_tokens(tokenizer).values())
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = rendered(tokenizer, messages[:index], tools, prompt=True)
+            prompt = encoder.render(messages[:index], tools, prompt=True)
             if message.get("tool_calls"):
-                upto = rendered(tokenizer, messages[: index + 1], tools)
+                upto = encoder.render(messages[: index + 1], tools)
                 end = _end_of_calls(special, ids, offsets, prompt, upto, text)
             else:
                 end = _end(prompt, message["content"].strip(), text)
-            _check_boundary(tokenizer, prompt, ids)
+            _check_boundary(encoder, prompt, ids)
             trained.append(_stretch(tokenizer, special, ids, offsets, len(prompt), end))
     return Encoded(ids, trained)
 
@@ -166,19 +150,20 @@ _GOES_ON = (
 
 
 def _end(prompt: str, answer: str, full: str) -> int:
-    """Where the answer after this prompt ends, its end of turn left out."""
-    found = full.find(answer, len(prompt))
-    if not full.startswith(prompt) or found < 0:
+    """The place in the text where the answer after this prompt ends, before its end of turn."""
+    begin = full.find(answer, len(prompt))
+    if not full.startswith(prompt) or begin < 0:
         raise StageError(_GOES_ON)
-    return found + len(answer)
+    return begin + len(answer)
 
 
 def _end_of_calls(
     special: set[int], ids: list[int], offsets: list[tuple[int, int]], prompt: str, upto: str, full: str
 ) -> int:
-    """Where the tool calls after this prompt end: before the last special token of the turn, whose text is `upto`.
+    """The place in the text where the tool calls after this prompt end: at the last special token of their turn.
 
-    Qwen3's own template writes an empty thought before the last turn only, so that one may be missing.
+    `upto` is the conversation rendered up to this turn. There Qwen3's own template writes an empty thought, which it
+    writes before the last turn only, so `full` may lack it.
     """
     turn = upto[len(prompt) :]
     turn = turn if full.startswith(prompt + turn) else _EMPTY_THOUGHT.sub("", turn)
@@ -198,9 +183,12 @@ def _end_of_calls(
 _EMPTY_THOUGHT = re.compile(r"\A<think>\s*</think>\s*")
 
 
-def _check_boundary(tokenizer: "PreTrainedTokenizerBase", prompt: str, ids: list[int]) -> None:
-    """The prompt alone, as a server tokenizes it, must be how the trained conversation begins."""
-    (alone,) = token_ids(tokenizer, [prompt])
+def _check_boundary(encoder: Encoder, prompt: str, ids: list[int]) -> None:
+    """
+    Raises:
+        StageError: the ids of the prompt alone, as a server tokenizes it, do not begin the trained conversation.
+    """
+    (alone,) = encoder.token_ids([prompt])
     if ids[: len(alone)] != alone:
         raise StageError(
             "this tokenizer joins the end of the prompt with the start of the answer, so the model would be served "
@@ -216,7 +204,11 @@ def _stretch(
     start: int,
     end: int,
 ) -> tuple[int, int]:
-    """The tokens of the characters from `start` to `end`, and on to the special token that ends the turn."""
+    """Begin and end of the tokens of the characters from `start` to `end`, with the special token that ends the turn.
+
+    Raises:
+        StageError: another token than a blank one follows before a special token does.
+    """
     first = bisect_right(offsets, start, key=lambda offset: offset[1])
     stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[0])
     for position in range(stop, len(ids)):
@@ -233,18 +225,18 @@ _NO_END = (
 )
 
 
-def _marks(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """The special tokens, and those that were added to the vocabulary, by their text."""
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Text → id of the special tokens and of all tokens that were added to the vocabulary."""
     special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return dict(special) | {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
 
 
-def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+def end_of_turn(encoder: Encoder) -> int:
     """The id of the token that ends an assistant's turn in this tokenizer's template.
 
     Raises:
-        StageError: as `encode`.
+        StageError: as `encode_chats`.
     """
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    _, labels = encode_chat(tokenizer, probe)
+    _, labels = encode_chat(encoder, probe)
     return next(label for label in reversed(labels) if label != IGNORED)

@@ -84,7 +84,7 @@ def _text(at: Subject, text: str) -> tuple[Texts, int]:
 def _conversation(at: Subject, row: Row) -> tuple[Texts, int]:
     """A conversation with the labels that training has, and the bytes of the words among them."""
     at.check_chat()
-    ids, labels = encode_chat(at.engine.tokenizer, row["messages"], row.get("tools"))
+    ids, labels = encode_chat(at.engine.encoder, row["messages"], row.get("tools"))
     ids, labels = ids[: at.limit], labels[: at.limit]
     runs: list[Ids] = [[]]
     for label in labels:
@@ -170,5 +170,5 @@ def _completions(at: Subject, rows: Sequence[Row]) -> list[Texts]:
     """Prompt and answer of each row, or of both its answers, with labels for the answer and its end of turn alone."""
     return [
         [(one.ids[: at.limit], one.labels[: at.limit]) for one in row]
-        for row in encoding.encode(at.engine.tokenizer, rows)
+        for row in encoding.encode(at.engine.encoder, rows)
     ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.chat.encoder import Encoder
 from stages.chat.labels import IGNORED, encode_chat
 from stages.chat.rendering import render
 from stages.chat.template import install_template
@@ -83,12 +84,12 @@ def answer_losses(
     """
     model, tokenizer = _own(config, inputs)
     limit = min(config.max_length, positions(model))
-    start = opening(tokenizer)
+    start, encoder = opening(tokenizer), Encoder(tokenizer)
     texts: list[tuple[Ids, Ids]] = []
     owners: list[tuple[int, int]] = []  # the row of each text, and whether the answer is alone
     tokens = [0] * len(rows)
     for index, row in enumerate(rows):
-        ids, labels = encode_chat(tokenizer, row["messages"], row.get("tools"))
+        ids, labels = encode_chat(encoder, row["messages"], row.get("tools"))
         if len(ids) > limit:
             continue
         answers = _answers(labels)

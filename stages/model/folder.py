@@ -68,9 +68,10 @@ def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
 
 def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let generation stop where training taught it to: at the template's end of turn, and at end of text."""
+    from stages.chat.encoder import Encoder
     from stages.chat.labels import end_of_turn
 
-    stops = [end_of_turn(tokenizer)] if tokenizer.chat_template else []
+    stops = [end_of_turn(Encoder(tokenizer))] if tokenizer.chat_template else []
     known = model.generation_config.eos_token_id
     stops += known if isinstance(known, list) else [known]
     stops += [tokenizer.eos_token_id]

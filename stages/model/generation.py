@@ -8,9 +8,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.chat.encoder import Encoder
 from stages.chat.rendering import render
 from stages.chat.template import install_template
 from stages.data.row import Message, Tools
@@ -33,6 +35,11 @@ class Engine:
     missing: Sequence[str] = ()
     """transformers makes up such weights at random; a model with missing weights is good for nothing."""
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer as rows are encoded with it."""
+        return Encoder(self.tokenizer)
+
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> Ids:
         """The token ids of a conversation up to where the answer begins; without a chat template, of its last message.
 
@@ -41,8 +48,8 @@ class Engine:
         """
         if self.tokenizer.chat_template:
             text = render(self.tokenizer, list(messages), prompt=True, tools=tools)
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+            return self.encoder.token_ids([text])[0]
+        return self.encoder.token_ids([messages[-1]["content"]], special=True)[0]
 
     def generate(
         self,

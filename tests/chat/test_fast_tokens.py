@@ -1,4 +1,4 @@
-"""tiktoken in a tokenizer's place: the same ids for every text, or not at all."""
+"""tiktoken in place of a tokenizer: the same ids for every text, or no ids."""
 
 import json
 import random
@@ -10,6 +10,7 @@ import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from stages.chat import fast_tokens
+from stages.chat.encoder import Encoder
 
 DATA = Path(__file__).parents[2] / "data"
 MARKS = ["<|im_start|>", "<|im_end|>"]
@@ -80,7 +81,7 @@ def both():
     def get(kind):
         if kind not in made:
             backend = trained(kind)
-            made[kind] = (backend, fast_tokens.twin(backend))
+            made[kind] = (backend, fast_tokens.find_twin(backend))
         backend, twin = made[kind]
         assert twin is not None
         return backend, twin
@@ -108,9 +109,8 @@ def test_the_ids_are_the_tokenizers_own(both, kind, special):
     assert [
         (text, found) for text, found, wanted in zip(texts, asked, own, strict=True) if found not in (None, wanted)
     ] == []
-    with fast_tokens.used(backend, twin):
-        assert fast_tokens.ids(backend, texts, special=special) == own
-    assert fast_tokens.ids(backend, texts, special=special) is None
+    assert fast_tokens.token_ids(backend, texts, twin, special=special) == own
+    assert fast_tokens.token_ids(backend, texts, None, special=special) == own
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +123,7 @@ def test_every_letter_is_of_the_same_class(kind):
     vocabulary = {token: number for number, token in enumerate([*characters.values(), *map("".join, merges)])}
     backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = words(kind)
-    twin = fast_tokens.twin(backend)
+    twin = fast_tokens.find_twin(backend)
     for start in [*range(0, 0x10000, 256), *range(0x1F000, 0x20000, 256), 0x20000, 0x30000, 0xE0000]:
         step = 64 if chr(start).isalpha() and chr(start + 255).isalpha() and start >= 0x3400 else 1  # Han and Hangul
         letters = [chr(code) for code in range(start, start + 256, step) if not 0xD800 <= code < 0xE000]
@@ -216,7 +216,7 @@ def test_a_tokenizer_that_tiktoken_could_miss_is_left_alone(both, name):
     before = json.dumps(told)
     change(told, name)
     assert json.dumps(told) != before
-    assert fast_tokens.twin(Tokenizer.from_str(json.dumps(told))) is None
+    assert fast_tokens.find_twin(Tokenizer.from_str(json.dumps(told))) is None
 
 
 def test_it_does_miss_a_token_that_other_merges_come_before(both):
@@ -237,19 +237,18 @@ def test_it_does_miss_a_token_that_other_merges_come_before(both):
 def test_a_text_that_tiktoken_could_miss_goes_to_the_tokenizer(both, kind, text):
     backend, twin = both(kind)
     assert twin(text, False) is None
-    with fast_tokens.used(backend, twin):
-        texts = ["a", text, "b"]
-        assert fast_tokens.ids(backend, texts, special=False) == [backend.encode(each).ids for each in texts]
+    texts = ["a", text, "b"]
+    own = [backend.encode(text).ids for text in texts]
+    assert fast_tokens.token_ids(backend, texts, twin, special=False) == own
 
 
 def test_a_byte_that_the_vocabulary_lacks_goes_to_the_tokenizer():
     alphabet = [character for character, byte in fast_tokens._BYTES.items() if byte not in (4, 0xF1)]
     backend = trained("gpt2", alphabet, [piece for piece in PIECES if "\x04" not in piece])
-    twin = fast_tokens.twin(backend)
+    twin = fast_tokens.find_twin(backend)
     for text in ("a\x04b", "a\U00040000b"):  # the second's bytes begin with 0xF1
         assert twin(text, False) is None
-        with fast_tokens.used(backend, twin):
-            assert fast_tokens.ids(backend, [text], special=False) == [backend.encode(text).ids]
+        assert fast_tokens.token_ids(backend, [text], twin, special=False) == [backend.encode(text).ids]
     assert twin("a\U0001f642b", False) == backend.encode("a\U0001f642b").ids
 
 
@@ -262,17 +261,60 @@ def test_what_is_added_around_a_text(both):
 def test_an_added_token_counts(both):
     backend = Tokenizer.from_str(both("gpt2")[0].to_str())
     backend.add_special_tokens([AddedToken("<|eot|>", special=True)])
-    assert fast_tokens.twin(backend)("a<|eot|>", False) == backend.encode("a<|eot|>").ids
+    assert fast_tokens.find_twin(backend)("a<|eot|>", False) == backend.encode("a<|eot|>").ids
     assert backend.encode("a<|eot|>").ids[1:] == [backend.token_to_id("<|eot|>")]
 
 
 def test_a_tokenizer_that_cuts_its_marks_is_left_alone(both):
     backend = Tokenizer.from_str(both("gpt2")[0].to_str())
     backend.encode_special_tokens = True  # transformers' `split_special_tokens`; it is not in to_str()
-    assert fast_tokens.twin(backend) is None
+    assert fast_tokens.find_twin(backend) is None
 
 
-def test_another_tokenizer_is_not_answered_for(both):
-    backend, twin = both("gpt2")
-    with fast_tokens.used(backend, twin):
-        assert fast_tokens.ids(both("bloom")[0], ["a"], special=False) is None
+def encoder(backend: Tokenizer) -> Encoder:
+    from transformers import PreTrainedTokenizerFast
+
+    return Encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_asks_the_twin_once_it_has_one(both, kind, monkeypatch):
+    asked = []
+
+    def counted(backend):
+        twin = find(backend)
+        return lambda text, special: (asked.append(text), twin(text, special))[1]
+
+    find = fast_tokens.find_twin
+    monkeypatch.setattr(fast_tokens, "find_twin", counted)
+    alone = encoder(Tokenizer.from_str(both(kind)[0].to_str()))
+    fast, texts = alone.with_twin(), ["", *PIECES]
+    for special in (False, True):
+        assert fast.token_ids(texts, special=special) == alone.token_ids(texts, special=special)
+    assert asked == texts * 2
+
+
+def test_encoders_share_nothing(both):
+    """The twin of one tokenizer is never asked for another, in whatever order they are used."""
+    first, second = (encoder(Tokenizer.from_str(both(kind)[0].to_str())) for kind in ("gpt2", "bloom"))
+    own = [first.token_ids(PIECES), second.token_ids(PIECES)]
+    assert own[0] != own[1]
+    fast = first.with_twin()
+    assert [used.token_ids(PIECES) for used in (fast, second, first)] == [own[0], own[1], own[0]]
+    assert (first.twin, second.twin) == (None, None)
+
+
+def test_an_encoder_of_a_tokenizer_without_a_twin_asks_the_tokenizer(both):
+    described = json.loads(both("qwen")[0].to_str())
+    change(described, "words of another kind")
+    alone = encoder(Tokenizer.from_str(json.dumps(described)))
+    assert alone.with_twin().twin is None
+    assert alone.with_twin().token_ids(PIECES) == alone.token_ids(PIECES)
+
+
+def test_an_encoder_neither_cuts_nor_pads(both):
+    backend = Tokenizer.from_str(both("gpt2")[0].to_str())
+    own = [backend.encode(text).ids for text in PIECES]
+    backend.enable_truncation(2)
+    backend.enable_padding()
+    assert encoder(backend).token_ids(PIECES) == own

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages import dpo, merge, pt, sft
+from stages.chat.encoder import Encoder
 from stages.chat.labels import IGNORED, encode_chat, end_of_turn
 from stages.chat.rendering import render
 from stages.chat.template import install_template, template_names, template_text
@@ -86,13 +87,13 @@ def test_every_built_in_template_is_tried():
 @TEMPLATES
 @TALKING
 def test_a_conversation_is_tokenized_as_the_exported_tokenizer_does(tokenizer, messages):
-    assert encode_chat(tokenizer, messages)[0] == ids_of(tokenizer, messages)
+    assert encode_chat(Encoder(tokenizer), messages)[0] == ids_of(tokenizer, messages)
 
 
 @TEMPLATES
 @TALKING
 def test_the_loss_sees_the_answers_and_their_ends_and_nothing_else(tokenizer, template, messages):
-    ids, labels = encode_chat(tokenizer, messages)
+    ids, labels = encode_chat(Encoder(tokenizer), messages)
     answers = [[]]
     for id_, label in zip(ids, labels, strict=True):
         if label != IGNORED:
@@ -182,7 +183,7 @@ def answers(tokenizer, ids, labels):
 @pytest.mark.parametrize("before", [[], [SYSTEM]])
 def test_calls_and_answers_are_in_the_loss_and_what_tools_give_back_is_not(tokenizer, template, tools, before):
     messages = [*before, *CALLED]
-    ids, labels = encode_chat(tokenizer, messages, tools)
+    ids, labels = encode_chat(Encoder(tokenizer), messages, tools)
     assert ids == ids_of(tokenizer, messages, tools=tools)
     assert answers(tokenizer, ids, labels) == TOLD[template]
     for number, message in enumerate(messages):
@@ -254,23 +255,23 @@ LEAVES_OUT = {
 @pytest.mark.parametrize(("messages", "tools"), [(TURNS, TOOLS), (CALLED, None)])
 def test_a_template_that_would_leave_tools_out_is_refused(tokenizer, template, messages, tools):
     with pytest.raises(StageError) as error:
-        encode_chat(tokenizer, messages, tools)
+        encode_chat(Encoder(tokenizer), messages, tools)
     assert str(error.value) == (
         f"the template does not write {LEAVES_OUT[template]}; choose `template: chatml`, `llama3` or `qwen`, or leave "
         "rows with tools out"
     )
-    encode_chat(tokenizer, TURNS)
+    encode_chat(Encoder(tokenizer), TURNS)
 
 
 def test_a_thought_that_only_the_last_turn_has(tiny):
     tokenizer = tokenizer_of(tiny("llama", template=None))
     tokenizer.chat_template = THINKING
     messages = CALLED[:4]
-    ids, labels = encode_chat(tokenizer, messages[:2])
+    ids, labels = encode_chat(Encoder(tokenizer), messages[:2])
     thought = "<think>\n\n</think>\n\n"
     called = '<tool_call>dose{"药": "布洛芬"}</tool_call><|im_end|>'
     assert answers(tokenizer, ids, labels) == [thought + called]
-    ids, labels = encode_chat(tokenizer, messages)
+    ids, labels = encode_chat(Encoder(tokenizer), messages)
     assert answers(tokenizer, ids, labels) == [called, f"{thought}每次 400 mg。<|im_end|>"]
 
 
@@ -278,7 +279,7 @@ def test_a_thought_that_only_the_last_turn_has(tiny):
 @pytest.mark.parametrize("template", ["chatml", "llama3"])
 def test_all_of_a_public_file_of_tool_calls_is_tokenized(tokenizer, template):
     for row in rows_of(Source(path=str(SHARED), format="sharegpt")):
-        ids, labels = encode_chat(tokenizer, row["messages"], row.get("tools"))
+        ids, labels = encode_chat(Encoder(tokenizer), row["messages"], row.get("tools"))
         said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
         told = answers(tokenizer, ids, labels)
         assert len(told) == len(said)
@@ -315,7 +316,7 @@ def test_a_tokenizer_that_starts_text_with_bos_starts_a_conversation_with_one_to
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     assert tokenizer("感冒")["input_ids"][0] == bos
     install_template(tokenizer, text)
-    ids, _ = encode_chat(tokenizer, TURNS)
+    ids, _ = encode_chat(Encoder(tokenizer), TURNS)
     assert ids == ids_of(tokenizer, TURNS)
     assert ids[0] == bos
     assert ids.count(bos) == 1
@@ -358,7 +359,7 @@ def test_a_template_that_could_not_be_served_is_refused(tiny, text, message):
     tokenizer = tokenizer_of(tiny("llama"))
     install_template(tokenizer, text)
     with pytest.raises(StageError) as caught:
-        encode_chat(tokenizer, TURNS)
+        encode_chat(Encoder(tokenizer), TURNS)
     assert str(caught.value) == message
 
 
@@ -399,7 +400,7 @@ def test_dpo_trains_on_the_ids_that_every_folder_gives(chain, rows):
                 whole = ids_of(tokenizer, row["prompt"] + row[answer])
                 ends = len(got["prompt_ids"] + got[f"{answer}_ids"])
                 assert got["prompt_ids"] + got[f"{answer}_ids"] == whole[:ends]
-                assert got[f"{answer}_ids"][-1] == end_of_turn(tokenizer)
+                assert got[f"{answer}_ids"][-1] == end_of_turn(Encoder(tokenizer))
                 assert not tokenizer.decode(whole[ends:]).strip()
 
 

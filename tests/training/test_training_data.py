@@ -10,6 +10,7 @@ import pytest
 from pipeline import cli
 from stages import sft
 from stages.chat import encoding
+from stages.chat.encoder import Encoder
 from stages.chat.template import install_template
 from stages.data import cleaning, drawing
 from stages.data.source import Source
@@ -188,7 +189,7 @@ def test_a_pair_is_shown_as_two_sequences_with_only_the_answers_in_the_loss(tiny
         "rejected": [{"role": "assistant", "content": "不知道。"}],
     }
     tokenizer = _tokenizer(tiny("llama"))
-    shown = [encoding.pieces(tokenizer, sequence) for sequence in encoding.encode(tokenizer, [row])[0]]
+    shown = [encoding.pieces(tokenizer, sequence) for sequence in encoding.encode(Encoder(tokenizer), [row])[0]]
     assert [[words for words, in_loss in sample if in_loss] for sample in shown] == [["多休息。</s>"], ["不知道。</s>"]]
 
 

@@ -1,0 +1,52 @@
+"""A tokenizer as rows are encoded with it: conversations become text, and text becomes token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from stages.chat import fast_tokens
+from stages.chat.rendering import Render, fast_renderer, rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer that has its chat template already, and what does its work faster.
+
+    A tokenizer that gets another template needs a new encoder: the fast renderer is built for one template.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    twin: fast_tokens.Twin | None = None
+    """Gives the tokenizer's token ids faster; None if there is none, or if `with_twin` was not called."""
+
+    def with_twin(self) -> "Encoder":
+        """The same encoder with the tokenizer's twin, if it has one. The search tries every token of the vocabulary."""
+        return replace(self, twin=fast_tokens.find_twin(self._backend))
+
+    def token_ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """The token ids of each text, neither cut nor padded; `special`: with the tokens that start and end a text.
+
+        They are those of the tokenizer's own call, which also finds the place of every token and takes twice as long.
+        """
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return fast_tokens.token_ids(self._backend, texts, self.twin, special=special)
+
+    @cached_property
+    def render(self) -> Render:
+        """Writes a conversation with the chat template, as transformers does it."""
+        return partial(rendered, self.tokenizer)
+
+    @cached_property
+    def render_fast(self) -> Render:
+        """As `render`, in a sixth of its time where that is proved equal; for conversations without tools."""
+        return fast_renderer(self.tokenizer)
+
+    @property
+    def _backend(self) -> Any:
+        """The tokenizer of the library `tokenizers` inside that of transformers."""
+        return self.tokenizer.backend_tokenizer
