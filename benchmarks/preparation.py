@@ -80,15 +80,15 @@ def ours(model: str, file: Path, folder: Path) -> Callable[[], int]:
 
     from stages import sft
     from stages.data.source import Source
+    from stages.model.inputs import Inputs
     from stages.training import loop, preparation
 
-    source = Source(path=str(file), format="alpaca")
-    config = sft.Config(model=[model], data=[source])
+    config = sft.Config(model=model, data=[Source(path=str(file), format="alpaca")])
     args = SimpleNamespace(max_length=LENGTH, dataset_num_proc=PROCESSES, per_device_train_batch_size=8)
-    tokenizer = loop.tokenizer(config)
+    tokenizer = loop.tokenizer(config, Inputs(model=[model]))
     out = folder / "sft.part"
     out.mkdir()
-    return lambda: preparation.prepare(config, tokenizer, args, out).account["tokens"]
+    return lambda: preparation.prepare(config.draw(), tokenizer, args, out).account["tokens"]
 
 
 def trl(model: str, file: Path, folder: Path) -> Callable[[], int]:
