@@ -1,12 +1,11 @@
 """Evaluation: earlier models and held-out data in, one table of figures out. The models pass through unchanged.
 
-Every model is loaded once. What is measured follows from the data: perplexity of texts and conversations, accuracy
-and margins of preference pairs, answers to prompts (BLEU, ROUGE, stop rate, repetition), tasks of
-lm-evaluation-harness. Every figure has a confidence interval or says why it has no value, and models are compared
-pair by pair on the same rows. Formulas and sources are in docs/evaluate.md.
+Every model is loaded once. The format of the data decides what is measured: perplexity of texts and conversations,
+accuracy and margins of preference pairs; also answers to prompts (BLEU, ROUGE, stop rate, repetition), and tasks of
+lm-evaluation-harness. Every figure has a confidence interval or says why it has no value, and models are compared in
+pairs on the same rows. Formulas and sources are in docs/evaluate.md.
 """
 
-import gc
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,19 +19,11 @@ from stages.data.row import Row
 from stages.data.source import Source, rows_of
 from stages.measuring.gates import Gate, Verdict, gate_problems, judge_gate
 from stages.measuring.losses import Margins, Subject, answer_match, perplexity, preference
-from stages.measuring.metrics import (
-    ANSWER_METRICS,
-    CHAT_METRICS,
-    LOSS_METRICS,
-    PREFERENCE_METRICS,
-    REFERENCE_METRICS,
-    Figures,
-    Measured,
-    figure_of,
-)
+from stages.measuring.metrics import Figures, Measured, figure_of, metric_names
 from stages.measuring.prompts import Prompt, ask
 from stages.measuring.table import ANSWERS, SCHEMA, TABLE, figures_and_comparisons, read_table, values_only
 from stages.measuring.tasks import check_tasks, measure_tasks, task_files, task_metrics
+from stages.model.device import free_memory
 from stages.model.facts import Facts, Needs, check_template
 from stages.model.generation import load_engine
 from stages.model.inputs import Inputs
@@ -41,8 +32,8 @@ from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 
 TALKS = ("alpaca", "prompt_completion", "messages", "sharegpt")
-SMALL = 10**7  # parameters below which the CPU's threads wait for each other longer than they compute
-PROMPTS = "prompts"  # what prompts that are written into the config are called among the data
+SMALL = 10**7  # parameters; with fewer, the CPU's threads wait for each other longer than they compute
+PROMPTS = "prompts"  # the name, among the data sets, of prompts that are written into the config
 
 
 class Generation(BaseModel):
@@ -75,7 +66,7 @@ class Harness(BaseModel):
     """A folder with tasks of your own, their data beside them."""
     num_fewshot: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, gt=0)
-    """Only the first so many documents of each task."""
+    """Only this many documents of each task, the first ones."""
     apply_chat_template: bool = False
     batch_size: int = Field(default=8, gt=0)
 
@@ -86,22 +77,22 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     compare: Compared
-    """Stages above that leave a model, or `base`, the model at the top; all of them unless given."""
+    """Stages above that leave a model, or `base`, the model at the top. Default: all of them."""
     data: dict[str, Source] = {}
-    """Names of held-out data; what is measured follows from its format."""
+    """Names of held-out data; the format of each decides what is measured."""
     prompts: dict[str, Source] | list[str] = []
     """The name of conversations, whose last answers are the references; or a list of questions."""
     max_prompts: int | None = Field(default=None, gt=0)
-    """Only the first so many of them."""
+    """Only this many prompts, the first ones."""
     tasks: list[str] = []
     """Tasks or groups of lm-evaluation-harness."""
     generation: Generation = Generation()
     harness: Harness = Harness()
     gates: list[Gate] = []
     max_length: int = Field(default=1024, gt=1)
-    """Tokens of a row. Texts are cut into pieces, none lost; conversations and pairs keep their start."""
+    """Tokens of a row. Longer texts are cut into pieces that all count; conversations and pairs keep their start."""
     batch_tokens: int = Field(default=4096, gt=0)
-    """Tokens in memory at once, padding too."""
+    """Tokens in memory at once, padding included."""
     template: str | None = None
     seed: int = Field(default=42, ge=0, lt=2**32)
 
@@ -112,7 +103,7 @@ class Config(BaseModel):
         return self
 
 
-# What is known beforehand
+# What is known before the run
 
 
 def check(config: Config) -> list[Problem]:
@@ -125,8 +116,7 @@ def check(config: Config) -> list[Problem]:
         if source.format not in TALKS:
             wanted = ", ".join(f"`{one}`" for one in TALKS)
             problems.append(("prompts", f"`{name}` has format `{source.format}`; prompts are of {wanted}"))
-    known = (*CHAT_METRICS, *PREFERENCE_METRICS, *ANSWER_METRICS)
-    return problems + gate_problems(config.gates, list(config.compare), measured(config), known)
+    return problems + gate_problems(config.gates, list(config.compare), measured(config))
 
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
@@ -140,34 +130,37 @@ def _talks(config: Config) -> bool:
 
 
 def measured(config: Config) -> dict[str, tuple[str, ...]]:
-    """Data set, `prompts` or task → its metrics; empty for a task whose metrics are not known beforehand."""
+    """Data set, `prompts` or task → its metrics; empty for a task whose metrics are not known before the run."""
     found: dict[str, tuple[str, ...]] = {}
     for name, source in config.data.items():
         found[name] = _of_format(source.format)
     if isinstance(config.prompts, dict):
         for name in config.prompts:
-            found[name] = (*found.get(name, ()), *ANSWER_METRICS)
+            found[name] = (*found.get(name, ()), *metric_names("reference", "answer"))
     elif config.prompts:
-        found[PROMPTS] = tuple(metric for metric in ANSWER_METRICS if metric not in REFERENCE_METRICS)
+        found[PROMPTS] = metric_names("answer")
     return found | {task: task_metrics(task, config.harness.include_path) for task in config.tasks}
 
 
 def _of_format(form: str) -> tuple[str, ...]:
-    return {"preference": PREFERENCE_METRICS, "text": LOSS_METRICS}.get(form, CHAT_METRICS)
+    """The metrics of a data set by its format."""
+    if form == "preference":
+        return metric_names("preference")
+    return metric_names("loss") if form == "text" else metric_names("loss", "match")
 
 
 def needs(config: Config, facts: Facts) -> Needs:
-    """Memory: the weights as they are stored, of one model at a time."""
+    """Memory: the weights of one model as they are stored."""
     return Needs(facts.stored, disk=0)
 
 
 def read_files(config: Config) -> list[Path]:
-    """What it reads besides models and data."""
+    """Files that it reads besides models and data."""
     return task_files(config.harness.include_path)
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The stage's key figure for people: the first one, of the first and the last model."""
+    """The first figure that could be computed, of the first and the last model."""
     models = metrics["models"]
     for metric, by_data in metrics["figures"].items():
         for data, values in by_data.items():
@@ -179,7 +172,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 
 def verdicts(config: Config, folder: Path) -> list[Verdict]:
-    """What the gates say about a finished evaluation."""
+    """The verdicts of the gates on a finished evaluation."""
     return [judge_gate(gate, read_table(folder)) for gate in config.gates] if config.gates else []
 
 
@@ -187,13 +180,14 @@ def verdicts(config: Config, folder: Path) -> list[Verdict]:
 
 
 class _Progress:
-    """How much of an evaluation is done, told to the runner."""
+    """Reports to the runner how much of an evaluation is done."""
 
     def __init__(self, out: Path, steps: int) -> None:
         self.out, self.steps, self.done = out, steps, 0
         emit(out, "total", steps=steps, step=0)
 
-    def tell(self, text: str) -> None:
+    def step(self, text: str) -> None:
+        """Report one more step as done; `text` says what it measured."""
         self.done += 1
         emit(self.out, "step", step=self.done, steps=self.steps)
         emit(self.out, "note", text=text)
@@ -214,8 +208,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
             subject = _loaded(name, folders, config, threads)
             found[name] = _measure(config, subject, data, prompts, margins, progress)
             del subject
-            gc.collect()  # the next model needs the room
-            torch.cuda.empty_cache()
+            free_memory()
     except torch.OutOfMemoryError:
         raise StageError(f"out of memory; halve `batch_tokens`, which is {config.batch_tokens}") from None
     finally:
@@ -228,7 +221,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
 
 
 def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
-    """The prompts, with references where there are any."""
+    """The prompts, each with the reference answer of its row if there is one."""
     found: list[Prompt] = []
     if not isinstance(config.prompts, dict):
         for number, text in enumerate(config.prompts, 1):
@@ -244,7 +237,11 @@ def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
 
 
 def _loaded(name: str, folders: Sequence[str], config: Config, threads: int) -> Subject:
-    """A model as it is served, with the template of the run."""
+    """A model as it is served, with the template of the run.
+
+    Raises:
+        StageError: the folder lacks weights of the model.
+    """
     import torch
 
     engine = load_engine(folders, config.template)
@@ -263,7 +260,7 @@ def _measure(
     margins: dict[str, Margins],
     progress: _Progress,
 ) -> Figures:
-    """Every figure of one model; the first one leaves its margins of preference pairs in `margins`."""
+    """Every figure of one model; the first model leaves its margins of preference pairs in `margins`."""
     found: Figures = {}
     for name, rows in data.items():
         metrics = _of_format(config.data[name].format)
@@ -274,20 +271,20 @@ def _measure(
         found |= {(metric, name): values[metric] for metric in metrics}
         shown = figure_of(metrics[0], values[metrics[0]], config.seed)
         value = str(shown["why"]) if shown["value"] is None else f"{shown['value']:.4g}"
-        progress.tell(f"{subject.name}: {metrics[0]} on {name} {value}")
+        progress.step(f"{subject.name}: {metrics[0]} on {name} {value}")
     if prompts:
         found |= ask(subject, prompts, config.generation.model_dump())
-        progress.tell(f"{subject.name}: answered {len(prompts)} prompt{'s' if prompts[1:] else ''}")
+        progress.step(f"{subject.name}: answered {len(prompts)} prompt{'s' if prompts[1:] else ''}")
     if config.tasks:
         found |= _task_figures(config, subject)
-        progress.tell(f"{subject.name}: tasks {', '.join(config.tasks)}")
+        progress.step(f"{subject.name}: tasks {', '.join(config.tasks)}")
     return found
 
 
 def _values(
     source: Source, subject: Subject, rows: Sequence[Row], margins: dict[str, Margins], name: str
 ) -> dict[str, Measured]:
-    """The figures of one data set by metric."""
+    """Metric → its values on one data set; `margins` is as for `_measure`."""
     if source.format == "preference":
         values, own = preference(subject, rows, margins.get(name))
         margins.setdefault(name, own)
@@ -297,7 +294,7 @@ def _values(
 
 
 def _task_figures(config: Config, subject: Subject) -> Figures:
-    """What the harness says, or why it says nothing; the other figures stay."""
+    """The figures of the tasks; if the harness cannot run them, each says why, and the other figures stay."""
     engine = subject.engine
     try:
         return measure_tasks(engine.model, engine.tokenizer, config.tasks, config.harness, config.seed)
@@ -310,7 +307,7 @@ def _task_figures(config: Config, subject: Subject) -> Figures:
 def _table(
     config: Config, found: Mapping[str, Figures], data: Mapping[str, Sequence[Row]], prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
-    """Everything that was measured, as documented in docs/evaluate.md."""
+    """The content of evaluation.json, as documented in docs/evaluate.md."""
     settings = config.model_dump(mode="json", exclude={"compare", "data", "prompts", "gates", "template"})
     asked = dict(Counter(prompt.data for prompt in prompts))
     counts = {"rows": {name: len(rows) for name, rows in data.items()}, "prompts": asked}

@@ -1,4 +1,4 @@
-"""Gates: figures and bounds in, what each gate says out. A figure that could not be computed passes no gate."""
+"""Gates: figures and bounds in, a verdict for each gate out. A figure that could not be computed passes no gate."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from stages.measuring.metrics import METRICS
 from stages.runtime.errors import Problem, nearest
 
 PERCENT = re.compile(r"[0-9]+(\.[0-9]+)?%\Z")
@@ -15,21 +16,21 @@ CHANGES = BOUNDS[:2]
 
 
 class Gate(BaseModel):
-    """A bound for a figure; when it does not hold, what comes after the evaluation is not run."""
+    """A bound for a figure; if the bound does not hold, the stages after the evaluation are not run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
     data: str | None = None
-    """The data set, `prompts`, or the task; not needed when the metric is measured on one only."""
+    """The data set, `prompts`, or the task; not needed if the metric is measured on only one of them."""
     stage: str | None = None
-    """The compared model that is judged; the last one unless given."""
+    """The compared model that is judged. Default: the last model."""
     versus: str | None = None
-    """The compared model that it is judged against; the one before unless given."""
+    """The compared model that `stage` is judged against. Default: the model before it."""
     max_increase: Any = None
-    """How much more than `versus`: `6%` of its figure, or a number."""
+    """How much higher than the figure of `versus` the figure may be: `6%` of that figure, or a number."""
     max_decrease: Any = None
-    """How much less than `versus`."""
+    """How much lower than the figure of `versus` the figure may be."""
     min: float | None = None
     max: float | None = None
 
@@ -52,25 +53,25 @@ class Gate(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says, in a sentence with the figure, the bound and the evidence."""
+    """Whether a gate passed."""
 
     passed: bool
     text: str
+    """A sentence with the figure, the bound and the evidence."""
 
 
-def gate_problems(
-    gates: Sequence[Gate], models: Sequence[str], measured: Mapping[str, Sequence[str]], metrics: Sequence[str]
-) -> list[Problem]:
-    """What is wrong with gates; `measured` has the metrics of each data set, empty where they are not known."""
+def gate_problems(gates: Sequence[Gate], models: Sequence[str], measured: Mapping[str, Sequence[str]]) -> list[Problem]:
+    """What is wrong with gates, before anything is measured.
+
+    `measured`: data set → its metrics; empty for a task whose metrics are not known.
+    """
     found: list[Problem] = []
     for index, gate in enumerate(gates):
-        found += [(f"gates.{index}.{setting}", text) for setting, text in _problems(gate, models, measured, metrics)]
+        found += [(f"gates.{index}.{setting}", text) for setting, text in _problems(gate, models, measured)]
     return found
 
 
-def _problems(
-    gate: Gate, models: Sequence[str], measured: Mapping[str, Sequence[str]], metrics: Sequence[str]
-) -> list[Problem]:
+def _problems(gate: Gate, models: Sequence[str], measured: Mapping[str, Sequence[str]]) -> list[Problem]:
     for setting in ("stage", "versus"):
         name = getattr(gate, setting)
         if name is not None and name not in models:
@@ -79,7 +80,7 @@ def _problems(
         return [("data", f"nothing is measured on `{gate.data}`{nearest(gate.data, measured)}")]
     on = [data for data, known in measured.items() if gate.metric in known or not known]
     if not on:
-        known = {*metrics, *(metric for names in measured.values() for metric in names)}
+        known = {*METRICS, *(metric for names in measured.values() for metric in names)}
         text = (
             f"`{gate.metric}` is not measured here" if gate.metric in known else f"there is no metric `{gate.metric}`"
         )
@@ -102,13 +103,13 @@ def _problems(
 
 
 def sides(gate: Gate, models: Sequence[str]) -> tuple[str, str]:
-    """The model that is judged, and the one that it is judged against."""
+    """The names of the model that is judged, and of the model that it is judged against."""
     stage = gate.stage or models[-1]
     return stage, gate.versus or models[max(0, models.index(stage) - 1)]
 
 
 def judge_gate(gate: Gate, table: Mapping[str, Any]) -> Verdict:
-    """What a gate says to the table of an evaluation."""
+    """The verdict of a gate on the table of an evaluation (`evaluation.json`)."""
     stage, versus = sides(gate, table["models"])
     figures = {
         figure["model"]: figure
@@ -121,47 +122,47 @@ def judge_gate(gate: Gate, table: Mapping[str, Any]) -> Verdict:
     name = f"{gate.metric} of `{stage}` on `{judged['data']}`"
     if judged["value"] is None:
         return Verdict(False, f"{name} could not be computed ({judged['why']}), so the gate cannot pass")
-    value, said = judged["value"], [f"{name} is {shown(judged)}"]
+    value, clauses = judged["value"], [f"{name} is {shown(judged)}"]
     passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
-    said += [f"at least {gate.min:g} is wanted"] if gate.min is not None else []
-    said += [f"at most {gate.max:g} is allowed"] if gate.max is not None else []
+    clauses += [f"at least {gate.min:g} is wanted"] if gate.min is not None else []
+    clauses += [f"at most {gate.max:g} is allowed"] if gate.max is not None else []
     if any(getattr(gate, bound) is not None for bound in CHANGES):
         other = figures.get(versus)
         if other is None or other["value"] is None:
             why = other["why"] if other else "it was not measured"
-            return Verdict(False, f"{said[0]}, and that of `{versus}` could not be computed ({why})")
-        held, words = _change(gate, value, other)
-        passed = passed and held
-        said.append(f"`{versus}` has {shown(other)}: {words}{_evidence(gate, table, judged, versus)}")
-    return Verdict(passed, "; ".join(said))
+            return Verdict(False, f"{clauses[0]}, and that of `{versus}` could not be computed ({why})")
+        holds, words = _change(gate, value, other)
+        passed = passed and holds
+        clauses.append(f"`{versus}` has {shown(other)}: {words}{_evidence(gate, table, judged, versus)}")
+    return Verdict(passed, "; ".join(clauses))
 
 
 def _change(gate: Gate, value: float, other: Mapping[str, Any]) -> tuple[bool, str]:
-    """Does it hold against the other figure, and how it reads."""
-    held, allowed = True, []
+    """Whether the change from the other figure is within the bounds, and a clause with the change and the bounds."""
+    holds, allowed = True, []
     change = value - other["value"]
     for bound, sign in (("max_increase", 1), ("max_decrease", -1)):
         limit = getattr(gate, bound)
         if limit is not None:
             share = isinstance(limit, str)
             most = abs(other["value"]) * float(limit[:-1]) / 100 if share else limit
-            held = held and sign * change <= most
+            holds = holds and sign * change <= most
             allowed.append(f"at most {limit if share else f'{limit:g}'} {bound[4:]} is allowed")
     percent = f" ({change / abs(other['value']):+.2%})" if other["value"] else ""
-    return held, f"a change of {change:+.4g}{percent}, {' and '.join(allowed)}"
+    return holds, f"a change of {change:+.4g}{percent}, {' and '.join(allowed)}"
 
 
 def _evidence(gate: Gate, table: Mapping[str, Any], judged: Mapping[str, Any], versus: str) -> str:
-    """The paired comparison of the two, where it was made."""
-    for one in table["comparisons"]:
-        same = (one["metric"], one["data"]) == (gate.metric, judged["data"])
-        if same and (one["model"], one["versus"]) == (judged["model"], versus) and one["ci"]:
-            low, high = one["ci"]
-            return f" (paired, {one['n']} rows: {one['as']} {one['change']:.4g}, 95 % CI {low:.4g} to {high:.4g})"
+    """The paired comparison of the two models in parentheses; empty if the table has none."""
+    wanted = {"metric": gate.metric, "data": judged["data"], "model": judged["model"], "versus": versus}
+    for pair in table["comparisons"]:
+        if all(pair[key] == value for key, value in wanted.items()) and pair["ci"]:
+            low, high = pair["ci"]
+            return f" (paired, {pair['n']} rows: {pair['as']} {pair['change']:.4g}, 95 % CI {low:.4g} to {high:.4g})"
     return ""
 
 
 def shown(figure: Mapping[str, Any]) -> str:
-    """A figure with its confidence interval."""
+    """A figure with four significant digits, and its confidence interval if it has one."""
     ci = figure["ci"]
     return f"{figure['value']:.4g}" + (f" (95 % CI {ci[0]:.4g} to {ci[1]:.4g})" if ci else "")

@@ -1,4 +1,4 @@
-"""Figures of one model that follow from losses: perplexity, answer match, and preference pairs."""
+"""Metrics of one model that are computed from losses: perplexity, answer match, and preference pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from stages.chat import encoding
 from stages.chat.labels import IGNORED, encode_chat
 from stages.data.row import Row
-from stages.measuring.metrics import MATCH_METRICS, Measured
+from stages.measuring.metrics import Measured, metric_names
 from stages.model import inference
 from stages.model.generation import Engine
 from stages.runtime.errors import StageError
@@ -25,7 +25,7 @@ class Subject:
     name: str
     engine: Engine
     max_length: int
-    """Tokens of a row, at most."""
+    """Tokens of a row, at most; longer rows are cut."""
     batch_tokens: int
     """Tokens in memory at once, padding included."""
     seed: int
@@ -48,17 +48,17 @@ class Subject:
             raise StageError(f"`{self.name}` has no chat template; set `template:` at the top")
 
 
-def perplexity(at: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
-    """Negative log-likelihood by row, over its tokens in the loss and over the UTF-8 bytes of their text."""
+def perplexity(subject: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
+    """Metric → for each row its negative log-likelihood in nats, over its tokens in the loss or their UTF-8 bytes."""
     texts: Texts = []
     owners: list[int] = []
     size = [0] * len(rows)
     for index, row in enumerate(rows):
-        pieces, size[index] = _text(at, row["text"]) if "text" in row else _conversation(at, row)
+        pieces, size[index] = _text(subject, row["text"]) if "text" in row else _conversation(subject, row)
         texts += pieces
         owners += [index] * len(pieces)
     total, count = [0.0] * len(rows), [0] * len(rows)
-    for index, (_, labels), loss in zip(owners, texts, at.losses(texts), strict=True):
+    for index, (_, labels), loss in zip(owners, texts, subject.losses(texts), strict=True):
         total[index] += loss
         count[index] += sum(label != IGNORED for label in labels[1:])
     by_token = [(loss, float(tokens)) if tokens else None for loss, tokens in zip(total, count, strict=True)]
@@ -72,72 +72,76 @@ def perplexity(at: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
     }
 
 
-def _text(at: Subject, text: str) -> tuple[Texts, int]:
-    """A text in pieces, each after the token that starts a text, so that every token of it is predicted."""
-    tokenizer = at.engine.tokenizer
+def _text(subject: Subject, text: str) -> tuple[Texts, int]:
+    """A text in pieces, and its bytes. Each piece is after the start-of-text token, so all its tokens are predicted."""
+    tokenizer = subject.engine.tokenizer
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids: Ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = [ids[start : start + at.limit - 1] for start in range(0, len(ids), at.limit - 1)]
+    pieces = [ids[start : start + subject.limit - 1] for start in range(0, len(ids), subject.limit - 1)]
     return [([first, *piece], [IGNORED, *piece]) for piece in pieces], len(text.encode())
 
 
-def _conversation(at: Subject, row: Row) -> tuple[Texts, int]:
-    """A conversation with the labels that training has, and the bytes of the words among them."""
-    at.check_chat()
-    ids, labels = encode_chat(at.engine.encoder, row["messages"], row.get("tools"))
-    ids, labels = ids[: at.limit], labels[: at.limit]
+def _conversation(subject: Subject, row: Row) -> tuple[Texts, int]:
+    """A conversation with the labels of training, and the bytes of the text whose tokens are labels."""
+    subject.check_chat()
+    ids, labels = encode_chat(subject.engine.encoder, row["messages"], row.get("tools"))
+    ids, labels = ids[: subject.limit], labels[: subject.limit]
     runs: list[Ids] = [[]]
     for label in labels:
         if label != IGNORED:
             runs[-1].append(label)
         elif runs[-1]:
             runs.append([])
-    words = at.engine.tokenizer.batch_decode(runs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [(ids, labels)], sum(len(said.encode()) for said in words)
+    words = subject.engine.tokenizer.batch_decode(runs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [(ids, labels)], sum(len(text.encode()) for text in words)
 
 
-def answer_match(at: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
-    """Is a row's last answer likelier after its own question than after that of the next row, and by how much?"""
+def answer_match(subject: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
+    """Whether a row's last answer is likelier after its own question than after the next row's, and by how much.
+
+    Both likelihoods are over the same tokens; a margin is in nats.
+    """
     if len(rows) < 2:
         why = Measured(why="one row has no other question to compare with")
-        return dict.fromkeys(MATCH_METRICS, why)
+        return dict.fromkeys(metric_names("match"), why)
     asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
     swapped = [{**row, "prompt": asked[place - len(rows) + 1]["prompt"]} for place, row in enumerate(asked)]
     texts: Texts = []
     counts = []
-    for (own,), (other,) in zip(_completions(at, asked), _completions(at, swapped), strict=True):
+    for (own,), (other,) in zip(_completions(subject, asked), _completions(subject, swapped), strict=True):
         both = [own, other]
         counts.append(min(sum(label != IGNORED for label in labels) for _, labels in both))
-        texts += [_with_labels(*one, counts[-1]) for one in both]  # a long question leaves less of the answer
-    losses = at.losses(texts)
+        texts += [_with_labels(*text, counts[-1]) for text in both]  # a long question leaves less of the answer
+    losses = subject.losses(texts)
     margins = [losses[2 * n + 1] - losses[2 * n] if count else None for n, count in enumerate(counts)]
-    per_token = [None if one is None else (one, float(count)) for one, count in zip(margins, counts, strict=True)]
+    per_token = [None if sums is None else (sums, float(n)) for sums, n in zip(margins, counts, strict=True)]
     return {"answer_match": _shares(margins), "answer_margin": Measured(per_token)}
 
 
 def _with_labels(ids: Ids, labels: Ids, count: int) -> tuple[Ids, Ids]:
-    """The row up to its label number `count`."""
+    """The sequence up to its label number `count`."""
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     end = places[count - 1] + 1 if count else 1
     return ids[:end], labels[:end]
 
 
-def preference(at: Subject, rows: Sequence[Row], reference: Margins | None) -> tuple[dict[str, Measured], Margins]:
-    """Accuracy and margins of pairs: log π of the chosen answer less that of the rejected one, in nats.
+def preference(subject: Subject, rows: Sequence[Row], reference: Margins | None) -> tuple[dict[str, Measured], Margins]:
+    """Accuracy and margins of preference pairs: log π(chosen | prompt) − log π(rejected | prompt), in nats.
 
-    Rewards are measured against `reference`, the margins of the first model; None for that model itself.
+    A reward margin is the difference to `reference`, the margins of the first model: DPO's implicit reward at β = 1
+    (Rafailov et al., arXiv 2305.18290). `reference` is None for the first model itself.
 
     Returns:
-        The figures, and the margins of this model, one for each row.
+        Metric → its values, and the margin of each row.
     """
-    at.check_chat()
-    texts = [side for pair in _completions(at, rows) for side in pair]
-    found = [-loss for loss in at.losses(texts)]
+    subject.check_chat()
+    texts = [side for pair in _completions(subject, rows) for side in pair]
+    log_probs = [-loss for loss in subject.losses(texts)]
     counts = [sum(label != IGNORED for label in labels) for _, labels in texts]
     whole: list[tuple[float, float] | None] = []
     means: list[tuple[float, float] | None] = []
     for place in range(0, len(texts), 2):
-        both, tokens = (found[place], found[place + 1]), (counts[place], counts[place + 1])
+        both, tokens = (log_probs[place], log_probs[place + 1]), (counts[place], counts[place + 1])
         whole.append(both if all(tokens) else None)
         means.append((both[0] / tokens[0], both[1] / tokens[1]) if all(tokens) else None)
     margins = [None if pair is None else pair[0] - pair[1] for pair in whole]
@@ -166,9 +170,9 @@ def _shares(margins: Sequence[float | None]) -> Measured:
     return _values([margin if margin is None or margin != margin else float(margin > 0) for margin in margins])
 
 
-def _completions(at: Subject, rows: Sequence[Row]) -> list[Texts]:
-    """Prompt and answer of each row, or of both its answers, with labels for the answer and its end of turn alone."""
+def _completions(subject: Subject, rows: Sequence[Row]) -> list[Texts]:
+    """Of each row the sequences of its answers, one or two, each after the prompt; only an answer has labels."""
     return [
-        [(one.ids[: at.limit], one.labels[: at.limit]) for one in row]
-        for row in encoding.encode(at.engine.encoder, rows)
+        [(one.ids[: subject.limit], one.labels[: subject.limit]) for one in row]
+        for row in encoding.encode(subject.engine.encoder, rows)
     ]

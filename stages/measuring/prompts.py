@@ -1,4 +1,4 @@
-"""Prompts that every model answers, and the figures of the answers."""
+"""Prompts that every model answers, and the metrics of the answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from typing import Any
 
 from stages.data.row import Message, Tools
 from stages.measuring.losses import Subject
-from stages.measuring.metrics import ANSWER_METRICS, REFERENCE_METRICS, Figures, Measured, score_answer
+from stages.measuring.metrics import Figures, Measured, metric_names, score_answer
 from stages.model import inference
 from stages.runtime.errors import StageError
 
 
 @dataclass
 class Prompt:
-    """A prompt, its reference if it has one, and the answers of the models that were asked so far."""
+    """A prompt, its reference answer if it has one, and the answers of the models so far."""
 
     data: str
     """The data set, or `prompts` for prompts that are written into the config."""
@@ -22,7 +22,8 @@ class Prompt:
     tools: Tools | None = None
     reference: str | None = None
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Model → `answer` (None if there is none, then `why` says why), `stopped`, and its metrics."""
+    """Model → `answer`, `stopped` and the metrics of the answer; where there is none, `answer` is None and `why` says
+    why."""
 
     def as_json(self) -> dict[str, Any]:
         """A line of answers.jsonl."""
@@ -31,43 +32,47 @@ class Prompt:
         return {**line, "answers": self.answers}
 
 
-def ask(at: Subject, prompts: Sequence[Prompt], generation: Mapping[str, Any]) -> Figures:
-    """Keep the answers of a model in `prompts`, and hand back their figures by metric and data set.
+def ask(subject: Subject, prompts: Sequence[Prompt], generation: Mapping[str, Any]) -> Figures:
+    """Put a model's answers into `prompts`.
 
-    `generation` has settings of transformers' GenerationConfig, `max_new_tokens` among them. Where the template cannot
-    render a prompt, every figure says so.
+    `generation` has settings of transformers' GenerationConfig, `max_new_tokens` among them.
+
+    Returns:
+        The metrics of the answers. If the template cannot render a prompt, each of them says so.
     """
+    metrics = metric_names("reference", "answer")
     try:
-        _answer(at, prompts, generation)
+        _answer(subject, prompts, generation)
     except StageError as error:
         for prompt in prompts:
-            prompt.answers[at.name] = {"answer": None, "why": str(error)}
+            prompt.answers[subject.name] = {"answer": None, "why": str(error)}
         why = Measured(why=str(error))
-        return {(metric, prompt.data): why for prompt in prompts for metric in ANSWER_METRICS}
-    absent = dict.fromkeys(REFERENCE_METRICS, "no reference answers") | {"repetition": "no answer has four tokens"}
+        return {(metric, prompt.data): why for prompt in prompts for metric in metrics}
+    absent = dict.fromkeys(metric_names("reference"), "no reference answers")
+    absent["repetition"] = "no answer has four tokens"
     found: Figures = {}
     for data in dict.fromkeys(prompt.data for prompt in prompts):
-        answers = [prompt.answers[at.name] for prompt in prompts if prompt.data == data]
-        for metric in ANSWER_METRICS:
+        answers = [prompt.answers[subject.name] for prompt in prompts if prompt.data == data]
+        for metric in metrics:
             rows = [None if answer.get(metric) is None else (answer[metric], 1.0) for answer in answers]
             found[metric, data] = Measured(rows, None if any(rows) else absent.get(metric))
     return found
 
 
-def _answer(at: Subject, prompts: Sequence[Prompt], generation: Mapping[str, Any]) -> None:
+def _answer(subject: Subject, prompts: Sequence[Prompt], generation: Mapping[str, Any]) -> None:
     from transformers import set_seed
 
-    set_seed(at.seed)
-    encoded = [at.engine.prompt(prompt.messages, prompt.tools) for prompt in prompts]
-    room = inference.positions(at.engine.model) - generation["max_new_tokens"]
+    set_seed(subject.seed)
+    encoded = [subject.engine.prompt(prompt.messages, prompt.tools) for prompt in prompts]
+    room = inference.positions(subject.engine.model) - generation["max_new_tokens"]
     fits = [index for index, ids in enumerate(encoded) if 0 < len(ids) <= room]
     settings = dict(generation)
     if not settings["do_sample"]:
         settings |= dict.fromkeys(("temperature", "top_p", "top_k"))
-    made = at.engine.generate([encoded[index] for index in fits], settings, tokens=at.batch_tokens)
-    for index, ids in zip(fits, made, strict=True):
-        prompt, stopped, text = prompts[index], at.engine.stopped(ids), at.engine.text(ids)
+    answers = subject.engine.generate([encoded[index] for index in fits], settings, tokens=subject.batch_tokens)
+    for index, ids in zip(fits, answers, strict=True):
+        prompt, stopped, text = prompts[index], subject.engine.stopped(ids), subject.engine.text(ids)
         values = score_answer(text, ids[:-1] if stopped else ids, reference=prompt.reference, stopped=stopped)
-        prompt.answers[at.name] = {"answer": text, "stopped": stopped, **values}
+        prompt.answers[subject.name] = {"answer": text, "stopped": stopped, **values}
     for index in set(range(len(prompts))) - set(fits):
-        prompts[index].answers[at.name] = {"answer": None, "why": "the prompt leaves no room for an answer"}
+        prompts[index].answers[subject.name] = {"answer": None, "why": "the prompt leaves no room for an answer"}

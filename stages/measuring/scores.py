@@ -1,6 +1,6 @@
-"""What models say of rows: the loss of answers, rewards, embeddings, and answers of their own.
+"""Scores of rows by models: losses of answers, rewards, embeddings, and answers that a model gives itself.
 
-Rows go through in batches of at most `batch_tokens` tokens, as `_inference` says.
+Rows go through in batches of at most `batch_tokens` tokens (see stages/model/inference.py).
 """
 
 import json
@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.chat.encoder import Encoder
 from stages.chat.labels import IGNORED, encode_chat
 from stages.chat.rendering import render
 from stages.chat.template import install_template
 from stages.data.row import Row
-from stages.model import inference
-from stages.model.device import has_bf16
+from stages.model.device import compute_dtype, torch_device
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.model.generation import Engine
 from stages.model.inference import each, losses, positions
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
@@ -26,13 +25,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-
 Ids = list[int]
-PROBE = "A question."
+PROBE = "A question."  # rendered to find what the template writes around it
 
 
 class Settings(Protocol):
-    """What is read of the stage's config."""
+    """The settings of a stage that are read here."""
 
     @property
     def template(self) -> str | None: ...
@@ -48,25 +46,16 @@ def _progress(out: Path, doing: str, count: int) -> Callable[[int], None]:
     return lambda done: emit(out, "note", text=f"{doing} {done:,} of {count:,}")
 
 
-# The stage's own model
+# The model that the stage starts from
 
 
-def _own(config: Settings, inputs: Inputs) -> tuple[Any, "PreTrainedTokenizerBase"]:
-    """The model that the stage stands on, with the run's template, on a GPU if there is one."""
+def _own(config: Settings, inputs: Inputs) -> Engine:
+    """The model that the stage starts from, with the template of the run, on a GPU if there is one."""
+    # Not by `load_engine`: that computes in the stored dtype, and scores of a model stored in 16 bits would change.
     tokenizer = load_tokenizer(inputs.model)
     install_template(tokenizer, config.template)
-    model = load_model(inputs.model, dtype=_dtype())
-    return model.to(_device()), tokenizer
-
-
-def _dtype() -> str:
-    return "bfloat16" if has_bf16() else "float32"
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(inputs.model, dtype=compute_dtype())
+    return Engine(model.to(torch_device()), tokenizer)
 
 
 # Losses of answers
@@ -77,19 +66,22 @@ def answer_losses(
 ) -> tuple[list[float | None], list[float | None]]:
     """Mean cross-entropy in nats over the tokens of each row's answers: given the question, and alone.
 
-    The tokens are the same both times: those with labels in `_template.encode`, less the one that ends each turn,
-    as published. Alone, an answer comes after what the template opens one with (`opening`). A conversation with
-    several answers counts all of them, each given all before it, and each alone. None for rows that are longer than
-    `max_length` or the model's positions.
+    These are the two means of IFD (Li et al., arXiv 2308.12032). Both are over the same tokens: those that training
+    has in the loss (`encode_chat`), without the token that ends each turn, as published. An answer alone comes after
+    what the template opens an answer with (`opening`). A conversation with several answers counts all of them, each
+    after everything before it, and each alone.
+
+    Returns:
+        Two lists with one value for each row; None for a row that is longer than `max_length` or the model's positions.
     """
-    model, tokenizer = _own(config, inputs)
-    limit = min(config.max_length, positions(model))
-    start, encoder = opening(tokenizer), Encoder(tokenizer)
+    engine = _own(config, inputs)
+    tokenizer, limit = engine.tokenizer, min(config.max_length, positions(engine.model))
+    start = opening(tokenizer)
     texts: list[tuple[Ids, Ids]] = []
-    owners: list[tuple[int, int]] = []  # the row of each text, and whether the answer is alone
+    owners: list[tuple[int, int]] = []  # the row of each text, and 1 if the answer is alone in it
     tokens = [0] * len(rows)
     for index, row in enumerate(rows):
-        ids, labels = encode_chat(encoder, row["messages"], row.get("tools"))
+        ids, labels = encode_chat(engine.encoder, row["messages"], row.get("tools"))
         if len(ids) > limit:
             continue
         answers = _answers(labels)
@@ -97,25 +89,26 @@ def answer_losses(
         whole = [IGNORED] * len(ids)
         for places in answers:
             whole[places.start : places.stop] = ids[places.start : places.stop]
-            said = ids[places.start : places.stop]
-            texts.append((start + said, [IGNORED] * len(start) + said))
+            answer = ids[places.start : places.stop]
+            texts.append((start + answer, [IGNORED] * len(start) + answer))
             owners.append((index, 1))
         texts.append((ids, whole))
         owners.append((index, 0))
-    found = losses(model, texts, config.batch_tokens, _progress(out, "scored texts:", len(texts)))
+    found = losses(engine.model, texts, config.batch_tokens, _progress(out, "scored texts:", len(texts)))
     sums = [[0.0] * len(rows), [0.0] * len(rows)]
     for (index, alone), loss in zip(owners, found, strict=True):
         sums[alone][index] += loss
-    given, alone_ = ([total / n if n else None for total, n in zip(part, tokens, strict=True)] for part in sums)
-    return given, alone_
+    given, by_itself = ([total / n if n else None for total, n in zip(part, tokens, strict=True)] for part in sums)
+    return given, by_itself
 
 
 def opening(tokenizer: "PreTrainedTokenizerBase") -> Ids:
-    """The token ids that stand before an answer alone, of which there is at least one, so that all of it is scored.
+    """The token ids before an answer that is scored alone; at least one, so that every token of the answer is scored.
 
-    That is what the template adds to ask for an answer (`<|im_start|>assistant` of ChatML), or, where a question
-    itself ends with that, what comes after the question's words (`### 回答:` of `med`); leading blanks go. A start of
-    text (BOS) that the template writes stands before it; if there is nothing, BOS or the end-of-text token does.
+    They are what the template adds to ask for an answer (`<|im_start|>assistant` in ChatML). If the template writes
+    that at the end of every question, they are what follows the words of the question (`### 回答:` in `med`), without
+    leading blanks. The template's start-of-text token (BOS) comes first if it writes one. If all of that is empty, BOS
+    or the end-of-text token is used.
     """
     asked = [{"role": "user", "content": PROBE}]
     prompt, closed = render(tokenizer, asked, prompt=True), render(tokenizer, asked)
@@ -129,7 +122,7 @@ def opening(tokenizer: "PreTrainedTokenizerBase") -> Ids:
 
 
 def _answers(labels: Sequence[int]) -> list[range]:
-    """The places of each answer's tokens, the token that ends its turn left out."""
+    """The positions of each answer's tokens, without the token that ends its turn."""
     found, begun = [], None
     for place, label in enumerate([*labels, IGNORED]):
         if label != IGNORED and begun is None:
@@ -140,23 +133,25 @@ def _answers(labels: Sequence[int]) -> list[range]:
     return [places for places in found if places]
 
 
-# Answers of the model's own
+# Answers of the model itself
 
 
 def own_answers(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> list[str | None]:
     """The likeliest answer (greedy) to each conversation up to its last answer; None where the prompt is too long."""
-    model, tokenizer = _own(config, inputs)
-    set_stop_tokens(model, tokenizer)
-    limit = min(config.max_length, positions(model) - 1)
-    prompts = [render(tokenizer, row["messages"][:-1], prompt=True, tools=row.get("tools")) for row in rows]
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    asked = [index for index, prompt in enumerate(ids) if len(prompt) <= limit]
+    engine = _own(config, inputs)
+    set_stop_tokens(engine.model, engine.tokenizer)
+    limit = min(config.max_length, positions(engine.model) - 1)
+    prompts = [engine.prompt(row["messages"][:-1], row.get("tools")) for row in rows]
+    asked = [index for index, prompt in enumerate(prompts) if len(prompt) <= limit]
+    answers = engine.generate(
+        [prompts[index] for index in asked],
+        {"max_new_tokens": config.max_new_tokens},
+        tokens=config.batch_tokens,
+        report=_progress(out, "answered questions:", len(asked)),
+    )
     found: list[str | None] = [None] * len(rows)
-    told = _progress(out, "answered questions:", len(asked))
-    given, how = [ids[index] for index in asked], {"max_new_tokens": config.max_new_tokens}
-    made = inference.answers(model, tokenizer, given, config.batch_tokens, told, settings=how)
-    for index, text in zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
-        found[index] = text.strip()
+    for index, ids in zip(asked, answers, strict=True):
+        found[index] = engine.text(ids)
     return found
 
 
@@ -169,15 +164,18 @@ def with_answer(row: Row, answer: str) -> Row:
 
 
 def rewards(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> tuple[list[float], int]:
-    """The one logit of the scorer for each row, and how many rows it did not see whole.
+    """The scorer's single logit for each row, and the number of rows that were cut.
 
-    A scorer with a chat template reads the conversation in it, any other one question and answer as a pair of texts.
+    A scorer with a chat template reads the rendered conversation. A scorer without one reads question and answer as a
+    pair of texts.
+
+    Raises:
+        StageError: the scorer lacks weights, or has more than one label.
     """
     import torch
 
-    folder = inputs.others["scorer"]
-    model, tokenizer = _classifier(folder)
-    limit = min(config.max_length, _reach(model, tokenizer))
+    model, tokenizer = _classifier(inputs.others["scorer"])
+    limit = min(config.max_length, _longest_input(model, tokenizer))
     encoded, cut = [], 0
     for row in rows:
         whole = _for_scorer(tokenizer, row)
@@ -208,17 +206,19 @@ def _classifier(folder: str) -> tuple[Any, Any]:
 
     settings = {"local_files_only": True, "trust_remote_code": False}
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=_dtype(), use_safetensors=True, output_loading_info=True, **settings
+        folder, dtype=compute_dtype(), use_safetensors=True, output_loading_info=True, **settings
     )
     if info["missing_keys"]:
-        lost = ", ".join(f"`{name}`" for name in sorted(info["missing_keys"])[:3])
-        raise StageError(f"the scorer `{folder}` has no {lost}, so its scores would be random; choose a reward model")
+        missing = ", ".join(f"`{name}`" for name in sorted(info["missing_keys"])[:3])
+        raise StageError(
+            f"the scorer `{folder}` has no {missing}, so its scores would be random; choose a reward model"
+        )
     if model.config.num_labels != 1:
         raise StageError(f"the scorer `{folder}` has {model.config.num_labels} labels; choose one with a single label")
     tokenizer = _padded(AutoTokenizer.from_pretrained(folder, **settings))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval().to(_device()), tokenizer
+    return model.eval().to(torch_device()), tokenizer
 
 
 def _padded(tokenizer: Any) -> Any:
@@ -228,8 +228,8 @@ def _padded(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _reach(model: Any, tokenizer: Any) -> int:
-    """How many tokens a model and its tokenizer say they take."""
+def _longest_input(model: Any, tokenizer: Any) -> int:
+    """How many tokens both the model and its tokenizer take, by their own settings."""
     return min(positions(model), int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**9 else 10**9)
 
 
@@ -239,8 +239,7 @@ def _for_scorer(tokenizer: Any, row: Row, limit: int | None = None) -> dict[str,
     if "text" in row:
         return dict(tokenizer(row["text"], **cut))
     if tokenizer.chat_template:
-        said = [*before(row), last(row)]
-        text = render(tokenizer, said, tools=row.get("tools"))
+        text = render(tokenizer, [*before(row), last(row)], tools=row.get("tools"))
         return dict(tokenizer(text, add_special_tokens=False, **cut))
     return dict(tokenizer(question(row), words(last(row)), **cut))
 
@@ -251,15 +250,18 @@ def _for_scorer(tokenizer: Any, row: Row, limit: int | None = None) -> dict[str,
 def embeddings(
     config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path, *, answer: bool
 ) -> tuple["NDArray[np.float32]", int]:
-    """One point a row (rows × hidden size): the mean of the last hidden states over its tokens; and the rows cut.
+    """The mean of the last hidden states over the tokens of each row, and the number of rows that were cut.
 
-    Only what is asked is read, or with `answer` the whole row.
+    Only the question of a row is read, or with `answer` the whole row.
+
+    Returns:
+        An array of rows × hidden size, and the number of rows that were cut.
     """
     import numpy as np
     import torch
 
     model, tokenizer = _encoder(config, inputs)
-    limit = min(config.max_length, _reach(model, tokenizer))
+    limit = min(config.max_length, _longest_input(model, tokenizer))
     encoded, cut = [], 0
     for row in rows:
         text = written(row, answer=answer)
@@ -283,15 +285,16 @@ def embeddings(
 
 
 def _encoder(config: Settings, inputs: Inputs) -> tuple[Any, Any]:
-    """The embedder, or the stage's own model without its head."""
+    """The embedder, or the model that the stage starts from without its head; and its tokenizer."""
     if "embedder" not in inputs.others:
-        model, tokenizer = _own(config, inputs)
-        return model.base_model, _padded(tokenizer)
+        engine = _own(config, inputs)
+        return engine.model.base_model, _padded(engine.tokenizer)
     from transformers import AutoModel, AutoTokenizer
 
+    folder = inputs.others["embedder"]
     settings = {"local_files_only": True, "trust_remote_code": False}
-    encoder = AutoModel.from_pretrained(inputs.others["embedder"], dtype=_dtype(), use_safetensors=True, **settings)
-    return encoder.eval().to(_device()), _padded(AutoTokenizer.from_pretrained(inputs.others["embedder"], **settings))
+    encoder = AutoModel.from_pretrained(folder, dtype=compute_dtype(), use_safetensors=True, **settings)
+    return encoder.eval().to(torch_device()), _padded(AutoTokenizer.from_pretrained(folder, **settings))
 
 
 # The words of a row
@@ -303,23 +306,23 @@ def before(row: Row) -> list[dict[str, Any]]:
 
 
 def last(row: Row) -> dict[str, Any]:
-    """The last answer; of a pair the better one."""
+    """The last answer; of a preference pair the chosen one."""
     return dict((row["messages"] if "messages" in row else row["chosen"])[-1])
 
 
 def words(message: dict[str, Any]) -> str:
-    """What a message says, its tool calls as JSON."""
+    """The content of a message, and its tool calls as JSON."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
     return "\n".join(filter(None, [message["content"], *calls]))
 
 
 def question(row: Row) -> str:
-    """All that was said before the last answer but the system prompt, which is often the same in every row."""
+    """All messages before the last answer, without the system prompt, which is often the same in every row."""
     return "\n".join(words(message) for message in before(row) if message["role"] != "system")
 
 
 def written(row: Row, *, answer: bool) -> str:
-    """The text of a row: what is asked, and the last answer too if `answer`."""
+    """The text of a row: its question, and with `answer` the last answer too."""
     if "text" in row:
         return str(row["text"])
     return f"{question(row)}\n{words(last(row))}" if answer else question(row)

@@ -311,9 +311,7 @@ def test_a_gate_stops_the_chain(tmp_path, capsys):
     evaluated = (saves / "x" / "evaluate").resolve()
     began = artifact.read(evaluated)["started"]
     assert not (saves / "x" / "sft").exists()
-    models = {
-        one["model"]: one["value"] for one in read_table(evaluated)["figures"] if one["metric"] == "perplexity"
-    }
+    models = {one["model"]: one["value"] for one in read_table(evaluated)["figures"] if one["metric"] == "perplexity"}
     assert models["quantize"] / models["init"] == pytest.approx(1, abs=0.2)
     assert run()[0] == 3
     assert artifact.read(evaluated)["started"] == began

@@ -17,7 +17,7 @@ from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
 from stages import select
 from stages.data.source import Source, rows_of
-from stages.measuring import points
+from stages.measuring import choosing, points
 from stages.model import inference
 from stages.runtime.errors import StageError
 
@@ -144,7 +144,10 @@ def test_what_names_rows_wrongly_is_refused(project, old, new, said):
         ("{data: consult, method: quality, above: 0, scorer: no}", "the model folder `no` does not exist"),
         ("{data: consult, method: quality, above: 0, scorer: m}", "and a scorer is a model for sequence classi"),
         ("{data: consult, method: quality, above: 0, scorer: two}", "`two` has 2 labels, and a scorer has one"),
-        ("{data: consult, method: quality, above: 0, scorer: a/b}", "`a/b` is no folder here; for one on the Hub pin"),
+        (
+            "{data: consult, method: quality, above: 0, scorer: a/b}",
+            "`a/b` is not a folder here; for a model on the Hub pin",
+        ),
         ("{data: consult, method: ifd, keep: 9, model: q}", "`q` is quantized; score with the model before"),
         ("{data: consult, method: ifd, keep: 9, model: m, template: x}", "there is no template `x`"),
     ],
@@ -161,7 +164,7 @@ def test_settings_that_cannot_work_are_refused_with_what_to_do(project, settings
 
 @pytest.mark.parametrize(("keep", "rows", "count"), [(0.29, 100, 29), (0.1, 5, 1), (0.5, 5, 2), (3, 5, 3), (9, 5, 5)])
 def test_a_share_is_the_whole_rows_in_it(keep, rows, count):
-    assert select.number(keep, rows) == count
+    assert choosing.rows_to_keep(keep, rows) == count
 
 
 def chosen(tmp_path, count, **settings):
@@ -181,7 +184,7 @@ def given(monkeypatch):
     """Put results in the place of what a model would say."""
 
     def put(name, result):
-        monkeypatch.setattr(select, name, lambda *_, **__: result)
+        monkeypatch.setattr(choosing, name, lambda *_, **__: result)
 
     return put
 

@@ -15,6 +15,7 @@ from stages import select
 from stages.chat.labels import IGNORED
 from stages.chat.template import install_template, template_text
 from stages.data.source import Source, rows_of
+from stages.measuring import choosing
 from stages.measuring.scores import answer_losses, embeddings, opening, own_answers, rewards
 from stages.model import inference
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
@@ -100,7 +101,7 @@ def test_ifd_of_a_model_that_can_be_computed_by_hand():
     no = IGNORED
     given, alone = inference.summed_losses(Certain(), [([0, 1, 2, 3], [no, no, 2, 3]), ([0, 2, 3], [no, 2, 3])])
     assert (given, alone) == pytest.approx((2 * math.log(4 / 3), 2 * math.log(4)))
-    assert select.ifd([given / 2], [alone / 2]) == pytest.approx([0.20752], abs=1e-5)
+    assert choosing.ifd([given / 2], [alone / 2]) == pytest.approx([0.20752], abs=1e-5)
 
 
 def test_every_answer_of_a_conversation_counts_and_its_end_of_turn_does_not(tiny, tmp_path, monkeypatch):
@@ -219,7 +220,7 @@ def test_rows_that_a_scorer_cannot_take_whole_are_cut_and_counted(judge, tmp_pat
 def test_necessity_scores_the_models_own_answers(tiny, judge, tmp_path, monkeypatch):
     said = {"甲": "坏", "乙": "好", "丙": "上"}
     source = source_of(tmp_path, *(talk(question, "答" + question) for question in said))
-    monkeypatch.setattr(select, "own_answers", lambda *_: list(said.values()))
+    monkeypatch.setattr(choosing, "own_answers", lambda *_: list(said.values()))
     made = settings(tiny("llama"), source, method="necessity", keep=None, below=0.0, scorer=str(judge))
     run(made, tmp_path)
     assert kept(tmp_path) == ["答甲"]
