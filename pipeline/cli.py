@@ -1,6 +1,6 @@
-"""Words on a command line in, an exit code out; the only place that prints.
+"""Words on a command line in, an exit code out; only this file prints to the terminal.
 
-Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong, 3 a gate said no, 75 interrupted.
+Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong, 3 a gate failed, 75 interrupted.
 """
 
 import io
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pipeline.views import tables
-from pipeline.views.tables import EXAMPLE
+from pipeline.views import correction, tables
+from pipeline.views.correction import EXAMPLE
 
 if TYPE_CHECKING:
     from pipeline.plan.step import Plan
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
-    for stream in (sys.stdout, sys.stderr):  # a GBK or ASCII console shows `?` instead of ending the run
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a character that a GBK or ASCII console lacks becomes `?`, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     return int(typer.main.get_command(app).main(words, prog_name="pipeline", standalone_mode=False) or 0)
@@ -35,8 +35,8 @@ def main(words: Sequence[str] | None = None) -> int:
 # Errors → a message and an exit code
 
 
-class Verb(TyperCommand):
-    """One command. An option that needs a value does not take the next option for it."""
+class Command(TyperCommand):
+    """One command. The next option is not taken as the missing value of an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         valued = {name for param in self.params for name in param.opts if not _is_flag(param)}
@@ -48,8 +48,8 @@ class Verb(TyperCommand):
         return _without_type(super().get_params(ctx))
 
 
-class Verbs(TyperGroup):
-    """All commands. Errors are printed here, before Typer prints them in its own form."""
+class Commands(TyperGroup):
+    """All commands. Errors are printed here in our form instead of Typer's."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         self.words = list(args)
@@ -65,7 +65,7 @@ class Verbs(TyperGroup):
 
     @contextmanager
     def errors_printed(self) -> Iterator[None]:
-        """Turn an error that the user can fix into its message and its exit code; every other error goes through."""
+        """Turn an error that the user can fix into its message and its exit code; every other error is raised again."""
         try:
             yield
         except typer.Exit:
@@ -73,7 +73,7 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(75) from None
-        except BrokenPipeError:  # the reader of our output left, as in `pipeline plan … | head`
+        except BrokenPipeError:  # the reader closed the pipe, as in `pipeline plan … | head`
             sys.stderr.close()
             raise typer.Exit(1) from None
         except Exception as error:
@@ -89,7 +89,7 @@ def _is_flag(param: Any) -> bool:
 
 
 def _without_type(params: list[Any]) -> list[Any]:
-    """For the help: a flag is shown without `<bool>`."""
+    """Parameters for the help, which shows a flag without `<bool>`."""
     for param in filter(_is_flag, params):
         param.metavar = ""
     return params
@@ -102,13 +102,13 @@ _argument: Any = partial(typer.Argument, show_default=False)
 
 
 def _complete_stage(ctx: typer.Context) -> list[str]:
-    """For the completion in the shell: the stages of the config that is written already."""
-    return list(tables.stage_kinds(next(iter(ctx.args), None)))  # an option without its value ends the parsing
+    """For shell completion: the stages of the config that is already on the command line."""
+    return list(correction.stage_kinds(next(iter(ctx.args), None)))  # an option without its value ends the parsing
 
 
 def _refuse_assignment(word: Any) -> Any:
-    """`sft.trainer.max_steps=3` is neither a config nor the name of a data set."""
-    if word is not None and tables.is_assignment(str(word)):
+    """Refuse `sft.trainer.max_steps=3` as an argument: it is neither a config nor the name of a data set."""
+    if word is not None and correction.is_assignment(str(word)):
         raise typer.BadParameter("it needs `--set`")
     return word
 
@@ -128,13 +128,13 @@ SET_HELP = "Override one value, such as sft.trainer.learning_rate=2e-5."
 Assignments = Annotated[list[str] | None, _option("--set", metavar="KEY.PATH=VALUE", help=SET_HELP)]
 _stage = {"metavar": "STAGE", "autocompletion": _complete_stage}
 Until = Annotated[str | None, _option("--until", help="Stop after this stage.", **_stage)]
-FRESH_HELP = "Start this stage over, whatever it could go on from."
+FRESH_HELP = "Start this stage over instead of resuming it or keeping its result."
 Fresh = Annotated[list[str] | None, _option("--fresh", help=FRESH_HELP, **_stage)]
 Version = Annotated[bool, _option("--version", help="Show the version.", is_eager=True, callback=_show_version)]
 AsJson = Annotated[bool, _option("--json", help="Write JSON for scripts.")]
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=Commands,
     help="One YAML file takes a base model to a domain model: PT, SFT, DPO, merge, 4-bit GPTQ.",
     epilog=f"Example: pipeline plan {EXAMPLE}",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -142,9 +142,9 @@ app = typer.Typer(
 )
 
 
-def _verb(panel: str, example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _command(panel: str, example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Register a function as a command; its docstring is the help."""
-    return app.command(cls=Verb, rich_help_panel=panel, epilog=f"Example: pipeline {example}")
+    return app.command(cls=Command, rich_help_panel=panel, epilog=f"Example: pipeline {example}")
 
 
 @app.callback()
@@ -152,10 +152,10 @@ def _top(version: Version = False) -> None:
     pass
 
 
-# The verbs
+# The commands
 
 
-@_verb("Run", f"run {EXAMPLE} --until sft")
+@_command("Run", f"run {EXAMPLE} --until sft")
 def run(
     config: Config,
     saves: Saves = SAVES,
@@ -163,7 +163,7 @@ def run(
     until: Until = None,
     fresh: Fresh = None,
     ignore_gates: Annotated[
-        bool, _option("--ignore-gates", help="Go on where a gate says no; it is recorded.")
+        bool, _option("--ignore-gates", help="Go on after a failed gate; this is recorded.")
     ] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -192,7 +192,7 @@ def run(
     return 0
 
 
-@_verb("Run", f"plan {EXAMPLE} --set sft.trainer.learning_rate=2e-5")
+@_command("Run", f"plan {EXAMPLE} --set sft.trainer.learning_rate=2e-5")
 def plan(
     config: Config,
     saves: Saves = SAVES,
@@ -213,7 +213,7 @@ def plan(
     return 0
 
 
-@_verb("Run", f"validate {EXAMPLE}")
+@_command("Run", f"validate {EXAMPLE}")
 def validate(
     config: Config, saves: Saves = SAVES, assignments: Assignments = None, until: Until = None, as_json: AsJson = False
 ) -> int:
@@ -229,7 +229,7 @@ def validate(
     return 0
 
 
-@_verb("Look", f"data {EXAMPLE} consult --rows 5")
+@_command("Inspect", f"data {EXAMPLE} consult --rows 5")
 def data(
     config: Config,
     name: Annotated[
@@ -241,31 +241,31 @@ def data(
     until: Until = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show what the data comes to, and rows as the model sees them, with what is in the loss."""
+    """Show a summary of the data, and rows as the model sees them with the trained text marked."""
     from pipeline.views import samples
 
-    found = samples.look(_planned(config, saves, assignments, until), name, rows)
+    views = samples.inspect_data(_planned(config, saves, assignments, until), name, rows)
     if as_json:
-        return _print_json([asdict(seen) for seen in found])
+        return _print_json([asdict(view) for view in views])
     out = tables.console()
-    for seen in found:
-        tables.print_data(out, seen)
+    for view in views:
+        tables.print_data(out, view)
     return 0
 
 
-@_verb("Look", f"status {EXAMPLE}")
+@_command("Inspect", f"status {EXAMPLE}")
 def status(
     config: Annotated[Path | None, _argument(metavar="CONFIG", help="A YAML file (default: all).")] = None,
     saves: Saves = SAVES,
     as_json: AsJson = False,
 ) -> int:
-    """Show what the stages of a config, or of all, have come to."""
+    """Show the state of each stage of one config, or of all configs."""
     from pipeline.config.pipeline import folder_name
     from pipeline.errors import ConfigError
     from pipeline.views import survey
 
-    entries = survey.entries(saves, folder_name(config) if config is not None else None)
-    rows = [{**asdict(entry), "folder": str(entry.folder)} for entry in entries]
+    statuses = survey.stage_statuses(saves, folder_name(config) if config is not None else None)
+    rows = [{**asdict(status), "folder": str(status.folder)} for status in statuses]
     if as_json:
         return _print_json(rows)
     if config is not None and not config.is_file():
@@ -282,7 +282,7 @@ PAGE_HELP = "The page (default: DIR/CONFIG/report.html)."
 CURVES_HELP = "Also write loss.png and metrics.csv of each training stage, in CURVES/STAGE/."
 
 
-@_verb("Look", f"report {EXAMPLE} --out report.html")
+@_command("Inspect", f"report {EXAMPLE} --out report.html")
 def report(
     config: Config,
     saves: Saves = SAVES,
@@ -294,23 +294,23 @@ def report(
 ) -> int:
     """Write one HTML page of a run: data, curves, figures, answers, gates, lineage."""
     from pipeline.errors import ConfigError
-    from pipeline.views import report as pages
+    from pipeline.views import report as report_view
 
     planned = _planned(config, saves, assignments, until)
     out = out or saves / planned.pipeline.name / "report.html"
     if out.is_dir():
         raise ConfigError([f"--out {out}: is a folder; name a file, such as {out / 'report.html'}"])
-    page = pages.page(planned, assignments or [])
+    page = report_view.render(planned, assignments or [])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
-    written = [str(path) for path in (out, *(pages.write_curves(planned, curves) if curves else ()))]
+    written = [str(path) for path in (out, *(report_view.write_curves(planned, curves) if curves else ()))]
     if as_json:
         return _print_json({"written": written}, indent=None)
     print(*written, sep="\n")
     return 0
 
 
-@_verb("Look", "diff tiny bloomz_med")
+@_command("Inspect", "diff tiny bloomz_med")
 def diff(
     a: Annotated[str, _argument(metavar="A", help="A YAML file, its name in DIR, or a folder such as saves/tiny.")],
     b: Annotated[str, _argument(metavar="B", help="Another.")],
@@ -318,14 +318,14 @@ def diff(
     as_json: AsJson = False,
 ) -> int:
     """Show what differs between two runs: settings, figures, answers."""
-    from pipeline.views import diff as differences
+    from pipeline.views import diff as diff_view
 
-    found = differences.compare(a, b, saves)
-    print(differences.as_json(found) if as_json else differences.text(found))
+    difference = diff_view.compare(a, b, saves)
+    print(diff_view.as_json(difference) if as_json else diff_view.as_text(difference))
     return 0
 
 
-@_verb("Keep house", "gc --saves saves")
+@_command("Clean up", "gc --saves saves")
 def gc(
     saves: Saves = SAVES,
     yes: Annotated[bool, _option("--yes", help="Remove without asking.")] = False,
@@ -335,29 +335,30 @@ def gc(
     from pipeline.saves.artifact import size_of
     from pipeline.views import survey
 
-    found = survey.leftovers(saves)
-    rows = [{"folder": str(item.folder), "size": size_of(item.bytes), "why": item.why} for item in found]
+    leftovers = survey.find_leftovers(saves)
+    rows = [{"folder": str(item.folder), "size": size_of(item.bytes), "why": item.why} for item in leftovers]
     if not as_json:
-        if not found:
+        if not leftovers:
             print(f"everything in {saves} is in use")
             return 0
         tables.print_rows(rows)
-    agreed = yes or (not as_json and _agreed(len(found), size_of(sum(item.bytes for item in found))))
-    still = {item.folder for item in survey.leftovers(saves)} if agreed else set()  # a run may have begun
-    removed = [item for item in found if item.folder in still and survey.remove(item)]
+    agreed = yes or (not as_json and _agreed(len(leftovers), size_of(sum(item.bytes for item in leftovers))))
+    # Asked again, because a run may have started meanwhile.
+    still = {item.folder for item in survey.find_leftovers(saves)} if agreed else set()
+    removed = [item for item in leftovers if item.folder in still and survey.remove(item)]
     if as_json:
         names = {str(item.folder) for item in removed}
         return _print_json([{**row, "removed": row["folder"] in names} for row in rows])
-    for item in found if removed else []:
+    for item in leftovers if removed else []:
         if item not in removed:
-            print(f"{item.folder}: a run has begun to use it, so it stays")
+            print(f"{item.folder}: kept, because a run has started to use it")
     freed = sum(item.bytes for item in removed)
-    print(f"removed {len(removed)} of {len(found)}, {size_of(freed)}" if removed else "nothing was removed")
+    print(f"removed {len(removed)} of {len(leftovers)}, {size_of(freed)}" if removed else "nothing was removed")
     return 0
 
 
 def _agreed(count: int, size: str) -> bool:
-    """Ask on a terminal; elsewhere only `--yes` removes."""
+    """Ask the user; without a terminal only `--yes` agrees."""
     if not sys.stdin.isatty():
         print("`--yes` removes them without asking")
         return False

@@ -33,7 +33,7 @@ from stages.training.checkpoint import seal
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
-VERBS = {"Run": ["run", "plan", "validate"], "Look": ["data", "status", "report", "diff"], "Keep house": ["gc"]}
+PANELS = {"Run": ["run", "plan", "validate"], "Inspect": ["data", "status", "report", "diff"], "Clean up": ["gc"]}
 COMMANDS = typer.main.get_command(app).commands
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets", "gptqmodel", "accelerate", "optimum", "pandas"]
 CONFIG = """\
@@ -133,26 +133,26 @@ def test_help_names_every_command():
             panel = line.strip("╭─╮ ")
         elif name := re.match(r"│ ([a-z]+) ", line):
             panels.setdefault(panel, []).append(name[1])
-    assert panels == VERBS
-    assert list(COMMANDS) == [verb for verbs in VERBS.values() for verb in verbs]
+    assert panels == PANELS
+    assert list(COMMANDS) == [command for commands in PANELS.values() for command in commands]
 
 
-@pytest.mark.parametrize("verb", ["", *COMMANDS])
-def test_help_fits_80_columns(verb):
-    words = [verb] if verb else []
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns(command):
+    words = [command] if command else []
     lines = shown_help(*words, "--help")
     assert max(map(len, lines)) == 80
     assert not [line for line in lines if "…" in line]
     assert lines == shown_help(*words, "-h")
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_help_shows_an_example_that_works(verb, monkeypatch):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_works(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (example,) = [line.strip() for line in shown_help(verb, "--help") if "Example: " in line]
+    (example,) = [line.strip() for line in shown_help(command, "--help") if "Example: " in line]
     program, name, *words = shlex.split(example.removeprefix("Example: "))
-    assert (program, name) == ("pipeline", verb)
-    found = COMMANDS[verb].make_context(verb, words).params
+    assert (program, name) == ("pipeline", command)
+    found = COMMANDS[command].make_context(command, words).params
     if "config" in found:
         config = load_config(found["config"], found.get("assignments") or ())
         assert found.get("until") in (None, *(stage.name for stage in config.stages))
@@ -325,7 +325,7 @@ def completions(words):
 
 
 def test_the_shell_completes_commands_options_and_stages(project):
-    assert completions("pipeline ") == [verb for verbs in VERBS.values() for verb in verbs]
+    assert completions("pipeline ") == [command for commands in PANELS.values() for command in commands]
     assert completions("pipeline run x.yaml --un") == ["--until"]
     assert completions("pipeline run x.yaml --until ") == ["init", "pt", "merge"]
     assert completions("pipeline plan --json x.yaml --fresh m") == ["merge"]
@@ -600,7 +600,7 @@ def test_gc_keeps_unfinished_work_until_it_is_given_up(project):
     steps = folders()
     begin(steps["pt"], reached=5)
     begin(steps["merge"], of=None)
-    assert gc(project, "--yes") == {steps["merge"].part.name: ("unfinished, and no config goes on with it", True)}
+    assert gc(project, "--yes") == {steps["merge"].part.name: ("unfinished, and no config resumes it", True)}
     assert steps["pt"].part.is_dir()
 
 
@@ -618,7 +618,7 @@ def test_gc_never_touches_a_running_stage_nor_what_it_starts_from(project, held)
 def test_gc_does_not_remove_what_a_run_has_just_taken(project, held):
     step = folders()["pt"]
     begin(step, of=None)
-    (leftover,) = survey.leftovers(Path("saves"))
+    (leftover,) = survey.find_leftovers(Path("saves"))
     held(step)
     assert not survey.remove(leftover)
     assert step.part.is_dir()
@@ -627,9 +627,7 @@ def test_gc_does_not_remove_what_a_run_has_just_taken(project, held):
 def test_gc_removes_what_was_set_aside(project, ran):
     ran["pt"].folder.rename(ran["pt"].folder.with_name(f"{ran['pt'].folder.name}.old-1"))
     found = gc(project, "--yes")
-    assert found == {
-        f"{ran['pt'].folder.name}.old-1": ("set aside: it was damaged, or made again with `--fresh`", True)
-    }
+    assert found == {f"{ran['pt'].folder.name}.old-1": ("set aside: it was damaged, or rebuilt with `--fresh`", True)}
 
 
 def test_gc_knows_a_config_through_a_link_to_saves_and_after_saves_moved(project, ran, tmp_path):

@@ -1,4 +1,4 @@
-"""Events of a training stage in, its logged figures and their curves out: SVG for a page, PNG and CSV for people."""
+"""The events of a training stage in, its logged figures and their curves out: SVG for a page, PNG and CSV files."""
 
 import csv
 import io
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 Logged = dict[str, float]
-"""All figures that were logged at one step, `step` among them."""
+"""All figures that were logged at one step, including `step`."""
 
 SPEED = "tokens_per_second"
-CLOCK = re.compile(r"time\Z|_per_second\Z|runtime\Z|preparation_time\Z")  # differs from run to run
+CLOCK = re.compile(r"time\Z|_per_second\Z|runtime\Z|preparation_time\Z")  # these differ from run to run
 LOSSES = re.compile(r"loss\Z|eval_(.+_)?loss\Z")
-HELD = "held out "
-CURVES = (  # title, names of what is in it
+HELD_OUT = "held out "
+CURVES = (  # title of a chart, names of the figures in it
     ("loss", LOSSES),
     ("rewards", re.compile(r"(eval_)?rewards/(chosen|rejected|margins)\Z")),
     ("reward accuracy", re.compile(r"(eval_)?rewards/accuracies\Z")),
@@ -28,15 +28,22 @@ CURVES = (  # title, names of what is in it
     ("gradient norm", re.compile(r"grad_norm\Z")),
     ("tokens per second", re.compile(SPEED + r"\Z")),
 )
-# Colours that the page replaces by its own, which follow light and dark.
+# Placeholder colours; `svg` replaces them by CSS colours that follow the light or dark mode of the page.
 INK, GRID, SERIES = "#010101", "#020202", ("#030101", "#030202", "#030303", "#030404", "#030505", "#030606")
-PRINTED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all eyes
+PRINTED = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito's palette
 
 
 def history(folder: Path) -> list[Logged]:
-    """The logged figures by step; without what a stopped stage did again after its checkpoint."""
+    """The logged figures, ordered by step. Steps that were repeated after a resume count once, as repeated."""
     rows: dict[int, Logged] = {}
-    before: tuple[float, float] | None = None  # tokens and time of the log before
+    before: tuple[float, float] | None = None  # tokens and time of the previous log
     for event in read_events(folder):
         if event["kind"] == "total":
             rows = {step: row for step, row in rows.items() if step <= event["step"]}
@@ -53,8 +60,8 @@ def history(folder: Path) -> list[Logged]:
     return [rows[step] for step in sorted(rows)]
 
 
-def table(rows: Sequence[Logged]) -> str:
-    """The figures as CSV, a line for each step, without what a clock says."""
+def as_csv(rows: Sequence[Logged]) -> str:
+    """The figures as CSV, a line for each step, without times and speeds."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if not CLOCK.search(name)]
     names.sort(key=lambda name: (name != "step", name != "epoch"))
     text = io.StringIO()
@@ -65,42 +72,43 @@ def table(rows: Sequence[Logged]) -> str:
 
 
 def curves(rows: Sequence[Logged]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Title → name → points, for each curve that has a point."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    """Title of a chart → name of a series → its (step, value) points, for each chart that has a point."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for title, pattern in CURVES:
         for name in dict.fromkeys(name for row in rows for name in row if pattern.match(name)):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            found.setdefault(title, {})[_said(name)] = points
-    return found
+            charts.setdefault(title, {})[_series_name(name)] = points
+    return charts
 
 
-def _said(name: str) -> str:
-    held = name.startswith("eval_")
-    word = name.removeprefix("eval_").removeprefix("rewards/").replace("_", " ")
-    return HELD + word if held else word
+def _series_name(name: str) -> str:
+    words = name.removeprefix("eval_").removeprefix("rewards/").replace("_", " ")
+    return HELD_OUT + words if name.startswith("eval_") else words
 
 
 def svg(title: str, series: Mapping[str, Sequence[tuple[float, float]]], key: str, along: str = "step") -> str:
-    """A curve as an SVG element for a page; `key` keeps its ids apart from those of other curves."""
+    """A chart as an SVG element for a page; `key` makes its ids unique there, `along` names the horizontal axis."""
     text = io.StringIO()
     with _style(INK, GRID, **{"svg.fonttype": "none", "svg.hashsalt": key}):
         _draw(title, series, SERIES, (3.9, 2.5), along).savefig(
             text, format="svg", transparent=True, metadata={"Date": None}
         )
-    found = text.getvalue()
-    found = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", found[found.index("<svg") :], flags=re.DOTALL)
-    found = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', found)
-    found = found.replace("xlink:href", "href")
-    found = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", found)
-    found = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--font)", found)
-    found = found.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    markup = text.getvalue()
+    markup = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", markup[markup.index("<svg") :], flags=re.DOTALL)
+    markup = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', markup
+    )
+    markup = markup.replace("xlink:href", "href")
+    markup = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", markup)
+    markup = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--font)", markup)
+    markup = markup.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     for number, colour in enumerate(SERIES, 1):
-        found = found.replace(colour, f"var(--c{number})")
-    return found
+        markup = markup.replace(colour, f"var(--c{number})")
+    return markup
 
 
 def png(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
-    """A curve as a picture, the same bytes for the same figures."""
+    """A chart as a PNG picture, the same bytes for the same figures."""
     picture = io.BytesIO()
     with _style("#222222", "#dddddd"):
         _draw(title, series, PRINTED, (8, 4.5), "step").savefig(
@@ -110,6 +118,7 @@ def png(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> byte
 
 
 def _style(ink: str, grid: str, **more: Any) -> Any:
+    """Matplotlib's settings for a chart, as a context manager."""
     import matplotlib
 
     inked = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "text.color")
@@ -130,14 +139,14 @@ def _draw(
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    kinds = list(dict.fromkeys(name.removeprefix(HELD) for name in series))
+    kinds = list(dict.fromkeys(name.removeprefix(HELD_OUT) for name in series))
     for number, (name, points) in enumerate(series.items()):
-        held = name.startswith(HELD)
-        place = kinds.index(name.removeprefix(HELD)) if len(kinds) > 1 else number  # one colour a kind, held out dashed
+        held_out = name.startswith(HELD_OUT)
+        place = kinds.index(name.removeprefix(HELD_OUT)) if len(kinds) > 1 else number  # one colour for each kind
         colour = colours[place % len(colours)]
         steps, values = zip(*points, strict=True)
-        mark = "o" if held or len(points) < 12 else ""
-        axes.plot(steps, values, "--" if held else "-", marker=mark, markersize=3, color=colour, label=name)
+        mark = "o" if held_out or len(points) < 12 else ""
+        axes.plot(steps, values, "--" if held_out else "-", marker=mark, markersize=3, color=colour, label=name)
     axes.set_title(title)
     axes.set_xlabel(along)
     axes.set_xlim(left=0)

@@ -1,4 +1,4 @@
-"""Two runs in, what differs out: settings, versions, figures and answers, read from what the runs left."""
+"""Two finished runs in, their differences out: settings, versions, figures and answers."""
 
 import json
 from collections.abc import Mapping
@@ -10,17 +10,18 @@ from pipeline import secret
 from pipeline.config.pipeline import folder_name
 from pipeline.errors import ConfigError
 from pipeline.saves import artifact
-from pipeline.views.report import flat
+from pipeline.views.report import flatten
+from pipeline.views.tables import without_controls
 from stages.measuring.table import read_answers
 from stages.runtime.errors import nearest
 
 ABSENT = "(none)"
-_LONGEST = 100  # characters of a value in the table
+_LONGEST = 100  # characters of a value that are shown
 
 
 @dataclass(frozen=True)
-class Line:
-    """A value by name in one stage that is not the same in both runs."""
+class ValueDifference:
+    """A named value of a stage that differs between the two runs."""
 
     stage: str
     name: str
@@ -29,8 +30,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A model's answers to one prompt."""
+class AnswerDifference:
+    """The answers that a model of each run gave to the same prompt, if they differ."""
 
     stage: str
     data: str
@@ -43,46 +44,46 @@ class Answer:
 
 @dataclass
 class Difference:
-    """Everything that differs, and how many figures and answers do not."""
+    """Everything that differs between two runs, and how many figures and answers are the same."""
 
     a: str
     b: str
     stages: dict[str, list[str]]
-    """Those that only one of the two has, under `a` and `b`."""
-    settings: list[Line] = field(default_factory=list)
-    versions: list[Line] = field(default_factory=list)
-    figures: list[Line] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    """The stages that only one of the two runs has, under `a` and `b`."""
+    settings: list[ValueDifference] = field(default_factory=list)
+    versions: list[ValueDifference] = field(default_factory=list)
+    figures: list[ValueDifference] = field(default_factory=list)
+    answers: list[AnswerDifference] = field(default_factory=list)
     same_figures: int = 0
     same_answers: int = 0
 
 
 def compare(a: str, b: str, saves: Path) -> Difference:
-    """Compare what two runs left.
+    """Compare two finished runs; each is a folder of links, a config file, or the name of a config.
 
     Raises:
-        ConfigError: one of them names no run.
+        ConfigError: there is no run of the name `a` or `b` in `saves`.
     """
     problems: list[str] = []
-    folders = [_links(name, saves, problems) for name in (a, b)]
+    folders = [_links_folder(name, saves, problems) for name in (a, b)]
     if problems:
         raise ConfigError(problems)
     first, second = (_records(folder) for folder in folders)
     only = {"a": [name for name in first if name not in second], "b": [name for name in second if name not in first]}
-    found = Difference(a, b, only)
+    difference = Difference(a, b, only)
     for stage in (name for name in first if name in second):
-        (left, one), (right, other) = first[stage], second[stage]
-        found.settings += _lines(stage, one.get("recipe", {}), other.get("recipe", {}))[0]
-        found.versions += _lines(stage, one.get("versions", {}), other.get("versions", {}))[0]
-        lines, same = _lines(stage, _figures(one), _figures(other))
-        found.figures += lines
-        found.same_figures += same
-        _compare_answers(stage, left, right, found)
-    return found
+        (folder_a, record_a), (folder_b, record_b) = first[stage], second[stage]
+        difference.settings += _compare_values(stage, record_a.get("recipe", {}), record_b.get("recipe", {}))[0]
+        difference.versions += _compare_values(stage, record_a.get("versions", {}), record_b.get("versions", {}))[0]
+        figures, same = _compare_values(stage, _figures(record_a), _figures(record_b))
+        difference.figures += figures
+        difference.same_figures += same
+        _compare_answers(stage, folder_a, folder_b, difference)
+    return difference
 
 
-def _links(name: str, saves: Path, problems: list[str]) -> Path:
-    """The folder of links of a run: a folder, a config file, or a config's name."""
+def _links_folder(name: str, saves: Path, problems: list[str]) -> Path:
+    """The folder of links of a run; a problem is added if it has no links."""
     given = Path(name)
     folder = given if given.is_dir() else saves / (folder_name(given) if given.suffix in (".yaml", ".yml") else name)
     if not folder.is_dir() or not any(path.is_symlink() for path in folder.iterdir()):
@@ -93,81 +94,85 @@ def _links(name: str, saves: Path, problems: list[str]) -> Path:
 
 
 def _records(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """The finished stages in the order they were made."""
-    found = {}
+    """Name of each finished stage → its folder and record, ordered by start time."""
+    records = {}
     for link in folder.iterdir():
         if link.is_symlink() and (record := artifact.read(link.resolve())) is not None:
-            found[link.name] = (link.resolve(), record)
-    return dict(sorted(found.items(), key=lambda item: (item[1][1].get("started", 0), item[0])))
+            records[link.name] = (link.resolve(), record)
+    return dict(sorted(records.items(), key=lambda item: (item[1][1].get("started", 0), item[0])))
 
 
-def _lines(stage: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[Line], int]:
-    """What differs, and how much is the same."""
-    left, right = flat(one), flat(other)
-    names = dict.fromkeys((*left, *right))
-    lines = [
-        Line(stage, name, left.get(name, ABSENT), right.get(name, ABSENT))
+def _compare_values(
+    stage: str, values_a: Mapping[str, Any], values_b: Mapping[str, Any]
+) -> tuple[list[ValueDifference], int]:
+    """The values that differ, and how many are the same."""
+    a, b = flatten(values_a), flatten(values_b)
+    names = dict.fromkeys((*a, *b))
+    differences = [
+        ValueDifference(stage, name, a.get(name, ABSENT), b.get(name, ABSENT))
         for name in names
-        if (name in left, left.get(name)) != (name in right, right.get(name))
+        if (name in a, a.get(name)) != (name in b, b.get(name))
     ]
-    return lines, len(names) - len(lines)
+    return differences, len(names) - len(differences)
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's numbers, the time it took among them."""
+    """The numbers of a record: its metrics and the seconds that the stage took."""
     metrics = {key: value for key, value in record.get("metrics", {}).items() if key != "settings"}
-    numbers = {key: value for key, value in flat(metrics).items() if isinstance(value, int | float) or value is None}
+    numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, int | float) or value is None}
     return {**numbers, "seconds": record["seconds"]} if "seconds" in record else numbers
 
 
-def _compare_answers(stage: str, left: Path, right: Path, found: Difference) -> None:
-    one, other = _answers(left), _answers(right)
-    for key in (key for key in one if key in other):
-        if one[key] == other[key]:
-            found.same_answers += 1
+def _compare_answers(stage: str, folder_a: Path, folder_b: Path, difference: Difference) -> None:
+    """Add the answers of one stage that both runs have to `difference`."""
+    a, b = _answers(folder_a), _answers(folder_b)
+    for key in (key for key in a if key in b):
+        if a[key] == b[key]:
+            difference.same_answers += 1
         else:
             data, row, prompt, model = key
-            found.answers.append(Answer(stage, data, row, prompt, model, one[key], other[key]))
+            difference.answers.append(AnswerDifference(stage, data, row, prompt, model, a[key], b[key]))
 
 
 def _answers(folder: Path) -> dict[tuple[str, int, str, str], str | None]:
-    """Answers by data, row, prompt and model."""
-    found = {}
-    for one in read_answers(folder):
-        prompt = one["prompt"][-1]["content"]
-        for model, said in one["answers"].items():
-            found[one["data"], one["row"], prompt, model] = said["answer"]
-    return found
+    """(data, row, last message of the prompt, model) → the answer."""
+    answers = {}
+    for entry in read_answers(folder):
+        prompt = entry["prompt"][-1]["content"]
+        for model, answer in entry["answers"].items():
+            answers[entry["data"], entry["row"], prompt, model] = answer["answer"]
+    return answers
 
 
-def text(found: Difference) -> str:
+def as_text(difference: Difference) -> str:
     """The difference for people."""
-    lines = [f"A: {found.a}", f"B: {found.b}"]
-    lines += [f"only in {side.upper()}: {', '.join(names)}" for side, names in found.stages.items() if names]
+    lines = [f"A: {difference.a}", f"B: {difference.b}"]
+    lines += [f"only in {side.upper()}: {', '.join(names)}" for side, names in difference.stages.items() if names]
     for title, rows, same in (
-        ("settings", found.settings, ""),
-        ("versions", found.versions, ""),
-        ("figures", found.figures, f"; {found.same_figures} are the same"),
+        ("settings", difference.settings, ""),
+        ("versions", difference.versions, ""),
+        ("figures", difference.figures, f"; {difference.same_figures} are the same"),
     ):
         lines += ["", f"{title}: {len(rows) or 'none'} differ{'' if len(rows) != 1 else 's'}{same}"]
         if rows:
             lines += _table(
                 [("stage", "name", "A", "B"), *((row.stage, row.name, *_both(row.a, row.b)) for row in rows)]
             )
-    if found.answers or found.same_answers:
-        lines += ["", f"answers: {len(found.answers)} of {len(found.answers) + found.same_answers} differ"]
-    for one in found.answers:
-        lines += [f"  {one.data}, row {one.row}, {one.model}: {_short(one.prompt)}"]
-        lines += [f"    A: {_short(one.a)}", f"    B: {_short(one.b)}"]
+    if answers := len(difference.answers) + difference.same_answers:
+        lines += ["", f"answers: {len(difference.answers)} of {answers} differ"]
+    for answer in difference.answers:
+        lines += [f"  {answer.data}, row {answer.row}, {answer.model}: {_short(answer.prompt)}"]
+        lines += [f"    {side}: {text}" for side, text in zip("AB", _both(answer.a, answer.b), strict=True)]
     return secret.mask("\n".join(lines))
 
 
-def as_json(found: Difference) -> str:
+def as_json(difference: Difference) -> str:
     """The difference for scripts."""
-    return secret.mask(json.dumps(asdict(found), ensure_ascii=False, indent=1))
+    return secret.mask(json.dumps(asdict(difference), ensure_ascii=False, indent=1))
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return [
         "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
@@ -176,18 +181,27 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _both(a: Any, b: Any) -> tuple[str, str]:
-    """Two different values with as many digits as show the difference."""
-    for digits in (4, 6, 9):
-        both = _short(a, digits), _short(b, digits)
-        if both[0] != both[1]:
-            return both
-    return _short(a, 17), _short(b, 17)
+    """Two different values as text, with enough digits to tell them apart."""
+    for digits in (4, 6, 9, 17):
+        texts = _short(a, digits), _short(b, digits)
+        if texts[0] != texts[1]:
+            return texts
+    return _from_first_difference(a, b)
+
+
+def _from_first_difference(a: Any, b: Any) -> tuple[str, str]:
+    """Two values that look the same on one short line: with escapes, from shortly before their first difference."""
+    whole = [repr(secret.mask(value) if isinstance(value, str) else value) for value in (a, b)]
+    same = next((place for place, pair in enumerate(zip(*whole, strict=False)) if pair[0] != pair[1]), 0)
+    start = max(0, same - 20)
+    shown_a, shown_b = (f"{'…' if start else ''}{text[start : start + _LONGEST]}" for text in whole)
+    return shown_a, shown_b
 
 
 def _short(value: Any, digits: int = 4) -> str:
-    """A value on one line."""
+    """A value on one line of at most `_LONGEST` characters."""
     if isinstance(value, float):
         return f"{value:.{digits}g}"
-    word = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    word = " ".join(word.split())
-    return word if len(word) <= _LONGEST else f"{word[: _LONGEST - 1]}…"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = without_controls(" ".join(secret.mask(text).split()))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

@@ -1,6 +1,5 @@
-"""What people see of a run: one live view on a terminal, plain lines elsewhere, and a table at the end."""
+"""What people see of a run: a live view on a terminal, plain lines elsewhere, and tables before and after it."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,141 +7,184 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.plan.step import Plan, Step
+from pipeline.saves import artifact
 from stages.measuring.table import read_table
+from stages.runtime.errors import Interrupted
 
-MARKS = {"waiting": "·", "running": "▸", "done": "✓", "ran": "✓", "failed": "✗"}
+MARKS = {
+    "waiting": ("·", "dim"),
+    "running": ("▸", "bold cyan"),
+    "done": ("✓", "green"),
+    "ran": ("✓", "green"),
+    "failed": ("✗", "red"),
+    "stopped": ("■", "yellow"),
+}
+"""State of a stage → its mark, and the style of the mark and the name."""
+
+
+# The run
 
 
 @dataclass
-class _Row:
+class StageProgress:
+    """What is shown of one stage."""
+
+    task: Task
+    """Its steps, bar and times, kept by rich."""
+    message: str
+    """Why the stage will run, then what it is doing, and when it is finished its key figure."""
     state: str = "waiting"
-    note: str = ""
-    step: int = 0
-    total: int = 0
-    loss: float | None = None
-    speed: float | None = None
-    started: float = 0.0
-    seconds: float = 0.0
-    first: tuple[int, float] | None = None
-    tokens: tuple[float, float] | None = None
+    """A key of MARKS."""
+    last_log: tuple[float, float] | None = None
+    """Tokens and time of the last log with a count of tokens."""
 
 
 @dataclass
 class View:
-    """Follows a run; use it as a context. `console` decides between live and plain."""
+    """Shows a run while the view is used as a context: live if `console` is a terminal, as plain lines if not."""
 
     plan: Plan
     console: Console = field(default_factory=Console)
 
     def __post_init__(self) -> None:
-        self.rows = {step.name: _Row(note=step.why) for step in self.plan.steps}
+        self.progress = Progress(
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # a narrow terminal shortens the bar first
+            _StepsColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
+            _TimeLeftColumn(table_column=Column(no_wrap=True)),
+            console=self.console,
+            expand=True,
+            speed_estimate_period=float("inf"),  # rich's 30 s would drop all samples when a step takes a minute
+        )
+        self.stages = {step.name: self._waiting(step) for step in self.plan.steps}
         self.live = Live(self, console=self.console, refresh_per_second=5) if self.console.is_terminal else None
+
+    def _waiting(self, step: Step) -> StageProgress:
+        task_id = self.progress.add_task(step.name, start=False, total=None, loss="", speed="")
+        return StageProgress(self.progress.tasks[task_id], step.why)
 
     def __enter__(self) -> "View":
         if self.live:
             self.live.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for row in self.rows.values():
-            if row.state == "running":
-                row.state = "failed"
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        for stage in self.stages.values():
+            if stage.state == "running":
+                stage.state = "stopped" if isinstance(error, Interrupted) else "failed"
+                self.progress.stop_task(stage.task.id)
         if self.live:
             self.live.stop()
 
+    @property
+    def states(self) -> dict[str, str]:
+        """Name of each stage → its state, a key of MARKS."""
+        return {name: stage.state for name, stage in self.stages.items()}
+
     def step(self, step: Step, state: str, detail: str = "") -> None:
-        """A step begins (`running`), was run (`ran`), or needs nothing (`done`)."""
-        row = self.rows[step.name]
-        row.state, now = state, time.monotonic()
+        """Show that a step starts (`running`), has been run (`ran`), or was finished before this run (`done`)."""
+        stage = self.stages[step.name]
+        stage.state = state
         if state == "running":
-            row.started = now
-            self.say(f"{step.name}: starts; {step.why}")
-        elif state == "ran":
-            row.seconds = now - row.started
-            self.say(f"{step.name}: finished in {row.seconds:.1f} s")
+            stage.message = step.why if step.state == "resume" else "starts"
+            self.progress.start_task(stage.task.id)
+            self.print_line(f"{step.name}: starts; {step.why}")
+            return
+        if state == "ran":
+            self.progress.stop_task(stage.task.id)
+            self.print_line(f"{step.name}: finished in {stage.task.elapsed:.1f} s")
+        if self.live and (record := artifact.read(step.folder)) is not None:
+            stage.message = key_figure(step, record)
 
     def event(self, step: Step, event: Mapping[str, Any]) -> None:
-        """Take in what the stage's process tells."""
-        row = self.rows[step.name]
+        """Show an event of the stage's process."""
+        stage = self.stages[step.name]
         kind = event["kind"]
         if kind == "total":
-            row.total, row.step = event["steps"], event["step"]
-            if "batch" not in event:
-                return
-            rows = event["batch"] * event["accumulation"] * event["processes"]
-            row.note = (
-                f"batch {event['batch']} × {event['accumulation']} accumulation × {event['processes']} "
-                f"process{'es' if event['processes'] > 1 else ''} = {rows} rows a step"
-            )
-            self.say(f"{step.name}: {row.total} steps, {row.note}")
+            self.progress.update(stage.task.id, total=event["steps"], completed=event["step"])
+            if "batch" in event:
+                batch = _batch_size(event)
+                stage.message = f"trains with {batch}"
+                self.print_line(f"{step.name}: {event['steps']} steps, {batch}")
         elif kind == "step":
-            _advance(row, event["step"], event["time"])
+            self._advance(stage, event["step"])
         elif kind == "log":
-            self._log(step, row, event)
+            self._log(step, stage, event)
         elif kind == "note":
-            row.note = event["text"]
-            self.say(f"{step.name}: {event['text']}")
+            stage.message = event["text"]
+            self.print_line(f"{step.name}: {event['text']}")
 
-    def _log(self, step: Step, row: _Row, event: Mapping[str, Any]) -> None:
-        _advance(row, event["step"], event["time"])
+    def _advance(self, stage: StageProgress, step: int) -> None:
+        self.progress.update(stage.task.id, completed=max(stage.task.completed, step))
+
+    def _log(self, step: Step, stage: StageProgress, event: Mapping[str, Any]) -> None:
+        self._advance(stage, event["step"])
+        task = stage.task
         if "num_tokens" in event:
-            if row.tokens and event["num_tokens"] > row.tokens[0]:
-                row.speed = (event["num_tokens"] - row.tokens[0]) / max(event["time"] - row.tokens[1], 1e-6)
-            row.tokens = (event["num_tokens"], event["time"])
+            tokens, time = event["num_tokens"], event["time"]
+            if stage.last_log and tokens > stage.last_log[0]:
+                speed = (tokens - stage.last_log[0]) / max(time - stage.last_log[1], 1e-6)
+                self.progress.update(task.id, speed=f"{speed:,.0f} tokens/s")
+            stage.last_log = tokens, time
         if "loss" in event:
-            row.loss = event["loss"]
-            self.say(f"{step.name}: step {row.step}/{row.total}, {_figures(row)}")
+            self.progress.update(task.id, loss=f"loss {event['loss']:.4g}")
+            shown = (task.fields["loss"], task.fields["speed"], _time_left(task))
+            figures = ", ".join(filter(None, shown))
+            self.print_line(f"{step.name}: step {task.completed:.0f}/{task.total or 0:.0f}, {figures}")
 
-    def say(self, line: str) -> None:
-        """A plain line, where no live view shows it."""
+    def print_line(self, line: str) -> None:
+        """Print a plain line if there is no live view."""
         if self.live is None:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __rich__(self) -> RenderableType:
-        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0), expand=True)
-        for _ in range(4):
-            table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1, style="dim")  # gives way on a narrow terminal
-        for name, row in self.rows.items():
-            table.add_row(
-                MARKS[row.state],
-                name,
-                _bar(row),
-                Text(_figures(row)),
-                Text(row.note),
-            )
-        return Group(table)
+        table = Table.grid(Column(), Column(no_wrap=True), Column(ratio=1), padding=(0, 1), expand=True)
+        for name, stage in self.stages.items():
+            mark, style = MARKS[stage.state]
+            table.add_row(Text(mark, style), Text(name, style), self._progress_of(stage))
+        return table
+
+    def _progress_of(self, stage: StageProgress) -> RenderableType:
+        """One line for a stage that waits or is finished; a bar and a line for one that runs, or has failed."""
+        is_finished = stage.state in ("done", "ran")
+        message = Text(stage.message, "" if is_finished else "dim", no_wrap=True, overflow="ellipsis")
+        if stage.state == "waiting" or not stage.task.started:
+            return message
+        if is_finished:
+            return Text.assemble(f"{stage.task.elapsed:.1f} s  ", message, no_wrap=True, overflow="ellipsis")
+        return Group(self.progress.make_tasks_table([stage.task]), message)
 
 
-def _advance(row: _Row, step: int, now: float) -> None:
-    row.step = max(row.step, step)
-    if row.first is None:
-        row.first = (step, now)
+class _StepsColumn(MofNCompleteColumn):
+    """Steps as `33/132`; for a stage without steps the time that it has taken."""
+
+    def render(self, task: Task) -> Text:
+        return Text(duration(task.elapsed or 0)) if task.total is None else super().render(task)
 
 
-def _bar(row: _Row) -> str:
-    if row.state == "running" and row.total:
-        full = round(16 * row.step / row.total)
-        return "█" * full + "░" * (16 - full) + f" {row.step}/{row.total}"
-    if row.state == "running":
-        return f"{time.monotonic() - row.started:.0f} s"
-    return f"{row.seconds:.1f} s" if row.seconds else ""
+class _TimeLeftColumn(ProgressColumn):
+    """The time that the remaining steps of a running stage take."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.finished or task.stop_time else _time_left(task))
 
 
-def _figures(row: _Row) -> str:
-    parts = []
-    if row.loss is not None:
-        parts.append(f"loss {row.loss:.4g}")
-    if row.speed:
-        parts.append(f"{row.speed:,.0f} tokens/s")
-    if row.state == "running" and row.first and row.step > row.first[0]:
-        each = (time.time() - row.first[1]) / (row.step - row.first[0])
-        parts.append(f"{duration(each * (row.total - row.step))} left")
-    return ", ".join(parts)
+def _time_left(task: Task) -> str:
+    """Such as `12 min left`; empty before the second step."""
+    seconds = task.time_remaining
+    return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def _batch_size(event: Mapping[str, Any]) -> str:
+    rows = event["batch"] * event["accumulation"] * event["processes"]
+    processes = f"{event['processes']} process{'es' if event['processes'] > 1 else ''}"
+    return f"batch {event['batch']} × {event['accumulation']} accumulation × {processes} = {rows} rows a step"
 
 
 def duration(seconds: float) -> str:
@@ -152,8 +194,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+# The tables
+
+
 def plan_table(planned: Plan) -> Table:
-    """What will run and why."""
+    """Each stage, whether it will run, why, and its folder."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("stage", "plan", "why", "folder"):
         table.add_column(column, overflow="fold")
@@ -163,13 +208,16 @@ def plan_table(planned: Plan) -> Table:
     return table
 
 
-def result_table(planned: Plan, records: Sequence[Mapping[str, Any]], ran: Mapping[str, str]) -> Table:
-    """What happened to each stage, its time, its key figure, and where it lies."""
+def result_table(planned: Plan, records: Sequence[Mapping[str, Any]], states: Mapping[str, str]) -> Table:
+    """Each stage of a finished run: what happened, its time, its key figure and its folder.
+
+    `records` are those of the steps in their order; `states` are the `states` of the run's view.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("stage", "what happened", "time", "key figure", "folder"):
         table.add_column(column, overflow="fold")
     for step, record in zip(planned.steps, records, strict=True):
-        what = {"ran": "ran", "done": "was done already"}[ran[step.name]]
+        what = {"ran": "ran", "done": "was done already"}[states[step.name]]
         table.add_row(
             _label(step), what, duration(record["seconds"]), Text(key_figure(step, record)), Text(str(step.link))
         )
@@ -177,24 +225,24 @@ def result_table(planned: Plan, records: Sequence[Mapping[str, Any]], ran: Mappi
 
 
 def key_figure(step: Step, record: Mapping[str, Any]) -> str:
-    """The figure that the stage itself calls its key figure."""
+    """The key figure of a finished step, which its kind of stage chooses."""
     return str(step.stage.headline(record["metrics"]))
 
 
 def evaluation_table(folder: Path) -> Table:
-    """The figures of an evaluation, a column for each model; why there is none stands in its place."""
-    found = read_table(folder)
+    """The figures of a finished evaluation, a column for each model; a reason in place of each missing figure."""
+    evaluation = read_table(folder)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("metric", "data", *found["models"]):
+    for column in ("metric", "data", *evaluation["models"]):
         table.add_column(column, overflow="fold", max_width=32)
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for one in found["figures"]:
-        cell = f"({one['why']})" if one["value"] is None else f"{one['value']:.4g}"
-        rows.setdefault((one["metric"], one["data"]), {})[one["model"]] = cell
-    for (metric, data), cells in rows.items():
-        said = [cells.get(model, "(not measured)") for model in found["models"]]
-        repeated = [cell if cell not in said[:place] or cell[0] != "(" else "″" for place, cell in enumerate(said)]
-        table.add_row(metric, data, *map(Text, repeated))
+    for figure in evaluation["figures"]:
+        cell = f"({figure['why']})" if figure["value"] is None else f"{figure['value']:.4g}"
+        rows.setdefault((figure["metric"], figure["data"]), {})[figure["model"]] = cell
+    for (metric, data), by_model in rows.items():
+        cells = [by_model.get(model, "(not measured)") for model in evaluation["models"]]
+        shown = ["″" if cell[0] == "(" and cell in cells[:place] else cell for place, cell in enumerate(cells)]
+        table.add_row(metric, data, *map(Text, shown))
     return table
 
 

@@ -1,4 +1,4 @@
-"""A plan in, what its data comes to out: the account of a data set in each stage, and rows as the model sees them."""
+"""A plan in, its data sets out as each training stage reads them: counts, and samples as the model sees them."""
 
 from array import array
 from collections import deque
@@ -22,70 +22,72 @@ from stages.training.settings import Training
 
 
 @dataclass(frozen=True)
-class Seen:
+class DataView:
     """A data set as a stage reads it."""
 
     data: str
     stage: str
     account: cleaning.Account
     tokens: encoding.Tokens | None
-    """None while the stage's tokenizer has not been made."""
+    """None while the model with the stage's tokenizer does not exist yet."""
     samples: list[list[tuple[str, bool]]]
-    """The text of the first sequences in stretches, each with whether it is in the loss."""
+    """The first sequences; each is a list of (part of its text, whether this part is in the loss)."""
 
 
-def look(plan: Plan, name: str | None, rows: int) -> Iterator[Seen]:
-    """Each data set, or the one named, in each training stage that reads it, with its first `rows` rows.
+def inspect_data(plan: Plan, name: str | None, rows: int) -> Iterator[DataView]:
+    """Each data set, or only `name`, as each training stage reads it, with its first `rows` rows as samples.
 
     Raises:
-        ConfigError: there is no such data set, or no stage trains on it.
+        ConfigError: there is no data set `name`, or no stage trains on it.
     """
     if name is not None and name not in plan.pipeline.data:
         raise ConfigError([f"there is no data `{name}`{nearest(name, plan.pipeline.data)}"])
     names = [name] if name is not None else list(plan.pipeline.data)
-    pairs = [(data, step) for data in names for step in plan.steps if _reads(step, plan.pipeline.data[data])]
+    pairs = [(data, step) for data in names for step in plan.steps if _trains_on(step, plan.pipeline.data[data])]
     if not pairs:
         raise ConfigError([f"no stage trains on `{name}`" if name else "no stage trains on data"])
     for data, step in pairs:
         training = step.entry.training
-        assert training is not None  # `_reads` says so
-        yield _seen(data, plan.pipeline.data[data], step, training, _with_tokenizer(plan, step), rows)
+        assert training is not None  # `_trains_on` has checked it
+        yield _data_view(data, plan.pipeline.data[data], step, training, _tokenizer_folder(plan, step), rows)
 
 
-def _reads(step: Step, source: Source) -> bool:
+def _trains_on(step: Step, source: Source) -> bool:
+    """Whether a stage trains on a data set, or holds it out."""
     training = step.entry.training
     return training is not None and source in (*training.draw.sources, *training.draw.eval_data)
 
 
-def _with_tokenizer(plan: Plan, step: Step) -> Path | None:
-    """The nearest folder before a step that holds the tokenizer, which goes unchanged from stage to stage."""
+def _tokenizer_folder(plan: Plan, step: Step) -> Path | None:
+    """The last model folder up to `step` that has a tokenizer; every stage passes it on unchanged."""
     above = plan.steps[: plan.steps.index(step) + 1]
-    folders = [Path(folder) for one in above for folder in one.inputs.model]
+    folders = [Path(folder) for stage in above for folder in stage.inputs.model]
     return next((folder for folder in reversed(folders) if (folder / "tokenizer.json").is_file()), None)
 
 
-def _seen(data: str, source: Source, step: Step, training: Training, folder: Path | None, rows: int) -> Seen:
+def _data_view(data: str, source: Source, step: Step, training: Training, folder: Path | None, rows: int) -> DataView:
     account = cleaning.Account()
     chunks = drawing.chunks(drawing.DrawnRow(0, *placed) for placed in kept_rows(source, account))
     if folder is None:
-        deque(chunks, maxlen=0)
-        return Seen(data, step.name, account, None, [])
+        deque(chunks, maxlen=0)  # reading fills the account
+        return DataView(data, step.name, account, None, [])
     tokenizer = _tokenizer(step, folder)
-    make = sequences(tokenizer, training.max_length, training.cut, 1)
+    encode = sequences(tokenizer, training.max_length, training.cut, 1)
 
     def count(chunk: drawing.Chunk) -> tuple[encoding.Tokens, list[int], list[Row]]:
-        made, (tokens,) = make(chunk)
+        encoded, (tokens,) = encode(chunk)
         first = [placed.row for _, placed, _ in chunk.trained()][:rows]
-        return tokens, lengths(made) if made else [], first
+        return tokens, lengths(encoded) if encoded else [], first
 
-    whole, sizes, first = encoding.Tokens(), array("L"), list[Row]()
-    for tokens, more, begun in parallel_map(count, chunks, usable_cores(), preparation.FEW):
-        whole.add(tokens)
-        sizes.extend(more)
-        first += begun[: rows - len(first)]
-    whole.padding = encoding.padding(sizes, training.batch)
-    shown = [encoding.pieces(tokenizer, one) for row in encoding.encode(Encoder(tokenizer), first) for one in row]
-    return Seen(data, step.name, account, whole, shown)
+    total, sizes, first = encoding.Tokens(), array("L"), list[Row]()
+    for tokens, chunk_sizes, chunk_rows in parallel_map(count, chunks, usable_cores(), preparation.FEW):
+        total.add(tokens)
+        sizes.extend(chunk_sizes)
+        first += chunk_rows[: rows - len(first)]
+    total.padding = encoding.padding(sizes, training.batch)
+    encoded = (sequence for row in encoding.encode(Encoder(tokenizer), first) for sequence in row)
+    samples = [encoding.pieces(tokenizer, sequence) for sequence in encoded]
+    return DataView(data, step.name, account, total, samples)
 
 
 def _tokenizer(step: Step, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What lies in a `saves` folder: the state of every stage for `status`, and what nothing refers to for `gc`."""
+"""A `saves` folder in: the state of every stage out for `status`, and unused folders for `gc`."""
 
 import contextlib
 import fcntl
@@ -20,8 +20,8 @@ from stages.training.checkpoint import reached_step
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A stage of a config that left something."""
+class StageStatus:
+    """The state of a stage of a config that has a finished or unfinished folder."""
 
     config: str
     stage: str
@@ -32,24 +32,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder that can go, and why."""
+    """A folder that can be removed, and why."""
 
     folder: Path
     why: str
     bytes: int
 
 
-def entries(saves: Path, config: str | None = None) -> Iterator[Entry]:
-    """What each stage of one config, or of all, has come to; finished ones first."""
+def stage_statuses(saves: Path, config: str | None = None) -> Iterator[StageStatus]:
+    """The state of each stage of one config, or of all configs; finished stages first."""
     hashes = Hashes(saves / HASHES)
     for link in _links(saves):
         if config in (None, link.parent.name):
-            yield _finished(link, hashes)
+            yield _finished_status(link, hashes)
     for part in sorted(saves.glob("*.part")):
         spec = artifact.begun(part) or {}
         if artifact.FOLDER.match(part.name) and (config is None or spec.get("of") == config):
             stage = str(spec.get("stage") or part.name.rsplit("-", 1)[0])
-            yield Entry(str(spec.get("of") or ""), stage, _unfinished(part), "", part)
+            yield StageStatus(str(spec.get("of") or ""), stage, _unfinished_state(part), "", part)
 
 
 def _links(saves: Path) -> list[Path]:
@@ -57,63 +57,63 @@ def _links(saves: Path) -> list[Path]:
     return [link for folder in folders for link in sorted(folder.iterdir()) if link.is_symlink()]
 
 
-def _finished(link: Path, hashes: Hashes) -> Entry:
+def _finished_status(link: Path, hashes: Hashes) -> StageStatus:
     folder, since = link.resolve(), ""
     try:
         record = artifact.read(folder)
     except NewerRecord:
-        return Entry(link.parent.name, link.name, "made by a later version", "", folder)
+        return StageStatus(link.parent.name, link.name, "made by a later version", "", folder)
     if record is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started"]))
         damage = artifact.damage(folder, record, hashes)
         state = "done" if damage is None else f"damaged: {damage}"
     else:
-        state = "damaged: no record of it can be read" if folder.is_dir() else "gone"
-    return Entry(link.parent.name, link.name, state, since, folder)
+        state = "damaged: its record cannot be read" if folder.is_dir() else "gone"
+    return StageStatus(link.parent.name, link.name, state, since, folder)
 
 
-def _unfinished(part: Path) -> str:
+def _unfinished_state(part: Path) -> str:
     reached = reached_step(part / "checkpoints")
     if (holder := held(part)) is not None:
-        now = _now(part)
-        return f"running, {f'step {now}, ' if now else ''}{holder}"
+        step = _current_step(part)
+        return f"running, {f'step {step}, ' if step else ''}{holder}"
     return f"stopped, goes on at step {reached}" if reached else "stopped before its first checkpoint"
 
 
-def _now(part: Path) -> str:
-    """The step of a running stage, as `12 of 400`."""
+def _current_step(part: Path) -> str:
+    """The step of a running stage, such as `12 of 400`; empty before the first one."""
     last: dict[str, Any] = {}
     for event in read_events(part):
         last |= {key: event[key] for key in ("step", "steps") if key in event}
     return f"{last['step']} of {last['steps']}" if last.keys() >= {"step", "steps"} else ""
 
 
-def leftovers(saves: Path) -> list[Leftover]:
-    """Every folder that no config refers to; one that is being worked on, or stood on, is not among them.
+def find_leftovers(saves: Path) -> list[Leftover]:
+    """Every folder that no config refers to, that no run works in, and that no folder which is kept was built from.
 
-    And all prepared rows: nothing is lost with them, a stage that needs some makes them again.
+    All prepared rows are leftovers too: a stage that needs them prepares them again.
     """
-    found = []
+    leftovers = []
     gone = {folder.name: owner for folder in saves.glob("*") if (owner := belongs(folder)) and not owner.exists()}
     needed = _needed(saves, gone)
     for folder in sorted(saves.glob("*")):
         match = artifact.FOLDER.match(folder.name)
         if folder.name in gone:
-            found.append(Leftover(folder, f"links of `{gone[folder.name]}`, which is gone", artifact.size(folder)))
+            leftovers.append(Leftover(folder, f"links of `{gone[folder.name]}`, which is gone", artifact.size(folder)))
         elif match and not folder.is_symlink() and folder.name not in needed:
-            found.append(Leftover(folder, _why(folder, match["end"]), artifact.size(folder)))
+            leftovers.append(Leftover(folder, _why(folder, match["end"]), artifact.size(folder)))
     rows = sorted((saves / preparation.FOLDER).glob("*"))
-    return [*found, *(Leftover(folder, "rows made ready for training", artifact.size(folder)) for folder in rows)]
+    return [*leftovers, *(Leftover(folder, "rows made ready for training", artifact.size(folder)) for folder in rows)]
 
 
 def _why(folder: Path, end: str) -> str:
     if "old" in end:
-        return "set aside: it was damaged, or made again with `--fresh`"
-    return "unfinished, and no config goes on with it" if end else "no config refers to it"
+        return "set aside: it was damaged, or rebuilt with `--fresh`"
+    return "unfinished, and no config resumes it" if end else "no config refers to it"
 
 
 def _needed(saves: Path, gone: dict[str, Path]) -> set[str]:
-    """Names of folders that links point to, that are being worked on, and that these start from."""
+    """Names of the folders that links point to, that a run works in or resumes, and that those were built from."""
     wanted = [link.resolve() for link in _links(saves) if link.parent.name not in gone]
     for part in saves.glob("*.part"):
         spec = artifact.begun(part) or {}
@@ -125,12 +125,12 @@ def _needed(saves: Path, gone: dict[str, Path]) -> set[str]:
         if folder.name in needed or folder.parent.resolve() != saves.resolve():
             continue
         needed.add(folder.name)
-        wanted += [saves / name for name in _stands_on(folder)]
+        wanted += [saves / name for name in _sources(folder)]
     return needed
 
 
-def _stands_on(folder: Path) -> list[str]:
-    """Names of the folders beside it that a finished or unfinished one reads."""
+def _sources(folder: Path) -> list[str]:
+    """Names of the folders in `saves` that a finished or unfinished stage reads."""
     with contextlib.suppress(NewerRecord):
         record, spec = artifact.read(folder) or {}, artifact.begun(folder) or {}
         models = [*(record.get("model") or []), *(spec.get("inputs", {}).get("model") or [])]
@@ -139,11 +139,11 @@ def _stands_on(folder: Path) -> list[str]:
 
 
 def remove(leftover: Leftover) -> bool:
-    """Delete a folder; False when somebody has begun to work on it meanwhile."""
-    with contextlib.ExitStack() as held:
+    """Delete a folder; False if a run has started to work in it meanwhile."""
+    with contextlib.ExitStack() as locks:
         for file in _locks(leftover.folder):
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(open(file, "a", encoding="utf-8"))
+            lock = locks.enter_context(open(file, "a", encoding="utf-8"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -153,7 +153,7 @@ def remove(leftover: Leftover) -> bool:
 
 
 def _locks(folder: Path) -> list[Path]:
-    """What those who work in a folder hold."""
+    """The files that a run locks while it works in a folder."""
     if folder.parent.name == preparation.FOLDER:
         return [preparation.lock(folder)]
     match = artifact.FOLDER.match(folder.name)

@@ -194,7 +194,7 @@ def test_the_page_needs_nothing_else(made):
 TOLD = [
     "3 of 4 stages done, made in 3 min",
     "merge not run yet",
-    "stopped and went on once",
+    "stopped and resumed once",
     "held-out loss 3.500 → 2.250",
     "45,678 tokens · 50.0% of them in the loss · longest sequence 511 · 9 cut off at max_length · 123 rows held",
     "1,107 sequences packed into 901 · 3.1% padding",
@@ -203,7 +203,7 @@ TOLD = [
     "perplexity ↓ consult 21.12 20.12 to 22.12 18.38 ★ 17.38 to 19.38 better than init",
     "reward_margin ↑ consult – it is the model that rewards are measured against 1.5",
     "user What helps? init <script>alert(1)</script> pt Rest & water …",
-    "✓ passed x.yaml:12:13: perplexity of `pt` on `consult` is 18.38",
+    "✓ gate passed: evaluate x.yaml:12:13: perplexity of `pt` on `consult` is 18.38",
     "659,200",
     "Linux, 2 cores, no GPU",
 ]
@@ -282,7 +282,7 @@ def test_secrets_stay_out(made, monkeypatch):
 def test_a_gate_that_says_no(made):
     made.write("x.yaml", CONFIG.replace("versus: init, max_increase: 6%", "max: 10"))
     text = Page(page(made)).text
-    assert "✗ no x.yaml:12:13: perplexity of `pt` on `consult` is 18.38" in text
+    assert "✗ gate failed: evaluate x.yaml:12:13: perplexity of `pt` on `consult` is 18.38" in text
     assert "a gate of `evaluate` failed, and `run` stops after it" in text
 
 
@@ -290,10 +290,10 @@ def test_nothing_has_run_yet(made):
     found = Page(page(made, "--saves", "other")).text
     assert "0 of 4 stages done" in found
     for words in (
-        "No stage that trains is done.",
+        "No training stage is done.",
         "Nothing has been logged.",
         "No evaluation is done.",
-        "No gate has been",
+        "No gate has been checked.",
     ):
         assert words in found
 
@@ -325,7 +325,7 @@ def test_curves_leave_out_what_was_done_again_and_what_a_clock_says(made):
         "loss": [(5, 3.0), (10, 2.7), (20, 2.5)],
     }
     assert charts.curves(rows)["tokens per second"] == {"tokens per second": [(10, 1000.0)]}
-    assert charts.table(rows) == (
+    assert charts.as_csv(rows) == (
         "step,eval_loss,loss,learning_rate,num_tokens,grad_norm\n"
         "0,3.5,,,,\n5,,3.0,5e-05,1000,\n10,,2.7,4e-05,3000,\n20,2.25,2.5,1e-05,7000,0.5\n"
     )
