@@ -79,7 +79,7 @@ CHANGES = {
         project, "{learning_rate: 5e-5, logging_steps: 10}", "{logging_steps: 10, learning_rate: 0.00005}  # slowly"
     ),
     "names of the config, of stages and of data": lambda project: rewrite(project, "dpo: {", "align: {use: dpo, "),
-    "where a data file lies": move,
+    "where a data file is": move,
     "dates of files, in the past or in the future": dates,
     "going back to earlier settings": back,
     "rows of a data file, with equal size and date": same_size_and_date("prefer.jsonl"),
