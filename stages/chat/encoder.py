@@ -1,4 +1,4 @@
-"""A tokenizer as rows are encoded with it: conversations become text, and text becomes token ids."""
+"""A tokenizer and the faster functions that give the same: conversations in, text and token ids out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer that has its chat template already, and what does its work faster.
+    """A tokenizer that has its chat template, and faster functions that give the same texts and token ids.
 
-    A tokenizer that gets another template needs a new encoder: the fast renderer is built for one template.
+    When the tokenizer gets another template, make a new encoder: the fast renderer is built for one template.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -24,7 +24,7 @@ class Encoder:
     """Gives the tokenizer's token ids faster; None if there is none, or if `with_twin` was not called."""
 
     def with_twin(self) -> "Encoder":
-        """The same encoder with the tokenizer's twin, if it has one. The search tries every token of the vocabulary."""
+        """An encoder with the tokenizer's twin, if there is one; the search encodes every token of the vocabulary."""
         return replace(self, twin=fast_tokens.find_twin(self._backend))
 
     def token_ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -43,10 +43,10 @@ class Encoder:
 
     @cached_property
     def render_fast(self) -> Render:
-        """As `render`, in a sixth of its time where that is proved equal; for conversations without tools."""
+        """As `render` for conversations without tools, in a quarter of its time if it wrote all probes the same."""
         return fast_renderer(self.tokenizer)
 
     @property
     def _backend(self) -> Any:
-        """The tokenizer of the library `tokenizers` inside that of transformers."""
+        """The tokenizer of the library `tokenizers` inside the one of transformers."""
         return self.tokenizer.backend_tokenizer

@@ -58,14 +58,15 @@ def _parsed(name: str, content: str) -> str:
 def _from_prompt_json(name: str, content: str) -> str:
     """A chat template from alpaca-lora's prompt template: {prompt_input, prompt_no_input, response_split}.
 
-    Rows reach a chat template with instruction and input joined, so `prompt_no_input` is the one that is used.
+    Only `prompt_no_input` is used: the instruction and the input of a row are joined before they reach a template.
     """
     try:
         prompt = json.loads(content)["prompt_no_input"]
         before, after = prompt.split("{instruction}")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StageError(
-            f"the template `{name}` is no prompt template: it needs `prompt_no_input` with one `{{instruction}}` in it"
+            f"the template `{name}` is not a prompt template: it needs `prompt_no_input` with one `{{instruction}}` "
+            "in it"
         ) from None
     before, after = json.dumps(before, ensure_ascii=False), json.dumps(after, ensure_ascii=False)
     return (
@@ -80,15 +81,15 @@ def _from_prompt_json(name: str, content: str) -> str:
 
 
 def template_tokens(template: str) -> list[str]:
-    """The special tokens that a template writes out, such as `<|im_end|>`."""
+    """The special tokens in the text of a template, such as `<|im_end|>`, sorted."""
     return sorted(set(re.findall(r"<\|[a-zA-Z0-9_]+\|>", template)))
 
 
 def install_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
-    """Give a tokenizer its template; without one it keeps its own.
+    """Give a tokenizer a chat template; with None it keeps its own.
 
-    A tokenizer that starts plain text with BOS (Llama's do) gets a template that does so too: chat templates are
-    tokenized without special tokens added, so otherwise the model would see a start that it never saw before.
+    A tokenizer that starts every text with BOS (as Llama's do) gets a template that writes BOS too: tokenizers add no
+    special tokens to a conversation, so without it the model would see a start that it has never seen.
     """
     if template is None:
         return

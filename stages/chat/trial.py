@@ -1,4 +1,4 @@
-"""A template tried on a conversation without transformers, so that its faults are known before anything is loaded."""
+"""Templates are tried on a conversation without transformers, so that faults are known before a model is loaded."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 
-# A conversation with a tool; what a template must have written of it stands beside it.
+# A conversation with a tool, and the words that a template must write of it.
 _TOOL = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
 _CALL = {"name": "probe_call", "arguments": {"probe_key": "probe_value"}}
 TRIED: tuple[list[Message], Tools] = (
@@ -39,7 +39,10 @@ def without_generation_marks(content: str) -> str:
 
 
 def try_template(template: str, tokenizer: Mapping[str, Any], has_token: Callable[[str], bool]) -> str | None:
-    """What is wrong with a template, found without transformers: a conversation is rendered as it would do it."""
+    """What is wrong with a template, found without transformers; None if it renders a question and its answer.
+
+    `tokenizer` is the content of tokenizer_config.json; `has_token` tells whether a text is one token of it.
+    """
     from jinja2 import TemplateError
 
     special = special_tokens(tokenizer)
@@ -63,7 +66,7 @@ def try_template(template: str, tokenizer: Mapping[str, Any], has_token: Callabl
 
 @functools.cache
 def compile_template(template: str) -> "Template":
-    """The template under the settings that transformers renders with."""
+    """The template, compiled with the settings of transformers."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -79,11 +82,12 @@ def compile_template(template: str) -> "Template":
 
 
 def special_tokens(tokenizer: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens in tokenizer_config.json that templates use; an empty text for a missing one."""
     return {name: _word(tokenizer.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
 
 def try_tools(template: str, tokenizer: Mapping[str, Any]) -> str | None:
-    """What is wrong with a template for rows with tools, found without transformers; None for nothing."""
+    """What is wrong with a template for rows with tools, found without transformers; None if it writes tools."""
     from jinja2 import TemplateError
 
     messages, tools = TRIED
@@ -96,13 +100,13 @@ def try_tools(template: str, tokenizer: Mapping[str, Any]) -> str | None:
     return left_out(written)
 
 
-_OTHER = "choose `template: chatml`, `llama3` or `qwen`, or leave rows with tools out"
+_OTHER = "choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
 
 
 def left_out(written: str) -> str | None:
-    """What the template left out of the tried conversation."""
-    lost = dict.fromkeys(what for probe, what in _WRITTEN.items() if probe not in written)
-    return f"the template does not write {', '.join(lost)}; {_OTHER}" if lost else None
+    """What is missing in the text of the tried conversation; None if nothing is."""
+    missing = dict.fromkeys(what for probe, what in _WRITTEN.items() if probe not in written)
+    return f"the template does not write {', '.join(missing)}; {_OTHER}" if missing else None
 
 
 def _word(token: Any) -> str:

@@ -257,8 +257,8 @@ def test_a_template_that_would_leave_tools_out_is_refused(tokenizer, template, m
     with pytest.raises(StageError) as error:
         encode_chat(Encoder(tokenizer), messages, tools)
     assert str(error.value) == (
-        f"the template does not write {LEAVES_OUT[template]}; choose `template: chatml`, `llama3` or `qwen`, or leave "
-        "rows with tools out"
+        f"the template does not write {LEAVES_OUT[template]}; choose `template: chatml`, `llama3` or `qwen`, or remove "
+        "rows with tools"
     )
     encode_chat(Encoder(tokenizer), TURNS)
 

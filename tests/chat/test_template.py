@@ -1,4 +1,4 @@
-"""A template's name or file in, its text out; and what is said of one that cannot be used."""
+"""A template's name or file in, its text out; a template that cannot be used is refused."""
 
 import json
 
@@ -126,7 +126,7 @@ def test_a_jinja_file_is_taken_as_it_is(tmp_path):
             (
                 "own.json",
                 content,
-                "the template `own.json` is no prompt template: it needs `prompt_no_input` with one `{instruction}` "
+                "the template `own.json` is not a prompt template: it needs `prompt_no_input` with one `{instruction}` "
                 "in it",
             )
             for content in (

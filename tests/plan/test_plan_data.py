@@ -149,7 +149,7 @@ def test_rows_with_tools_need_a_template_that_writes_them(project, row, template
             build(project, CHAT.replace("template: med", f"template: {template}")).problems
             == [
                 f"x.yaml:1:11: stage `sft`: data `consult` holds tool calls, and the template does not write {LOST}; "
-                "choose `template: chatml`, `llama3` or `qwen`, or leave rows with tools out"
+                "choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
             ]
             * refused
         )
@@ -161,5 +161,5 @@ def test_a_template_that_raises_at_a_tool(project):
     project.write("own.jinja", own + "{{ m.content }}{{ eos_token }}{% endfor %}")
     assert build(project, CHAT.replace("template: med", "template: own.jinja")).problems == [
         "x.yaml:1:11: stage `sft`: data `consult` holds tool calls, and the template cannot render tool calls "
-        "(no tools); choose `template: chatml`, `llama3` or `qwen`, or leave rows with tools out"
+        "(no tools); choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
     ]
