@@ -7,7 +7,8 @@ from pathlib import Path
 from pipeline.errors import StageFailed
 
 _NAMES = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
-_SHORTEST = 8  # shorter values, such as `true` in TOKENIZERS_PARALLELISM, are no secrets
+_SPECIAL = re.compile(r"<[^<>]+>|\[[A-Z_]+\]")
+_SHORTEST = 8  # shorter values, such as `true` in TOKENIZERS_PARALLELISM, are not secrets
 _TEXTS = {".json", ".jsonl", ".txt", ".md", ".jinja", ".model", ".csv", ".yaml"}
 HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")  # the runner downloads; stages are offline
 
@@ -15,16 +16,23 @@ HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")  # the 
 def values() -> dict[str, str]:
     """Each secret value in the environment and the name of its variable."""
     named = {value: name for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= _SHORTEST}
-    # Neither a plain word, nor a number such as a limit on tokens, nor the path of a key file is a secret.
+    # A plain word, a number such as a limit on tokens, a template's token such as <|im_end|>, and the path of a key
+    # file are not secrets.
     plain = {value for value in named if value.isdigit() or value.isalpha() or os.path.exists(value)}
+    plain |= {value for value in named if _SPECIAL.fullmatch(value)}
     return {value: name for value, name in named.items() if value not in plain}
 
 
 def mask(text: str) -> str:
-    """The text with every secret value replaced by the name of its variable."""
-    for value, name in values().items():
+    """The text with every secret value replaced by the name of its variable, longer values first."""
+    for value, name in sorted(values().items(), key=lambda item: -len(item[0])):
         text = text.replace(value, f"<{name}>")
     return text
+
+
+def found_in(text: str) -> str | None:
+    """The name of a variable whose secret value is in the text; None when there is none."""
+    return next((name for value, name in values().items() if value in text), None)
 
 
 def mask_file(path: Path) -> None:
@@ -38,9 +46,10 @@ def mask_file(path: Path) -> None:
 
 
 def forbid(folder: Path, stage: str) -> None:
-    """
+    """Check the text files of a folder, which would be handed on with the model.
+
     Raises:
-        StageFailed: a text file in the folder holds a secret, and would be handed on with the model.
+        StageFailed: a file holds a secret.
     """
     secrets = values()
     for path in sorted(folder.rglob("*")) if secrets else []:
@@ -50,5 +59,5 @@ def forbid(folder: Path, stage: str) -> None:
                 if value.encode() in content:
                     raise StageFailed(
                         f"stage `{stage}`: `{path}` holds the value of the environment variable {name}; take it out of "
-                        f"the data or the settings, or `unset {name}` if it is no secret, and run again"
+                        f"the data or the settings, or `unset {name}` if it is not a secret, and run again"
                     )

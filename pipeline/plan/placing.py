@@ -1,5 +1,6 @@
 """A typed pipeline in, its steps out: each with a folder, a fingerprint, and the reason why it will run or not."""
 
+import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import secret
 from pipeline.config.document import Key
 from pipeline.config.pipeline import Pipeline, StageEntry
 from pipeline.errors import ConfigError
@@ -67,16 +69,25 @@ def build_plan(
 
 
 def _check_disk(plan: Plan) -> None:
-    """A stage that is sure to fill the disk is reported before anything is spent."""
-    free = shutil.disk_usage(_existing(plan.saves)).free
+    """A run that is sure to fill the disk is reported before anything is spent.
+
+    Every stage leaves its result, and while one works, its checkpoints are there too.
+    """
+    free, kept = shutil.disk_usage(_existing(plan.saves)).free, 0
     for step in plan.steps:
-        there = artifact.size(step.part)
-        if step.state != "done" and step.needs.disk - there > free:
+        if step.state == "done":
+            continue
+        wanted = kept + step.needs.disk - artifact.size(step.part)
+        if wanted > free:
+            taken = f"takes at least {artifact.size_of(step.needs.disk)} of disk"
+            taken += f" after {artifact.size_of(kept)} of the stages before it" if kept else ""
+            way = ", keep fewer checkpoints with `trainer.save_total_limit: 1`" if step.entry.training else ""
             plan.problems.append(
-                f"{plan.saves}: stage `{step.name}` takes at least {artifact.size_of(step.needs.disk)} of disk, and "
-                f"{artifact.size_of(free)} are free; free space, keep fewer checkpoints with "
-                "`trainer.save_total_limit: 1`, or choose another disk with `--saves DIR`"
+                f"{plan.saves}: stage `{step.name}` {taken}, and {artifact.size_of(free)} are free; free space{way}, or "
+                "choose another disk with `--saves DIR`"
             )
+            return
+        kept += step.needs.left
 
 
 def _existing(folder: Path) -> Path:
@@ -131,6 +142,7 @@ class Placer:
         folder = self.plan.saves / f"{entry.use}-{fingerprint[:12]}"
         link = self.plan.saves / self.plan.pipeline.name / entry.name
         self.check_own(folder, link)
+        self.check_secrets(entry, recipe, start)
         left, fresh = self.history.left(entry, folder), entry.name in self.fresh
         state, why = self.history.state(entry, folder, link, content, left, fresh=fresh)
         models = [start] if start is not None else list(compared.values())
@@ -285,6 +297,20 @@ class Placer:
                     name = self.data.names(source)[0]
                     text = f"`{entry.name}` measures on data `{name}`, which `{step.name}` reads too"
                     self.plan.notes.append(f"{text}; its figures say little about new rows")
+
+    def check_secrets(self, entry: StageEntry, recipe: Mapping[str, Any], start: PlacedModel | None) -> None:
+        """Neither settings nor the tokenizer, which go into the artifact, may hold a secret of the environment."""
+        facts = start.facts if start is not None else NO_MODEL
+        texts = {
+            "its settings hold": json.dumps(recipe, ensure_ascii=False),
+            f"the chat template of {facts.source} holds": facts.template or "",
+            f"the tokenizer of {facts.source} holds": facts.tokens + json.dumps(facts.tokenizer, ensure_ascii=False),
+        }
+        for what, text in texts.items():
+            if (name := secret.found_in(text)) is not None:
+                way = f"take it out, or `unset {name}` if it is not a secret"
+                self.problem(entry, "", f"{what} the value of the environment variable {name}; {way}")
+                return
 
     def check_own(self, folder: Path, link: Path) -> None:
         """Nothing may lead out of `saves`, and nothing of the user's is replaced."""

@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # models are fetched before the first stage, by the runner
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",  # a tokenizer's threads and a fork do not go together
-    "GPTQMODEL_CPU_WORKERS": "2",  # its thread pool fails on machines with two cores or less
+    "PYTHONSAFEPATH": "1",  # a file of the user such as stages.py must not take the place of a module of ours
 }
 
 
@@ -132,10 +132,12 @@ def _death(code: int | None) -> str:
 
 
 class Events:
-    """Reads new events from a growing events file."""
+    """Reads new events from a growing events file; those of earlier attempts are history and are not read."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.position, self.last = path, 0, {}  # type: Path, int, dict[str, dict[str, Any]]
+        self.path = path
+        self.position = path.stat().st_size if path.is_file() else 0
+        self.last: dict[str, dict[str, Any]] = {}
 
     def new(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -147,9 +149,7 @@ class Events:
         self.position += end
         found = [event for line in chunk[:end].splitlines() if (event := _event(line)) is not None]
         for event in found:
-            if (
-                event["kind"] != "error" or "error" not in self.last
-            ):  # the first error has the cause
+            if event["kind"] != "error" or "error" not in self.last:  # the first error has the cause
                 self.last[event["kind"]] = event
         return found
 
@@ -189,20 +189,21 @@ class _Forked:
 def warm(log: Path) -> None:
     """Start the server that stages are forked from, unless it runs already; its output goes to the log."""
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
-    multiprocessing.set_forkserver_preload(
-        ["pipeline.run.server", *(["pipeline.run.worker"] if has_gpu() else PRELOAD)]
-    )
+    preload = ["pipeline.run.worker"] if has_gpu() else PRELOAD
+    multiprocessing.set_forkserver_preload(["pipeline.run.server", *preload])
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits this; the runner handles Ctrl-C
+    # The server inherits this: the runner alone handles Ctrl-C and a closed terminal.
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         os.dup2(kept[0], 1)
         os.dup2(kept[1], 2)
         for descriptor in (*kept, handle):

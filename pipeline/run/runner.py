@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipeline.saves.artifact import SPEC
 from pipeline.saves.links import claim, link
 from pipeline.saves.locks import locked
 from stages.model.device import has_gpu
-from stages.runtime.events import EVENTS_FILE
+from stages.runtime.events import EVENTS_FILE, earlier_attempts
 
 GATES = "gates.json"  # the verdicts of the last run of a config
 
@@ -88,7 +89,9 @@ class _Gates:
         ]
         file = self.planned.saves / self.planned.pipeline.name / GATES
         content = {"ignored": self.planned.ignore_gates, "gates": self.verdicts}
-        file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:  # a finished run writes nothing
+            file.write_text(text, encoding="utf-8")
         if self.planned.ignore_gates:
             self.ignored += failed
         elif failed:
@@ -108,18 +111,33 @@ def _tidy(step: Step) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are counted instead of ending the runner."""
+    """Count SIGINT, SIGTERM and SIGHUP instead of ending the runner; a signal that is ignored (nohup) stays so."""
     stop = Stop()
 
     def handler(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
         stop.count += 1
 
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if previous[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         yield stop
     finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def _leave_terminal() -> None:
+    """Send output to nowhere: writing to a terminal that was closed is an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _run_step(
@@ -135,6 +153,7 @@ def _run_step(
             return record
         check_unchanged(step, hashes, read=True)
         _make_room(step)
+        before_this = earlier_attempts(step.part)
         spec = step.part / f"{SPEC}.new"
         spec.write_text(json.dumps(begin(step, planned), ensure_ascii=False, indent=1), encoding="utf-8")
         spec.replace(step.part / SPEC)
@@ -150,7 +169,12 @@ def _run_step(
             card.write(step.part, step, done["metrics"], planned, before, versions)
         secret.forbid(step.part, step.name)
         record = _record(step, done, versions, gates.ignored)
-        record |= {"started": round(began, 3), "seconds": round(time.monotonic() - clock, 3), "memory": done["memory"]}
+        record |= {
+            "started": round(before_this.began or began, 3),
+            "seconds": round(before_this.seconds + time.monotonic() - clock, 3),
+            "attempts": before_this.count + 1,
+            "memory": before_this.most_memory(done["memory"]),
+        }
         artifact.finish(step.part, step.folder, record, hashes)
         hashes.save()
     view.step(step, "ran")
@@ -191,7 +215,7 @@ def _make_room(step: Step) -> None:
         (part / SPEC).write_text(json.dumps(spec, ensure_ascii=False, indent=1), encoding="utf-8")
     step.part.mkdir(parents=True, exist_ok=True)
     for path in step.part.iterdir():
-        if path.name in artifact.TO_GO_ON or path.name == artifact.LOG:
+        if path.name in (*artifact.TO_GO_ON, artifact.LOG, EVENTS_FILE):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

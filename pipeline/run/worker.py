@@ -32,7 +32,8 @@ def main(spec_file: str) -> None:
     to_log(out / artifact.LOG)
     end_with_parent()
     held = _hold(out)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the runner decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process of a terminal; the runner decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if LAUNCHED not in os.environ:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # set by a launcher around this program
@@ -51,7 +52,7 @@ def main(spec_file: str) -> None:
 
 def _hold(out: Path) -> TextIO:
     """Take the lock that the processes of a stage share; a later runner sees from it that they still work."""
-    file = open(held_file(out), "a", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    file = open(held_file(out), "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
     fcntl.flock(file, fcntl.LOCK_SH)
     return file
 
@@ -64,7 +65,7 @@ def _run(spec: dict[str, Any], out: Path) -> int:
         emit(out, "done", metrics=metrics, memory=peak_memory())
         return 0
     except Interrupted as error:
-        emit(out, "interrupted", text=str(error))
+        emit(out, "interrupted", text=str(error), memory=peak_memory())
         return Interrupted.exit_code
     except Exception as error:
         traceback.print_exc()

@@ -1,4 +1,7 @@
-"""Locks on the working folder of a stage. The kernel releases them however their holder ends."""
+"""Locks on the working folder of a stage. The kernel releases them however their holder ends.
+
+On NFS, Linux turns flock into byte-range locks, which need a file that is open for reading and writing.
+"""
 
 import contextlib
 import fcntl
@@ -26,7 +29,7 @@ def locked(part: Path, name: str) -> Iterator[None]:
     """
     held = held_file(part)
     held.parent.mkdir(parents=True, exist_ok=True)
-    with open(held.with_suffix(".runner"), "a+", encoding="utf-8") as file, open(held, "a", encoding="utf-8") as left:
+    with open(held.with_suffix(".runner"), "a+", encoding="utf-8") as file, open(held, "a+", encoding="utf-8") as left:
         if not _lock(file, seconds=0.5):  # `status` and `gc` hold it for a moment
             file.seek(0)
             raise Busy(f"stage `{name}` is being run by another process ({file.read().strip()}); wait for it")
@@ -58,7 +61,7 @@ def held(part: Path) -> str | None:
     words = []
     for lock in (file.with_suffix(".runner"), file):
         try:
-            with open(lock, encoding="utf-8") as handle:
+            with open(lock, "r+", encoding="utf-8") as handle:
                 words.append(handle.read().strip())
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file releases it
                 if lock == file:

@@ -72,12 +72,19 @@ class Facts:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a stage takes at least at its peak: with less it fails for sure, with them it may still fail."""
+    """Bytes that a stage takes at its peak: a lower bound, not a guarantee."""
 
     memory: int
-    """The GPU's, where there is one."""
+    """On the GPU if there is one, else in main memory."""
     disk: int
-    """All that lies below the stage's folder at one time."""
+    """All files below the folder of the stage at one time."""
+    result: int | None = None
+    """All files that stay when the stage is finished; None if that is the same as `disk`."""
+
+    @property
+    def left(self) -> int:
+        """Bytes on the disk after the stage."""
+        return self.disk if self.result is None else self.result
 
 
 def parse_size(size: str) -> int:

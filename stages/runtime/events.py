@@ -8,7 +8,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,39 @@ def emit(out: Path, kind: str, **values: object) -> None:
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, ensure_ascii=False)
         with open(out / EVENTS_FILE, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """The earlier attempts of a stage that was stopped and resumed."""
+
+    count: int = 0
+    began: float | None = None
+    """When the first attempt started, in seconds since 1970; None without one."""
+    seconds: float = 0.0
+    """How long all of them ran together."""
+    memory: tuple[Mapping[str, int | None], ...] = ()
+    """The peak memory of each attempt that reported it."""
+
+    def most_memory(self, last: Mapping[str, int | None]) -> dict[str, int | None]:
+        """The largest value by kind of memory, over these attempts and the last one."""
+        found: dict[str, int | None] = dict(last)
+        for memory in self.memory:
+            for kind, value in memory.items():
+                found[kind] = max((one for one in (found.get(kind), value) if one is not None), default=None)
+        return found
+
+
+def earlier_attempts(out: Path) -> Attempts:
+    """Read the earlier attempts from the events of a stage. Each begins with `start` and lasts until its last event."""
+    spans: list[list[float]] = []
+    memory = []
+    for event in read_events(out):
+        if event["kind"] == "start":
+            spans.append([event["time"], event["time"]])
+        elif spans:
+            spans[-1][1] = max(spans[-1][1], event["time"])
+        if isinstance(event.get("memory"), dict):
+            memory.append(event["memory"])
+    seconds = sum(end - begin for begin, end in spans)
+    return Attempts(len(spans), spans[0][0] if spans else None, seconds, tuple(memory))

@@ -100,7 +100,7 @@ def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-P", "-m", module],
         input=json.dumps(request).encode(),
         capture_output=True,
         env={**os.environ, "PYTHONPATH": paths},
@@ -114,6 +114,7 @@ def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
 
 def answer_request(respond: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Read one request from stdin and write the answer to stdout, both JSON; what libraries print goes to stderr."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.loads(sys.stdin.read())

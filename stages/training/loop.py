@@ -119,7 +119,7 @@ def train(
     from transformers import set_seed
 
     checkpoints = Path(trainer.args.output_dir)
-    checkpoint, notes = newest_whole(checkpoints, with_best=trainer.args.load_best_model_at_end)
+    checkpoint, notes = _chosen(checkpoints, with_best=trainer.args.load_best_model_at_end)
     for note in notes:
         emit(out, "note", text=note)
     progress = Progress(trainer, out, int(config.trainer.get("save_total_limit") or 2), config.early_stopping)
@@ -141,6 +141,17 @@ def train(
         trainer.processing_class.save_pretrained(out)
     stopped = {"stopped_early": early} if config.early_stopping is not None else {}
     return {**_metrics(trainer, before, after), **stopped}
+
+
+def _chosen(checkpoints: Path, *, with_best: bool) -> tuple[Path | None, list[str]]:
+    """`newest_whole`; of several processes one chooses, since choosing sets damaged checkpoints aside."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return newest_whole(checkpoints, with_best=with_best)
+    chosen = [newest_whole(checkpoints, with_best=with_best) if main_process() else None]
+    torch.distributed.broadcast_object_list(chosen, src=0)
+    return chosen[0] or (None, [])
 
 
 def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[str, float]:

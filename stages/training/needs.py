@@ -29,7 +29,7 @@ def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Nee
     moments = 2 * trained if optimizer.startswith("adamw") and "bit" not in optimizer else 0
     adapter_weights = 0 if config.lora is None else trained
     memory = copies * whole + adapter_weights + trained + moments
-    return Needs(memory, disk=_checkpoints(config.trainer) * (trained + moments) + trained)
+    return Needs(memory, disk=_checkpoints(config.trainer) * (trained + moments) + trained, result=trained)
 
 
 def facts_after_training(config: TrainingConfig, facts: Facts) -> Facts:

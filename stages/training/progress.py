@@ -4,7 +4,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     )
 
 
+SAVE_SECONDS = 30 * 60  # a checkpoint is written at least this often
+
+
 class Progress:
     """Reports steps, seals checkpoints, stops on SIGTERM, early, and on a loss that is not finite."""
 
@@ -29,7 +32,7 @@ class Progress:
         self.checkpoints = Path(trainer.args.output_dir)
         self.resume = ExactResume(trainer)
         self.asked = self.stopped = self.to_save = False
-        self.shown = 0.0
+        self.shown, self.saved = 0.0, time.monotonic()
         self.early = EarlyStoppingCallback(patience) if patience is not None else None
         if self.early is not None:
             trainer.add_callback(self.early)
@@ -86,11 +89,21 @@ class Progress:
         if time.monotonic() - self.shown > 0.25:
             self.shown = time.monotonic()
             emit(self.out, "step", step=state.global_step)
-        if _any_process(self.asked, args.world_size) and state.global_step < state.max_steps:
+        asked, due = _any_process((self.asked, self.save_is_due(args)), args.world_size)
+        control.should_save |= due
+        if asked and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
             args.save_strategy = SaveStrategy.STEPS  # `best` would not save a step without improvement
         if is_whole(state.epoch):  # the log and evaluation at the end of an epoch must be in its checkpoint
             self.to_save, control.should_save = control.should_save, False
+
+    def save_is_due(self, args: Any) -> bool:
+        """Whether the last checkpoint is so old that a kill would cost too much.
+
+        Not if the user wants no checkpoints, or if the choice of the best model would depend on the clock.
+        """
+        wanted = str(args.save_strategy.value) in ("steps", "epoch") and not args.load_best_model_at_end
+        return wanted and time.monotonic() - self.saved > SAVE_SECONDS
 
     def epoch_end(self, state: Any, control: Any) -> None:
         """transformers calls this also when a stop cuts an epoch short; then nothing is logged or saved again."""
@@ -107,9 +120,7 @@ class Progress:
         figures = {key: value for key, value in logs.items() if isinstance(value, int | float)}
         emit(self.out, "log", step=state.global_step, **figures)
         for key in ("loss", "grad_norm", "eval_loss"):
-            scaled = (
-                key == "grad_norm" and self.resume.trainer.args.fp16
-            )  # the loss scaler of fp16 skips steps until it fits
+            scaled = key == "grad_norm" and self.resume.trainer.args.fp16  # its loss scaler skips steps
             if key in figures and not math.isfinite(figures[key]) and not scaled:
                 raise StageError(
                     f"`{key}` is {figures[key]} at step {state.global_step}; nothing of it is kept as a result. "
@@ -120,6 +131,7 @@ class Progress:
     def save(self, state: Any, model: Any) -> None:
         """Seal the newest checkpoint, except for the last step: resuming from that one would train a step too many."""
         newest = self.newest(state)
+        self.saved = time.monotonic()
         self.resume.save(newest)
         wait_for_all()  # every process writes its random state and its sums
         try:
@@ -169,12 +181,13 @@ def batch_sizes(args: Any) -> dict[str, int]:
     }
 
 
-def _any_process(asked: bool, processes: int) -> bool:
-    """Whether any process was asked to stop, since all processes must stop at the same step."""
+def _any_process(flags: Sequence[bool], processes: int) -> list[bool]:
+    """For each flag whether it is set in any process, since all processes must stop and save at the same step."""
     if processes == 1:
-        return asked
+        return list(flags)
     import torch
 
-    flag = torch.tensor([int(asked)], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    together = torch.tensor([int(flag) for flag in flags], device=device)
+    torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in together.tolist()]

@@ -835,6 +835,13 @@ def test_a_disk_that_is_too_small_is_told_before_anything_runs(project, monkeypa
     )
     free = 13 * 10**9
     assert problems(project, text) == []
+    # What a stage leaves stays while the next one works; at that time it has no checkpoints any more.
+    (problem,) = problems(project, text + "  more: {use: sft, data: consult, seed: 1}\n")
+    assert problem.startswith(
+        "saves: stage `more` takes at least 12.0 GB of disk after 1.2 GB of the stages before it, and"
+    )
+    free = 14 * 10**9
+    assert problems(project, text + "  more: {use: sft, data: consult, seed: 1}\n") == []
 
 
 # Nothing leads out of `saves`

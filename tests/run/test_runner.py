@@ -1,0 +1,222 @@
+"""The runner without training: locks as NFS has them, files that a finished run leaves alone, attempts, secrets."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from planned import CHAIN, pretend
+
+from pipeline import secret
+from pipeline.cli import main
+from pipeline.errors import Busy
+from pipeline.run.process import Events
+from pipeline.run.worker import _hold
+from pipeline.saves.locks import held, locked
+from stages.chat.template import template_text
+from stages.runtime.events import earlier_attempts, emit
+
+TABLE = {
+    "schema": 1,
+    "models": ["sft", "merge"],
+    "rows": {"held": 1},
+    "prompts": {},
+    "settings": {},
+    "bootstrap": {"resamples": 1, "level": 0.95},
+    "figures": [
+        {"metric": "perplexity", "data": "held", "model": name, "lower_is_better": True, "value": 9.0, "ci": None}
+        | {"n": 1, "why": None}
+        for name in ("sft", "merge")
+    ],
+    "comparisons": [],
+}
+GATED = (
+    CHAIN.partition("  quantize:")[0]
+    + """\
+  evaluate: {data: held, compare: [sft, merge], gates: [{metric: perplexity, max: 10}]}
+"""
+)
+
+
+@pytest.fixture
+def done(project):
+    """A config with a gate, and everything in it finished."""
+    project.write("held.jsonl", '{"text": "c"}\n')
+    text = GATED.replace("stages:", "  held: {path: held.jsonl, format: text}\nstages:")
+    for name in project.plan(text):
+        step = project.plan(text)[name]
+        metrics = {"models": ["sft", "merge"], "figures": {"perplexity": {"held": {"sft": 9.0, "merge": 9.0}}}}
+        metrics |= {"parameters": 1, "vocab_size": 1, "steps": 1, "adapters": 1}
+        pretend(step, seconds=1.0, metrics=metrics)
+        if name == "evaluate":
+            (step.folder / "evaluation.json").write_text(json.dumps(TABLE), encoding="utf-8")
+    return text
+
+
+def stamps():
+    return {str(path): path.lstat().st_mtime_ns for path in Path("saves").rglob("*")}
+
+
+def test_a_finished_run_with_gates_changes_no_file(project, done):
+    assert main(["run", "x.yaml"]) == 0
+    assert json.loads(Path("saves/x/gates.json").read_text(encoding="utf-8"))["gates"][0]["passed"]
+    before = stamps()
+    assert main(["run", "x.yaml"]) == 0
+    assert stamps() == before
+    assert main(["run", "x.yaml", "--ignore-gates"]) == 0
+    assert stamps() != before  # what the file says has changed
+
+
+# Locks
+
+
+@pytest.fixture
+def nfs(monkeypatch):
+    """flock as Linux does it on NFS: a lock on bytes, which needs a file that is open for reading and writing."""
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+
+
+def test_locks_work_where_they_are_locks_on_bytes(nfs, tmp_path):
+    part = tmp_path / "sft-0123456789ab.part"
+    with locked(part, "sft"):
+        file = _hold(part)
+        assert held(part) is None  # this process itself holds them: byte-range locks belong to a process
+        file.close()
+    code = "import sys; from pathlib import Path; from pipeline.saves.locks import held; print(held(Path(sys.argv[1])))"
+    patched = f"import fcntl; fcntl.flock = fcntl.lockf; {code}"
+    with locked(part, "sft"):
+        seen = subprocess.run([sys.executable, "-c", patched, str(part)], capture_output=True, text=True, check=True)
+    assert seen.stdout.startswith(f"pid {os.getpid()} on ")
+
+
+def test_a_stage_that_is_held_is_not_taken(tmp_path):
+    part = tmp_path / "sft-0123456789ab.part"
+    code = """
+import sys, time
+from pathlib import Path
+from pipeline.saves.locks import locked
+with locked(Path(sys.argv[1]), "sft"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code, str(part)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with (
+        pytest.raises(Busy, match=f"^stage `sft` is being run by another process \\(pid {other.pid} on "),
+        locked(part, "sft"),
+    ):
+        pass
+    other.kill()
+    other.wait()
+    with locked(part, "sft"):
+        assert held(part) is not None
+
+
+# Attempts
+
+
+def test_events_of_earlier_attempts_are_history(tmp_path):
+    for kind in ("start", "step", "interrupted"):
+        emit(tmp_path, kind, memory={"host": 7, "gpu": None} if kind == "interrupted" else None)
+    events = Events(tmp_path / "events.jsonl")
+    assert (events.new(), events.last) == ([], {})
+    emit(tmp_path, "start")
+    emit(tmp_path, "done", memory={"host": 5, "gpu": None})
+    assert [event["kind"] for event in events.new()] == ["start", "done"]
+
+
+def test_attempts_add_up(tmp_path):
+    lines = [
+        {"kind": "start", "time": 100.0},
+        {"kind": "log", "time": 130.0},
+        {"kind": "interrupted", "time": 131.0, "memory": {"host": 9, "gpu": None}},
+        {"kind": "start", "time": 1000.0},
+        {"kind": "step", "time": 1007.5},  # killed: it says nothing of its memory
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    before = earlier_attempts(tmp_path)
+    assert (before.count, before.began, before.seconds) == (2, 100.0, 38.5)
+    assert before.most_memory({"host": 5, "gpu": 3}) == {"host": 9, "gpu": 3}
+    assert earlier_attempts(tmp_path / "none").most_memory({"host": 5, "gpu": None}) == {"host": 5, "gpu": None}
+
+
+# Secrets
+
+
+def test_a_longer_secret_is_masked_before_one_that_it_begins_with(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "canary-12")
+    monkeypatch.setenv("B_TOKEN", "canary-12345")
+    assert secret.mask("x canary-12345 y canary-12") == "x <B_TOKEN> y <A_TOKEN>"
+
+
+@pytest.mark.parametrize("value", ["<|im_end|>", "</assistant>", "[END_OF_TURN]"])
+def test_a_token_of_a_template_is_not_a_secret(monkeypatch, value):
+    monkeypatch.setenv("EOS_TOKEN", value)
+    assert secret.values() == {}
+
+
+def test_a_secret_in_settings_or_tokenizer_is_found_before_anything_is_spent(project, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "canary-1234")
+    text = (
+        project.model(template="{#- canary-1234 -#}" + template_text("med"))
+        + "  sft: {data: consult, trainer: {run_name: a}}\n"
+    )
+    code, shown = project.validate(text.replace("template: med\n", ""))
+    assert code == 2
+    way = "take it out, or `unset MY_SECRET` if it is not a secret"
+    told = f"holds the value of the environment variable MY_SECRET; {way}"
+    assert f"stage `sft`: the chat template of `m` {told}\n" in shown
+    code, shown = project.validate(
+        f"{CHAIN.replace('{architecture: bloom', '{template: plain, architecture: bloom')}".replace(
+            "lora: {r: 8}\n    trainer", "lora: {r: 8, rank_pattern: {canary-1234: 2}}\n    trainer"
+        )
+    )
+    assert (code, "its settings hold the value of the environment variable MY_SECRET" in shown) == (2, True)
+
+
+# Processes
+
+
+def test_a_file_of_the_user_does_not_take_the_place_of_a_module(tmp_path, monkeypatch):
+    (tmp_path / "stages.py").write_text("raise SystemExit('the wrong stages')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    from stages.runtime.processes import in_fresh_process
+
+    with pytest.raises(RuntimeError) as caught:
+        in_fresh_process("stages.measuring.quality", {"model": str(tmp_path)})
+    assert "the wrong stages" not in str(caught.value)
+
+
+SLOW = """
+import os, sys, time
+from stages.runtime.processes import answer_request
+def respond(request):
+    open(request["model"], "w").write(str(os.getpid()))
+    time.sleep(600)
+answer_request(respond)
+"""
+
+
+def test_a_fresh_process_ends_with_the_one_that_started_it(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
+    code = (
+        "import sys; from stages.runtime import processes; processes.in_fresh_process('slow', {'model': sys.argv[1]})"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))),
+    }
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], env=environment)
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text(encoding="utf-8"):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    child = Path("/proc", (tmp_path / "pid").read_text(encoding="utf-8"), "stat")
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while child.exists() and "Z" not in child.read_text(encoding="utf-8").rpartition(")")[2].split()[0]:
+        time.sleep(0.05)
