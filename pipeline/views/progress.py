@@ -1,8 +1,7 @@
-"""What people see of a run: a live view on a terminal, plain lines elsewhere, and tables before and after it."""
+"""What people see of a run: a live view on a terminal, plain lines elsewhere, and tables before and after the run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -13,7 +12,6 @@ from rich.text import Text
 
 from pipeline.plan.step import Plan, Step
 from pipeline.saves import artifact
-from stages.measuring.table import read_table
 from stages.runtime.errors import Interrupted
 
 MARKS = {
@@ -157,7 +155,7 @@ class View:
         if stage.state == "waiting" or not stage.task.started:
             return message
         if is_finished:
-            return Text.assemble(f"{stage.task.elapsed:.1f} s  ", message, no_wrap=True, overflow="ellipsis")
+            return Text.assemble(f"{stage.task.elapsed:6.1f} s  ", message, no_wrap=True, overflow="ellipsis")
         return Group(self.progress.make_tasks_table([stage.task]), message)
 
 
@@ -229,21 +227,32 @@ def key_figure(step: Step, record: Mapping[str, Any]) -> str:
     return str(step.stage.headline(record["metrics"]))
 
 
-def evaluation_table(folder: Path) -> Table:
-    """The figures of a finished evaluation, a column for each model; a reason in place of each missing figure."""
-    evaluation = read_table(folder)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("metric", "data", *evaluation["models"]):
-        table.add_column(column, overflow="fold", max_width=32)
+def evaluation_table(evaluation: Mapping[str, Any], *, narrow: bool = False) -> Table:
+    """The figures of an evaluation, a column for each model; with `narrow`, a name goes on below after each `_`."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if narrow else 2, 0, 0), header_style="bold")
+    for column in ("metric", "data"):
+        table.add_column(column, no_wrap=True)
+    for model in evaluation["models"]:
+        table.add_column(model, overflow="fold", max_width=32)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for figure in evaluation["figures"]:
-        cell = f"({figure['why']})" if figure["value"] is None else f"{figure['value']:.4g}"
+        cell = "–" if figure["value"] is None else f"{figure['value']:.4g}"
+        if narrow and len(cell) > 8:
+            cell = f"{figure['value']:.2g}"
         rows.setdefault((figure["metric"], figure["data"]), {})[figure["model"]] = cell
-    for (metric, data), by_model in rows.items():
-        cells = [by_model.get(model, "(not measured)") for model in evaluation["models"]]
-        shown = ["″" if cell[0] == "(" and cell in cells[:place] else cell for place, cell in enumerate(cells)]
-        table.add_row(metric, data, *map(Text, shown))
+    for names, by_model in rows.items():
+        cells = [by_model.get(model, "–") for model in evaluation["models"]]
+        table.add_row(*(Text(name.replace("_", "_\n") if narrow else name) for name in names), *map(Text, cells))
     return table
+
+
+def missing_figures(evaluation: Mapping[str, Any]) -> list[str]:
+    """Why figures of an evaluation are missing, one line for each model and reason."""
+    metrics: dict[tuple[str, str], dict[str, None]] = {}
+    for figure in evaluation["figures"]:
+        if figure["value"] is None:
+            metrics.setdefault((figure["model"], figure["why"]), {})[figure["metric"]] = None
+    return [f"– {', '.join(names)} of {model}: {why}" for (model, why), names in metrics.items()]
 
 
 def _label(step: Step) -> str:

@@ -108,12 +108,18 @@ def print_run(
 
 def print_evaluations(out: "Console", planned: "Plan") -> None:
     """Print the table of each finished evaluation."""
-    from pipeline.views.progress import evaluation_table
+    from pipeline.views.progress import evaluation_table, missing_figures
+    from stages.measuring.table import read_table
 
     for step in planned.reports:
         if step.folder.is_dir():
+            evaluation = read_table(step.folder)
             out.print(f"\n{step.name}, all of it in {step.link}", markup=False, highlight=False)
-            out.print(evaluation_table(step.folder))
+            table = evaluation_table(evaluation)
+            is_too_wide = out.measure(table, options=out.options.update(max_width=10_000)).maximum > out.width
+            out.print(evaluation_table(evaluation, narrow=True) if is_too_wide else table)
+            for line in missing_figures(evaluation):
+                print_plain(out, line)
 
 
 def plan_as_json(planned: "Plan") -> dict[str, Any]:

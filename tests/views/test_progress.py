@@ -1,6 +1,7 @@
 """The view of a run, from made-up events: what a terminal of 80 columns shows, and the plain lines elsewhere."""
 
 import io
+import json
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from pipeline.config.checker import load_config
 from pipeline.errors import StageFailed
 from pipeline.plan.placing import build_plan
 from pipeline.views.progress import View
+from pipeline.views.tables import print_evaluations
 from stages.runtime.errors import Interrupted
 
 CONFIG = INIT + "  pt: {data: books, lora: {r: 8}}\n  merge:\n"
@@ -97,7 +99,7 @@ def test_a_finished_stage_shows_its_time_and_key_figure(run):
     pretend(live.steps["pt"], metrics=PT)
     live.now += 4
     live.view.step(live.steps["pt"], "ran")
-    assert live.screen()[1] == "✓ pt    400.0 s  held-out loss 3.500 → 2.250"
+    assert live.screen()[1] == "✓ pt     400.0 s  held-out loss 3.500 → 2.250"
     assert live.view.states == {"init": "waiting", "pt": "ran", "merge": "waiting"}
 
 
@@ -120,7 +122,8 @@ def test_a_stage_that_ends_early_keeps_its_bar_and_its_message(run, error, mark,
             live.train()
             raise error
 
-    pytest.raises(type(error), work)
+    with pytest.raises(type(error)):
+        work()
     _, bar, doing, _ = live.screen()
     assert bar.startswith(f"{mark} pt    ━")
     assert bar.endswith(" 33/132 loss 2.346 12,344 tokens/s")
@@ -161,3 +164,50 @@ def test_without_a_terminal_a_run_is_plain_lines(run):
         "pt: step 132/132, loss 2, 12,344 tokens/s, 0 s left\n"
         "pt: finished in 1584.0 s\n"
     )
+
+
+FIGURES = {
+    ("preference_accuracy_per_token", "prefer_held"): {"init": 0.5, "pt": 0.625},
+    ("answer_margin", "consult_held"): {"init": 0.000016389, "pt": -0.0005333},
+    ("reward_accuracy", "prefer_held"): {"init": None, "pt": 1.0},
+    ("reward_margin", "prefer_held"): {"init": None, "pt": 7.139},
+}
+NARROW = """\
+metric      data     init    pt
+preference_ prefer_  0.5     0.625
+accuracy_   held
+per_
+token
+answer_     consult_ 1.6e-05 -0.00053
+margin      held
+reward_     prefer_  –       1
+accuracy    held
+reward_     prefer_  –       7.139
+margin      held
+"""
+WIDE = """\
+metric                         data          init       pt
+preference_accuracy_per_token  prefer_held   0.5        0.625
+answer_margin                  consult_held  1.639e-05  -0.0005333
+reward_accuracy                prefer_held   –          1
+reward_margin                  prefer_held   –          7.139
+"""
+
+
+@pytest.mark.parametrize(("width", "table"), [(60, NARROW), (80, WIDE)])
+def test_a_narrow_terminal_breaks_the_name_of_a_metric_only_after_an_underscore(project, width, table):
+    project.write("x.yaml", CONFIG + "  evaluate: {data: consult}\n")
+    planned = build_plan(load_config(project.folder / "x.yaml"), project.folder / "saves")
+    folder = next(planned.reports).folder
+    figures = [
+        {"metric": metric, "data": data, "model": model, "value": value, "why": "no reference"}
+        for (metric, data), values in FIGURES.items()
+        for model, value in values.items()
+    ]
+    project.write(folder / "evaluation.json", json.dumps({"models": ["init", "pt"], "figures": figures}))
+    out = Console(file=io.StringIO(), width=width)
+    print_evaluations(out, planned)
+    shown = [line.rstrip() for line in out.file.getvalue().partition(" all of it in ")[2].splitlines()[1:]]
+    while shown[0] and not shown[0].startswith("metric"):  # a long path goes on below
+        shown.pop(0)
+    assert "\n".join(shown) == f"{table}– reward_accuracy, reward_margin of init: no reference"
