@@ -1,8 +1,8 @@
 """BLOOM's attention for packed rows: one call of scaled_dot_product_attention for all documents of the same length.
 
-BLOOM has no position ids; `install` gives a model this attention in place of its own. ALiBi (Press et al. 2022, arXiv
-2108.12409) adds slope · (j - i) to the score of query i and key j. transformers adds slope · j, which the softmax
-cannot tell apart, but which 16 bits round coarsely when j is large; here it is the distance within a document.
+BLOOM has no position ids, so `install` replaces the attention of a model with this one. ALiBi (Press et al. 2022, arXiv
+2108.12409) adds slope · (j - i) to the score of query i and key j. transformers adds slope · j, which gives the same
+softmax, but 16 bits round it coarsely when j is large. Here j - i, the distance within a document, is used.
 """
 
 import functools
@@ -11,41 +11,43 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.runtime.interfaces import refuse, require, require_parameters
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype
     from transformers import PreTrainedModel
 
-ALIGNED = 8  # elements; CUDA's memory-efficient attention copies a bias whose rows do not start at a multiple of it
+ALIGNED = 8  # elements; CUDA's memory-efficient attention copies a bias whose rows do not start at a multiple of 8
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the documents of a batch of N = batch × length tokens lie, and the bias of their attention scores."""
+    """The documents in a batch of N = batch × length tokens, grouped by length, and the bias of attention scores."""
 
     groups: list[tuple[int, int]]
-    """Number of documents and tokens in each, by length."""
+    """(documents, tokens of each document) of every group, the shortest documents first."""
     order: "Tensor | None"
-    """(N,): each token's place in the flattened batch, in the order of the groups; None when nothing moves."""
+    """(N,): the tokens in the order of the groups, as places in the flattened batch; None if no token moves."""
     back: "Tensor | None"
-    """(N,): the inverse of `order`."""
+    """(N,): the inverse of `order`; None if no token moves."""
     bias: "Tensor"
-    """(1, heads, L, L) for L at least the longest document: slope · (key - query), -inf where the key comes later."""
+    """(1, heads, L, L), L at least the length of the longest document: slope · (key - query), -inf for later keys."""
 
 
 def layout(positions: "Tensor", slopes: "Tensor", dtype: "dtype") -> Layout:
-    """The layout of a batch from each token's place in its document.
+    """The layout of a batch, from the place of each token in its document.
 
     Args:
-        positions: (batch, length), int; a document begins at each 0 and ends before the next, or with its row.
+        positions: (batch, length), int; a document begins at a 0 and ends before the next 0 or at the end of its row.
         slopes: (heads,), ALiBi's slopes in float32, on the device of the model.
-        dtype: that of queries and keys.
+        dtype: the dtype of queries and keys.
 
     Raises:
-        ValueError: a document does not count 0, 1, 2, …
+        ValueError: the positions of a document are not 0, 1, 2, …
     """
     import torch
 
-    flat = positions.flatten().cpu()  # the lengths are needed as numbers: one wait for the device a batch
+    flat = positions.flatten().cpu()  # lengths are needed as Python numbers: waits for the device once a batch
     begins = torch.cat([torch.tensor([0]), (flat.diff() != 1).nonzero().flatten() + 1])
     if flat[begins].any():
         raise ValueError("positions of packed rows must count up from 0 in each document")
@@ -64,20 +66,57 @@ def layout(positions: "Tensor", slopes: "Tensor", dtype: "dtype") -> Layout:
 
 
 def alibi(slopes: "Tensor", length: int, dtype: "dtype") -> "Tensor":
-    """The causal ALiBi bias of one document: (1, heads, L, L), L being `length` rounded up to `ALIGNED`."""
+    """The causal ALiBi bias of one document: (1, heads, L, L), L is `length` rounded up to a multiple of `ALIGNED`."""
     import torch
 
     places = torch.arange(-(-length // ALIGNED) * ALIGNED, device=slopes.device)
-    distance = places - places[:, None]  # (query, key): at most 0 where the key is seen
+    distance = places - places[:, None]  # (query, key): at most 0 for the keys that the query may attend to
     bias = slopes[:, None, None] * distance
     return bias.masked_fill_(distance > 0, float("-inf")).to(dtype)[None]
 
 
 def install(model: "PreTrainedModel") -> None:
-    """Give this BloomForCausalLM an attention that keeps documents apart; its weights and its class stay as they are.
+    """Give a BloomForCausalLM an attention that keeps packed documents apart; weights and class stay unchanged.
 
-    Passes that use a cache, as generation does, go on as before.
+    Forward passes with a cache, as in generation, use the attention of transformers.
+
+    Raises:
+        StageError: with the installed transformers, this attention would not do that.
     """
+    _check_transformers(model)
+    _replace_attention(model)
+
+
+def _check_transformers(model: "PreTrainedModel") -> None:
+    """Check the private parts of transformers that are replaced, then two documents in one row of a tiny model.
+
+    Raises:
+        StageError: a part is not as expected, or the second document attends to the first one.
+    """
+    import torch
+
+    library, body = "transformers", model.transformer
+    require(library, type(body), "build_alibi_tensor")
+    require_parameters(library, type(body).build_alibi_tensor, "self", "attention_mask", "num_heads", "dtype")
+    attention = body.h[0].self_attention
+    require(library, attention, "query_key_value", "dense", "num_heads", "head_dim", "attention_dropout")
+    require(library, attention, "hidden_dropout")
+    require_parameters(library, type(attention).forward, "self", "hidden_states", "residual", "alibi")
+    for part in (model, body):
+        named = ("attention_mask", "past_key_values", "use_cache")
+        require_parameters(library, type(part).forward, "self", "input_ids", named=named)
+    ids, second = torch.tensor([[1, 2, 3, 4, 5]]), slice(2, None)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        config = type(model.config)(vocab_size=8, hidden_size=8, n_layer=2, n_head=2, initializer_range=1.0)
+        tiny = type(model)(config).eval()
+        alone = tiny(input_ids=ids[:, second]).logits
+        _replace_attention(tiny)
+        both = tiny(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1, 2]]), use_cache=False).logits
+    if not torch.allclose(both[:, second], alone, atol=1e-4):
+        refuse(library, "runs the attention of BLOOM in another way, so packed rows would attend to each other")
+
+
+def _replace_attention(model: "PreTrainedModel") -> None:
     body = model.transformer
     model.forward = types.MethodType(_with_positions(type(model).forward), model)
     body.forward = types.MethodType(_with_positions(type(body).forward), body)
@@ -87,16 +126,16 @@ def install(model: "PreTrainedModel") -> None:
 
 
 def _with_positions(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A BLOOM forward that hands positions on as the attention mask, the one thing that reaches `_layout_or_alibi`.
+    """A forward of BLOOM that passes positions as the attention mask, the only argument that `_layout_or_alibi` gets.
 
-    transformers leaves a mask of four dimensions alone; ours is (batch, 1, 1, length) and holds positions.
+    The mask is (batch, 1, 1, length) and holds positions; transformers does not change a mask of four dimensions.
     """
 
     @functools.wraps(forward)  # transformers, PEFT and TRL read the signature
     def with_positions(self: Any, *args: Any, **kwargs: Any) -> Any:
         positions, mask = kwargs.pop("position_ids", None), kwargs.get("attention_mask")
         if positions is None and kwargs.get("use_cache") is False and mask is not None and mask.ndim == 2:
-            positions = (mask.cumsum(-1) - 1) * mask  # padding is all zeros: documents of one token, in no loss
+            positions = (mask.cumsum(-1) - 1) * mask  # each pad token is a document of its own, outside the loss
         if positions is not None and kwargs.get("past_key_values") is None:
             kwargs |= {"attention_mask": positions[:, None, None], "use_cache": False}
         return forward(self, *args, **kwargs)
@@ -105,7 +144,7 @@ def _with_positions(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _layout_or_alibi(self: Any, attention_mask: "Tensor", num_heads: int, dtype: "dtype") -> Any:
-    """In place of BloomModel.build_alibi_tensor, whose result goes to every layer: a `Layout` where positions came."""
+    """Replaces BloomModel.build_alibi_tensor, whose result every layer gets: a `Layout` if the mask holds positions."""
     import torch
 
     plain = type(self).build_alibi_tensor
@@ -119,7 +158,7 @@ def _layout_or_alibi(self: Any, attention_mask: "Tensor", num_heads: int, dtype:
 
 
 def _attend(self: Any, hidden_states: "Tensor", residual: "Tensor", alibi: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of BloomAttention.forward: (batch, length, hidden) and None for the attention weights."""
+    """Replaces BloomAttention.forward; returns (batch, length, hidden), and None in place of the attention weights."""
     import torch
     from torch.nn import functional
 

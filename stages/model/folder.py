@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime.errors import StageError
+from stages.runtime.interfaces import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,14 +51,22 @@ def load_model(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":
 
 
 def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the last folder; every artifact carries it.
+    """The tokenizer of the last folder (every artifact has one); without a pad token it pads with end-of-text.
 
     Raises:
-        StageError: it has no end-of-text token. A missing pad token becomes the end-of-text token.
+        StageError: it has no end-of-text token, it is not a fast tokenizer, or the installed tokenizers cannot do what
+            the stages need.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders[-1], trust_remote_code=False, local_files_only=True)
+    if not tokenizer.is_fast:
+        raise StageError(f"the tokenizer of `{folders[-1]}` is not a fast one; save it with its tokenizer.json")
+    require("transformers", tokenizer, "backend_tokenizer")
+    backend = tokenizer.backend_tokenizer
+    require(
+        "tokenizers", backend, "encode_batch_fast", "encode_special_tokens", "no_padding", "no_truncation", "to_str"
+    )
     if tokenizer.eos_token is None:
         raise StageError(f"the tokenizer of `{folders[-1]}` has no eos_token; set it in its tokenizer_config.json")
     if tokenizer.pad_token is None:

@@ -1,7 +1,8 @@
 """Private interfaces of libraries that this project relies on, checked when a stage starts."""
 
+import inspect
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from stages.runtime.errors import StageError
 
@@ -12,6 +13,7 @@ KNOWN_TO_WORK = {
     "peft": "0.21.2",
     "datasets": "5.2.0",
     "gptqmodel": "7.6.0",
+    "tokenizers": "0.23.3",
 }
 
 
@@ -24,7 +26,26 @@ def require(library: str, owner: Any, *names: str) -> None:
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         whose = getattr(owner, "__name__", type(owner).__name__)
-        raise StageError(
-            f"{library} {version(library)} has no `{whose}.{missing[0]}`, which this stage needs; "
-            f"{library} {KNOWN_TO_WORK[library]} is known to work: `pip install {library}=={KNOWN_TO_WORK[library]}`"
-        )
+        refuse(library, f"has no `{whose}.{missing[0]}`, which this stage needs")
+
+
+def require_parameters(library: str, function: Any, *first: str, named: tuple[str, ...] = ()) -> None:
+    """Check that the parameters of a function still begin with `first`, and that `named` are among them.
+
+    Raises:
+        StageError: as `require`.
+    """
+    parameters = tuple(inspect.signature(function).parameters)
+    if parameters[: len(first)] != first or not {*named} <= {*parameters}:
+        call = ", ".join([*first, *(f"{name}=…" for name in named)])
+        refuse(library, f"has no `{function.__qualname__}({call})`, which this stage needs")
+
+
+def refuse(library: str, trouble: str) -> NoReturn:
+    """
+    Raises:
+        StageError: always; names the installed version of the library and the version that is known to work.
+    """
+    known = KNOWN_TO_WORK[library]
+    advice = f"{library} {known} is known to work: `pip install {library}=={known}`"
+    raise StageError(f"{library} {version(library)} {trouble}; {advice}")
