@@ -30,6 +30,8 @@ _TRAINER_MANAGED = _by_name(
 MANAGED = {
     "SFTConfig": _TRAINER_MANAGED,
     "DPOConfig": _TRAINER_MANAGED,
+    "KTOConfig": _TRAINER_MANAGED,
+    "RewardConfig": _TRAINER_MANAGED,
     "LoraConfig": _by_name(
         {
             "is set by the pipeline (from the stage's `model`); remove it": "base_model_name_or_path "
@@ -93,6 +95,17 @@ MOVED = {
             "`loss_type: [sigmoid, sft]` with `loss_weights`": "rpo_alpha",
         }
     ),
+    "KTOConfig": _TRAINER_MOVED
+    | _by_name(
+        {
+            "`max_length` (prompt and answer together)": "max_prompt_length max_completion_length",
+            "`beta`": "pref_beta",
+            "`loss_type`": "pref_loss",
+            "`desirable_weight`": "kto_chosen_weight",
+            "`undesirable_weight`": "kto_rejected_weight",
+        }
+    ),
+    "RewardConfig": _TRAINER_MOVED | _by_name({"`max_length` (prompt and answer together)": "max_prompt_length"}),
     "LoraConfig": _by_name(
         {
             "`r`": "rank lora_r lora_rank",

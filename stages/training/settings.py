@@ -130,8 +130,13 @@ class TrainingConfig(BaseModel):
         return value
 
 
-def check_training(config: TrainingConfig, facts: Facts, formats: Sequence[str], *, chat: bool) -> list[Problem]:
-    """Problems that are known before anything is loaded."""
+def check_training(
+    config: TrainingConfig, facts: Facts, formats: Sequence[str], *, chat: bool, measured: Sequence[str] = ()
+) -> list[Problem]:
+    """Problems that are known before anything is loaded.
+
+    `measured`: the figures of held-out rows that `metric_for_best_model` can name. Default: those of the formats.
+    """
     problems: list[Problem] = []
     for key, sources in (("data", config.data.sources), ("eval_data", config.eval_data)):
         for source in sources:
@@ -154,7 +159,8 @@ def check_training(config: TrainingConfig, facts: Facts, formats: Sequence[str],
                 "evaluation needs held-out rows; add `eval_size: 0.05` or `eval_data: NAME`",
             )
         )
-    problems += _check_best(config, (*MEASURED, *MEASURED_OF_PAIRS) if "preference" in formats else MEASURED)
+    of_formats = (*MEASURED, *MEASURED_OF_PAIRS) if "preference" in formats else MEASURED
+    problems += _check_best(config, measured or of_formats)
     problems += _check_values(config)
     if config.lora is not None:
         problems += _check_targets(config.lora, facts) + _check_foldable(config.lora, facts)

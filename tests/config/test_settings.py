@@ -17,9 +17,11 @@ from pipeline.errors import ConfigError
 
 SFT = "trl.trainer.sft_config:SFTConfig"
 DPO = "trl.trainer.dpo_config:DPOConfig"
+KTO = "trl.trainer.kto_config:KTOConfig"
+REWARD = "trl.trainer.reward_config:RewardConfig"
 LORA = "peft.tuners.lora.config:LoraConfig"
 GPTQ = "gptqmodel.quantization.config:GPTQConfig"
-REFERENCES = {reference.partition(":")[2]: reference for reference in (SFT, DPO, LORA, GPTQ)}
+REFERENCES = {reference.partition(":")[2]: reference for reference in (SFT, DPO, KTO, REWARD, LORA, GPTQ)}
 FOLDER = "is set by the pipeline (every stage writes into its own folder); remove it"
 
 
