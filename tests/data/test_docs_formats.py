@@ -125,13 +125,13 @@ def test_a_row_that_is_kept(section, settings, cells):
     assert (shown(kept), told) == (code(cells[1]), "")
 
 
-@pytest.mark.parametrize(("section", "settings", "cells"), rows("left out", "the reason shown"))
+@pytest.mark.parametrize(("section", "settings", "cells"), rows("skipped", "the reason shown"))
 def test_a_row_that_is_left_out(section, settings, cells):
     assert second(section, settings, code(cells[0])) == ([], f"x.jsonl:2: {cells[1]}")
 
 
 @pytest.mark.parametrize("kind", formats.names())
-@pytest.mark.parametrize("cells", [cells for *_, cells in rows("`x.jsonl` holds", "rows read", "and is told")])
+@pytest.mark.parametrize("cells", [cells for *_, cells in rows("`x.jsonl` holds", "rows read", "the message")])
 def test_what_holds_for_every_format(kind, cells):
     row = first_row(kind)
     Path("x.jsonl").write_bytes(
@@ -142,7 +142,7 @@ def test_what_holds_for_every_format(kind, cells):
 
 
 @pytest.mark.parametrize(
-    "cells", [cells for *_, cells in rows("file", "encoding", "holds", "texts read", "and is told")]
+    "cells", [cells for *_, cells in rows("file", "encoding", "holds", "texts read", "the message")]
 )
 def test_files(cells):
     name, encoding, held, texts, told = cells
@@ -152,7 +152,7 @@ def test_files(cells):
     assert ([shown(row) for row in kept], said) == (re.findall(r"`(.*?)`", texts), told)
 
 
-@pytest.mark.parametrize("cells", [cells for *_, cells in rows("`path`", "reads", "or is refused")])
+@pytest.mark.parametrize("cells", [cells for *_, cells in rows("`path`", "reads", "or the message")])
 def test_paths(cells):
     there = re.search(r"Of a folder with (.*), each with one text", PAGE)[1]
     for name in re.findall(r"`(.*?)`", there):
@@ -167,7 +167,7 @@ def test_every_format_has_its_columns_and_tables(kind):
     form = formats.module(kind)
     names = [", ".join(f"`{name}`" for name in columns) or "none" for columns in (form.NEEDED, form.OPTIONAL)]
     assert f"## {kind}\n\nNeeded: {names[0]}. Optional: {names[1]}.\n" in PAGE
-    for head in (("kept", "read as"), ("left out", "the reason shown")):
+    for head in (("kept", "read as"), ("skipped", "the reason shown")):
         assert len(rows(*head, section=kind)) > 1
 
 
