@@ -1,9 +1,10 @@
-"""A finished model's lineage in, its model card out: a README.md in the Hub's form, the same bytes for the same run.
+"""The stages that finished a model in, its model card out: a README.md in the form of the Hugging Face Hub.
 
-No dates, no machine, no absolute paths: the card is one of the artifact's files, and its hash is in the record.
+The same run gives the same bytes: the card has no dates, no machine and no absolute paths. It is one of the artifact's
+files, and its hash is in the record.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,69 +24,73 @@ Metrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Made:
+class FinishedStep:
     """A finished step and what it measured."""
 
     step: "Step"
     metrics: Metrics
 
 
-def write(out: Path, step: "Step", metrics: Metrics, planned: "Plan", done: Sequence[Made], versions: Metrics) -> None:
-    """Leave the card of `step` in `out`; `done` are the steps before it, in order."""
-    chain = lineage(Made(step, metrics), done)
-    (out / FILE).write_text(secret.mask(text(chain, done, planned, versions)), encoding="utf-8", newline="\n")
+def write(
+    out: Path, step: "Step", metrics: Metrics, planned: "Plan", done: Sequence[FinishedStep], versions: Metrics
+) -> None:
+    """Write the card of `step` to the folder `out`.
+
+    `done` are the finished steps before it in their order; `versions` are the libraries that it ran with.
+    """
+    chain = lineage(FinishedStep(step, metrics), done)
+    (out / FILE).write_text(secret.mask(render(chain, done, planned, versions)), encoding="utf-8", newline="\n")
 
 
-def lineage(last: Made, done: Sequence[Made]) -> list[Made]:
-    """The steps that the model went through, the first one first."""
-    by_folder = {str(made.step.folder): made for made in reversed(done)}
+def lineage(last: FinishedStep, done: Sequence[FinishedStep]) -> list[FinishedStep]:
+    """The steps that made the model of `last`, in their order; `last` is the last one."""
+    by_folder = {str(finished.step.folder): finished for finished in reversed(done)}
     chain = [last]
-    while (above := by_folder.get(next(reversed(chain[0].step.inputs.model), ""))) is not None:
-        chain.insert(0, above)
+    while (before := by_folder.get(next(reversed(chain[0].step.inputs.model), ""))) is not None:
+        chain.insert(0, before)
     return chain
 
 
-def text(chain: Sequence[Made], done: Sequence[Made], planned: "Plan", versions: Metrics) -> str:
-    """The whole card: metadata between two lines of dashes, then words."""
-    last = chain[-1].step
-    reports = [made for made in done if made.step in planned.reports]
+def render(chain: Sequence[FinishedStep], done: Sequence[FinishedStep], planned: "Plan", versions: Metrics) -> str:
+    """The whole card: metadata between two lines of dashes, then Markdown."""
+    last, names = chain[-1].step, [finished.step.name for finished in chain]
+    reports = [finished for finished in done if finished.step in planned.reports]
     parts = [
         f"---\n{_metadata(chain, reports, planned)}\n---",
         f"# {planned.pipeline.name}: {last.name}",
-        f"{_base(chain[0])}, after {', '.join(f'`{made.step.name}`' for made in chain)}.",
-        "## Stages\n\n" + _table(("stage", "kind", "settings"), (_stage(made.step) for made in chain)),
+        f"{_base(chain[0])}, after {', '.join(f'`{name}`' for name in names)}.",
+        "## Stages\n\n" + _table(("stage", "kind", "settings"), (_stage(finished.step) for finished in chain)),
     ]
     if rows := list(_data(chain, planned)):
         parts.append("## Data\n\n" + _table(("stage", "data", "format", "rows", "tokens"), rows))
-    if rows := [row for made in chain for row in _figures(made)]:
+    if rows := [row for finished in chain for row in _figures(finished)]:
         parts.append("## Figures\n\n" + _table(("stage", "figure", "before", "after"), rows))
-    for made in reports:
-        shown = [name for name in made.metrics.get("models", ()) if name in ("base", *(one.step.name for one in chain))]
+    for finished in reports:
+        shown = [name for name in finished.metrics.get("models", ()) if name in ("base", *names)]
         if shown:
-            title = f"## Evaluation: {made.step.name}\n\n"
-            parts.append(title + _table(("metric", "data", *shown), _evaluated(made.metrics, shown)))
+            title = f"## Evaluation: {finished.step.name}\n\n"
+            parts.append(title + _table(("metric", "data", *shown), _evaluation(finished.metrics, shown)))
     parts += [_template(planned), _use(last)]
     installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "none")
     parts.append(f"## Versions\n\n{installed}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(chain: Sequence[Made], reports: Sequence[Made], planned: "Plan") -> str:
-    """The card's metadata as YAML, as the Hub documents it."""
+def _metadata(chain: Sequence[FinishedStep], reports: Sequence[FinishedStep], planned: "Plan") -> str:
+    """The card's metadata as YAML; https://huggingface.co/docs/hub/model-cards describes the keys."""
     from huggingface_hub import ModelCardData
 
     given, last = planned.pipeline.card, chain[-1].step
-    known = _front_matter(chain[0])
-    theirs = given if given.license else Card.model_validate({key: known.get(key) for key in _LICENSE})
-    sources = [source for made in chain for source in _training_data(made.step)]
+    licensed = given if given.license else Card.model_validate(_license_of_base(chain[0]))
+    sources = [source for finished in chain for source in _training_data(finished.step)]
     on_hub = [source.path.partition("@")[0] for source in sources if is_on_hub(source.path)]
-    trained = [made.step.use for made in chain if made.step.entry.training is not None]
+    trained = [finished.step.use for finished in chain if finished.step.entry.training is not None]
     bits, base = last.entry.bits, given.base_model or _hub_name(chain[0])
     results = _results(chain, reports)
-    found = {
-        "license": theirs.license,
-        "license_name": theirs.license_name,
-        "license_link": theirs.license_link,
+    metadata = {
+        "license": licensed.license,
+        "license_name": licensed.license_name,
+        "license_link": licensed.license_link,
         "language": given.language,
         "base_model": base,
         "base_model_relation": None if base is None else "quantized" if bits else "finetune",
@@ -96,52 +101,64 @@ def _metadata(chain: Sequence[Made], reports: Sequence[Made], planned: "Plan") -
         "eval_results": results or None,
         "model_name": f"{planned.pipeline.name}: {last.name}" if results else None,
     }
-    return str(ModelCardData(**found).to_yaml())
+    # YAML may fold or quote a secret, so it is masked before.
+    return str(ModelCardData(**{key: _masked(value) for key, value in metadata.items()}).to_yaml())
 
 
-def _results(chain: Sequence[Made], reports: Sequence[Made]) -> list[Any]:
-    """What evaluations above measured of this model, for the Hub's `model-index`.
+def _masked(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    return secret.mask(value) if isinstance(value, str) else value
 
-    A merged model is the one before it, folded.
+
+def _results(chain: Sequence[FinishedStep], reports: Sequence[FinishedStep]) -> list[Any]:
+    """The Hub's `model-index`: what evaluations before this step measured of its model, or of the same model unmerged.
+
+    If two evaluations measured the same metric on the same data, the later one counts.
     """
     from huggingface_hub import EvalResult
 
-    last = chain[-1].step.entry
-    names = [made.step.name for made in chain[-2:]] if last.training is None and last.bits is None else [last.name]
-    found = []
-    for made in reports:
-        for metric, by_data in made.metrics.get("figures", {}).items():
-            for data, by_model in by_data.items():
-                value = next((by_model[name] for name in reversed(names) if by_model.get(name) is not None), None)
-                if value is not None:
-                    task = {"task_type": "text-generation", "dataset_type": data, "dataset_name": data}
-                    found.append(EvalResult(**task, metric_type=metric, metric_value=value))
-    return found
+    entry = chain[-1].step.entry
+    is_merged = entry.training is None and entry.bits is None
+    names = [finished.step.name for finished in chain[-2 if is_merged else -1 :]]
+    values = {
+        (metric, data): by_model[name]
+        for finished in reports
+        for metric, by_data in finished.metrics.get("figures", {}).items()
+        for data, by_model in by_data.items()
+        for name in names
+        if by_model.get(name) is not None
+    }
+    task = {"task_type": "text-generation"}
+    return [
+        EvalResult(**task, dataset_type=data, dataset_name=data, metric_type=metric, metric_value=value)
+        for (metric, data), value in values.items()
+    ]
 
 
 _LICENSE = ("license", "license_name", "license_link")
 
 
-def _front_matter(first: Made) -> dict[str, Any]:
-    """What the base model's own card says of its license, where it has one."""
-    import yaml
+def _license_of_base(first: FinishedStep) -> dict[str, str]:
+    """The license keys in the card of the base model; empty if it has no card, or one that cannot be read."""
     from huggingface_hub.repocard import metadata_load
 
     for folder in first.step.inputs.model[:1]:
         try:
-            known = metadata_load(Path(folder) / FILE)
-        except (OSError, ValueError, yaml.YAMLError):
+            metadata = metadata_load(Path(folder) / FILE) or {}
+        except Exception:  # PyYAML raises errors of many kinds, and a finished stage must not fail because of a license
             return {}
-        return {key: value for key, value in (known or {}).items() if key in _LICENSE and isinstance(value, str)}
+        return {key: metadata[key] for key in _LICENSE if isinstance(metadata.get(key), str)}
     return {}
 
 
-def _hub_name(first: Made) -> str | None:
+def _hub_name(first: FinishedStep) -> str | None:
     start = first.step.entry.start
     return start.partition("@")[0] if start is not None and is_hub_name(start) else None
 
 
-def _base(first: Made) -> str:
+def _base(first: FinishedStep) -> str:
+    """The base model in words."""
     start = first.step.entry.start
     if start is None:
         return "A model that starts from random weights"
@@ -150,7 +167,7 @@ def _base(first: Made) -> str:
 
 
 def _shown(path: str) -> str:
-    """A path as it is written in the config; of one that leads elsewhere the last part."""
+    """A path as the config has it; only its last part if it is absolute or leads up."""
     return Path(path).name if Path(path).is_absolute() or ".." in Path(path).parts else path
 
 
@@ -163,29 +180,29 @@ def _training_data(step: "Step") -> Sequence[Source]:
     return [] if training is None else training.draw.sources
 
 
-def _data(chain: Sequence[Made], planned: "Plan") -> Iterator[tuple[str, ...]]:
-    """Each data set that was trained on, or calibrated with, by its name and where the config says that it is."""
+def _data(chain: Sequence[FinishedStep], planned: "Plan") -> Iterator[tuple[str, ...]]:
+    """Each data set that was used for training or calibration: its stage, name and path, format, rows and tokens."""
     names = {source.path: name for name, source in planned.pipeline.data.items()}
-    for made in chain:
-        step, counted = made.step, made.metrics.get("data", [])
+    for finished in chain:
+        step, counts = finished.step, finished.metrics.get("data", [])
         if step.entry.start is None:
             continue
         for index, source in enumerate(_training_data(step) or sources_in(step.entry.config)):
-            rows_of = source.path.startswith("$")
-            where = f"rows of `{source.path[1:]}`" if rows_of else f"`{_shown(source.path)}`"
-            name = "" if rows_of or source.path not in names else f"`{names[source.path]}`: "
-            known = counted[index] if index < len(counted) else {}
-            yield step.name, name + where, source.format, count(known.get("trained_rows")), count(known.get("tokens"))
+            from_stage = source.path.startswith("$")
+            path = f"rows of `{source.path[1:]}`" if from_stage else f"`{_shown(source.path)}`"
+            name = "" if from_stage or source.path not in names else f"`{names[source.path]}`: "
+            known = counts[index] if index < len(counts) else {}
+            yield step.name, name + path, source.format, count(known.get("trained_rows")), count(known.get("tokens"))
 
 
-def _figures(made: Made) -> Iterator[tuple[str, ...]]:
-    """What a step measured itself."""
-    for figure in made.step.stage.figures(dict(made.metrics)) if made.metrics else ():
-        yield made.step.name, figure.name, figure.before, figure.after
+def _figures(finished: FinishedStep) -> Iterator[tuple[str, ...]]:
+    """The figures that a step measured itself: its name, the figure, before, after."""
+    for figure in finished.step.stage.figures(dict(finished.metrics)) if finished.metrics else ():
+        yield finished.step.name, figure.name, figure.before, figure.after
 
 
-def _evaluated(metrics: Metrics, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The figures of an evaluation above, of the models that this one comes from."""
+def _evaluation(metrics: Metrics, shown: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The figures that an evaluation has of the models in `shown`."""
     for metric, by_data in metrics["figures"].items():
         for data, by_model in by_data.items():
             yield metric, data, *(number(by_model.get(name)) for name in shown)
@@ -193,15 +210,15 @@ def _evaluated(metrics: Metrics, shown: Sequence[str]) -> Iterator[tuple[str, ..
 
 def _template(planned: "Plan") -> str:
     written = planned.pipeline.document.data.get("template")
-    whose = "the base model's own" if written is None else f"`{_shown(str(written))}`"
+    template = "the base model's own" if written is None else f"`{_shown(str(written))}`"
     return (
-        f"## Template\n\nThe chat template is {whose}, unless a stage says otherwise; it travels with the tokenizer, "
-        "and `apply_chat_template` renders what the model was trained on."
+        f"## Template\n\nThe chat template is {template}, unless a stage has its own. It is stored with the tokenizer, "
+        "and `apply_chat_template` renders messages as in training."
     )
 
 
 def _use(last: "Step") -> str:
-    """How to load it: plain transformers."""
+    """How to load the model with transformers alone."""
     code = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -217,13 +234,15 @@ def _use(last: "Step") -> str:
     note = ""
     if last.entry.bits is not None:
         note = (
-            "\n\nThe weights are GPTQ; transformers needs `gptqmodel` and `optimum` for them, vLLM loads the folder as "
-            'it is. On a CPU add `quantization_config=GPTQConfig(bits=BITS, backend="torch")`, or a kernel is compiled '
-            "first."
-        ).replace("BITS", str(last.entry.bits))
+            "\n\nThe weights are quantized with GPTQ. transformers needs `gptqmodel` and `optimum` to load them; vLLM "
+            "loads the folder directly. On a CPU, pass "
+            f'`quantization_config=GPTQConfig(bits={last.entry.bits}, backend="torch")`; without it, a kernel is '
+            "compiled first."
+        )
     return "## Use\n\n```python\n" + "\n".join(code) + "\n```" + note
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. Secrets are masked before `|` is escaped, which could hide one."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(secret.mask(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

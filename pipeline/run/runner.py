@@ -26,8 +26,8 @@ from pipeline.run.process import Stop, View, follow
 from pipeline.saves import artifact
 from pipeline.saves import content as content_module
 from pipeline.saves.artifact import SPEC
-from pipeline.saves.links import claim, link
-from pipeline.saves.locks import locked
+from pipeline.saves.links import claim, link, note_run
+from pipeline.saves.locks import locked, reading, unread
 from stages.model.device import has_gpu
 from stages.runtime.events import EVENTS_FILE, earlier_attempts
 
@@ -46,7 +46,9 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     gates = _Gates(planned)
     content_module.clear_torn(planned.saves)
-    claim(planned.saves / planned.pipeline.name, planned.pipeline.path)
+    links = planned.saves / planned.pipeline.name
+    claim(links, planned.pipeline.path)
+    note_run(links, [name for step in planned.steps for name in (step.folder.name, step.part.name)])
     for step in planned.steps:
         if step.state == "done":  # linked before the first stage starts, so that `gc` knows that they are needed
             link(step.folder, step.link)
@@ -58,7 +60,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
                 view.step(step, "done")
             else:
                 there = zip(planned.steps, records, strict=False)
-                before = [card.Made(above, known.get("metrics", {})) for above, known in there]
+                before = [card.FinishedStep(above, known.get("metrics", {})) for above, known in there]
                 record = _run_step(step, planned, view, stop, gates, before)
             link(step.folder, step.link)
             records.append(record)
@@ -141,12 +143,12 @@ def _leave_terminal() -> None:
 
 
 def _run_step(
-    step: Step, planned: Plan, view: View, stop: Stop, gates: _Gates, before: Sequence[card.Made]
+    step: Step, planned: Plan, view: View, stop: Stop, gates: _Gates, before: Sequence[card.FinishedStep]
 ) -> dict[str, Any]:
     """Run one step under its lock until its folder is finished and has its final name."""
     began, clock = time.time(), time.monotonic()
     hashes = planned.hashes
-    with locked(step.part, step.name):
+    with locked(step.part, step.name), reading(step.reads()):
         record = artifact.read(step.folder)
         if record is not None and not step.fresh and artifact.damage(step.folder, record, hashes) is None:
             view.step(step, "done")  # another run finished it while this one worked on earlier steps
@@ -207,7 +209,8 @@ def _record(step: Step, done: dict[str, Any], versions: dict[str, str], ignored:
 def _make_room(step: Step) -> None:
     """Prepare the working folder: keep what an earlier try left to resume from, set aside what is in the way."""
     if step.folder.exists():  # damaged, or to be rebuilt
-        step.folder.rename(_free_name(step.folder))
+        with unread(step.folder, step.name):
+            step.folder.rename(_free_name(step.folder))
     if step.fresh and step.part.exists():
         step.part.rename(_free_name(step.part))
     for part in step.left if step.fresh else ():  # given up, but kept in case the settings come back

@@ -1,5 +1,6 @@
-"""Model cards as the Hub reads them, without training: what a plan and made-up figures come to."""
+"""Model cards as the Hub reads them, from plans and made-up figures, without training."""
 
+import json
 import re
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def written(project):
         project.write("x.yaml", text)
         planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
         assert planned.problems == []
-        made = [card.Made(step, figures.get(step.name, {})) for step in planned.steps]
+        made = [card.FinishedStep(step, figures.get(step.name, {})) for step in planned.steps]
         card.write(Path(), made[-1].step, made[-1].metrics, planned, made[:-1], VERSIONS)
         return ModelCard.load("README.md")
 
@@ -82,8 +83,18 @@ BASE = "license: other\nlicense_name: open-rail\nlicense_link: https://example.o
         ("", f"---\n{BASE}---\n# Base\n", ("other", "open-rail", None)),
         ("card: {license: mit, language: zh}\n", f"---\n{BASE}---\n", ("mit", None, "zh")),
         ("", "# No metadata\n", (None, None, None)),
+        ("", "", (None, None, None)),
+        ("", "---\n", (None, None, None)),
+        ("", "---\n- a\n---\n", (None, None, None)),
+        ("", "---\nlicense: [mit]\nlicense_name: 3\n---\n", (None, None, None)),
+        ("", f"\ufeff---\r\n{BASE}---\r\n", ("other", "open-rail", None)),
+        # broken cards, each with another error of the parser
         ("", "---\nlicense: [\n---\n", (None, None, None)),
         ("", b"---\n\xff\n---\n", (None, None, None)),
+        ("", "---\nlicense: !!int ''\n---\n", (None, None, None)),
+        ("", "---\nlicense: !!bool mit\n---\n", (None, None, None)),
+        ("", "---\nlicense: !!timestamp mit\n---\n", (None, None, None)),
+        ("", f"---\nlicense: {'[' * 3000}\n---\n", (None, None, None)),
     ],
 )
 def test_the_license_is_the_config_s_or_else_the_base_model_s_own(project, written, said, base, expected):
@@ -136,3 +147,109 @@ def test_the_card_s_keys_are_checked_and_change_no_fingerprint(project):
         "x.yaml:1:8: `card` has no setting `licence`; did you mean `license`?\n",
     )
     assert project.changed(f"card: {{license: mit}}\n{CHAIN}") == []
+
+
+EVALUATED = """\
+  sft: {data: consult, lora: {r: 2}}
+  evaluate: {data: consult}
+  other: {use: evaluate, data: books}
+  merge:
+"""
+MEASURED = {
+    "evaluate": {
+        "models": ["base", "sft"],
+        "figures": {
+            "perplexity": {"consult": {"base": 9.0, "sft": 0.1 + 0.2}},
+            "answer_match": {"consult": {"base": 0.25, "sft": 1e-05}},
+            "reward_margin": {"consult": {"base": 1.0, "sft": None}},
+        },
+    },
+    "other": {
+        "models": ["base", "sft"],
+        "figures": {"perplexity": {"books": {"base": 7.0, "sft": 6}, "consult": {"base": 9.0, "sft": 8.5}}},
+    },
+}
+
+
+def results(made):
+    """The `model-index` of a card: (data, metric) → value."""
+    found = made.data.eval_results or []
+    assert {(one.task_type, one.dataset_name == one.dataset_type) for one in found} <= {("text-generation", True)}
+    assert len({(one.dataset_name, one.metric_type) for one in found}) == len(found)
+    return {(one.dataset_name, one.metric_type): one.metric_value for one in found}
+
+
+def test_an_evaluation_before_the_merge_is_the_model_index_of_the_merged_model(project, written):
+    text = project.model() + EVALUATED.replace("  other: {use: evaluate, data: books}\n", "")
+    made = written(text, MEASURED)
+    assert results(made) == {("consult", "perplexity"): 0.1 + 0.2, ("consult", "answer_match"): 1e-05}
+    (index,) = made.data.to_dict()["model-index"]
+    assert index["name"] == "x: merge"
+    assert index["results"] == [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": "consult", "type": "consult"},
+            "metrics": [{"type": "perplexity", "value": 0.1 + 0.2}, {"type": "answer_match", "value": 1e-05}],
+        }
+    ]
+
+
+def test_of_two_evaluations_the_later_one_counts(project, written):
+    assert results(written(project.model() + EVALUATED, MEASURED)) == {
+        ("consult", "perplexity"): 8.5,
+        ("consult", "answer_match"): 1e-05,
+        ("books", "perplexity"): 6,
+    }
+
+
+QUANTIZE = "  quantize: {group_size: -1, calibration: {data: consult}}\n"
+
+
+@pytest.mark.parametrize(
+    ("stages", "figures"),
+    [
+        ("  sft: {data: consult}\n  merge:\n", MEASURED),
+        (EVALUATED, {}),
+        (EVALUATED, {"evaluate": {"models": ["base"], "figures": {"perplexity": {"consult": {"base": 9.0}}}}}),
+        (EVALUATED + QUANTIZE, MEASURED),  # the 4-bit model is another model than the one that was measured
+    ],
+    ids=["no evaluation", "no figures", "another model", "quantized"],
+)
+def test_a_model_that_no_evaluation_has_measured_has_no_model_index(project, written, stages, figures):
+    made = written(project.model() + stages, figures)
+    assert made.data.eval_results is None
+    assert not {"model-index", "model_name", "eval_results"} & made.data.to_dict().keys()
+
+
+def test_the_hub_reads_the_card_and_writes_the_same_metadata(project, written):
+    project.write("m/README.md", f"---\n{BASE}---\n")
+    card_settings = "card: {base_model: org/base, language: ['no', zh], datasets: [org/more], tags: ['4', 'a: b']}\n"
+    made = written(card_settings + project.model() + EVALUATED, MEASURED)
+    assert made.data.language == ["no", "zh"]
+    assert made.data.tags == ["stagewise", "sft", "4", "a: b"]
+    assert made.content == Path("README.md").read_text(encoding="utf-8")
+    assert made.content.startswith(f"---\n{made.data.to_yaml()}\n---\n\n# x: merge\n")
+    made.validate = None  # the Hub's own check needs the network
+    made.save("again.md")
+    assert Path("again.md").read_bytes() == Path("README.md").read_bytes()
+
+
+def test_the_same_run_gives_the_same_bytes(project, written):
+    text = "card: {tags: [b, a, b]}\n" + project.model() + EVALUATED
+    once = written(text, MEASURED).content
+    assert b"\r" not in Path("README.md").read_bytes()
+    assert written(text, MEASURED).content == once
+
+
+LONG = "canary # " + " ".join(["1234"] * 30)
+
+
+@pytest.mark.parametrize("value", ["canary: 1234", "can|ary|1234", 'say "canary\'s 1234"', LONG])
+def test_a_secret_that_yaml_or_a_table_would_change_is_masked(project, written, monkeypatch, value):
+    monkeypatch.setenv("MY_SECRET", value)
+    project.write(f"{value}.jsonl", '{"text": "a"}\n')
+    text = project.model().replace("path: books.jsonl", f"path: {json.dumps(f'{value}.jsonl')}")
+    made = written(f"card: {{tags: [{json.dumps(value)}]}}\n{text}  pt: {{data: books, lora: {{r: 2}}}}\n  merge:\n")
+    assert made.data.tags[-1] == "<MY_SECRET>"
+    assert "| pt | `books`: `<MY_SECRET>.jsonl` | text |" in made.text
+    assert "1234" not in made.content
