@@ -83,8 +83,8 @@ def _check_disk(plan: Plan) -> None:
             taken += f" after {artifact.size_of(kept)} of the stages before it" if kept else ""
             way = ", keep fewer checkpoints with `trainer.save_total_limit: 1`" if step.entry.training else ""
             plan.problems.append(
-                f"{plan.saves}: stage `{step.name}` {taken}, and {artifact.size_of(free)} are free; free space{way}, or "
-                "choose another disk with `--saves DIR`"
+                f"{plan.saves}: stage `{step.name}` {taken}, and {artifact.size_of(free)} are free; free space{way}, "
+                "or choose another disk with `--saves DIR`"
             )
             return
         kept += step.needs.left

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -17,6 +18,7 @@ def link(folder: Path, name: Path) -> None:
     fresh.replace(name)
 
 
+LAST_RUN = ".run.json"  # beside the links: the folders of the last run
 BELONGS = ".config.json"  # beside the links: the config file that owns them
 
 
@@ -44,3 +46,19 @@ def claim(links: Path, owner: Path) -> None:
     config = os.path.relpath(owner.resolve(), links.resolve())
     content = {"config": config, "absolute": str(owner.resolve())}
     (links / BELONGS).write_text(json.dumps(content), encoding="utf-8")
+
+
+def note_run(links: Path, folders: Sequence[str]) -> None:
+    """Note the names of the folders of a run that begins, so that `gc` keeps them; the same names are not rewritten."""
+    if last_run(links) != list(folders):
+        links.mkdir(parents=True, exist_ok=True)
+        (links / LAST_RUN).write_text(json.dumps(list(folders)), encoding="utf-8")
+
+
+def last_run(links: Path) -> list[str]:
+    """The names of the folders of the last run of a config, finished or not."""
+    try:
+        names = json.loads((links / LAST_RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []

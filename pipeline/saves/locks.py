@@ -8,11 +8,12 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from pipeline.errors import Busy
+from pipeline.saves import artifact
 
 
 def held_file(out: Path) -> Path:
@@ -71,3 +72,34 @@ def held(part: Path) -> str | None:
         except OSError:
             return words[0] or "by a process that does not say which"
     return None
+
+
+def reader_file(folder: Path) -> Path:
+    """The file that runs lock while one of their stages reads a finished folder."""
+    return folder.parent / ".locks" / f"{folder.name}.reader"
+
+
+@contextlib.contextmanager
+def reading(folders: Iterable[Path]) -> Iterator[None]:
+    """Hold shared locks on finished folders, so that nobody removes or renames them; others may read them too."""
+    with contextlib.ExitStack() as files:
+        for folder in folders:
+            if artifact.FOLDER.match(folder.name):
+                reader_file(folder).parent.mkdir(parents=True, exist_ok=True)
+                file = files.enter_context(open(reader_file(folder), "a+", encoding="utf-8"))
+                fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def unread(folder: Path, name: str) -> Iterator[None]:
+    """Hold a finished folder so that no run reads it.
+
+    Raises:
+        Busy: a stage of another run reads it.
+    """
+    reader_file(folder).parent.mkdir(parents=True, exist_ok=True)
+    with open(reader_file(folder), "a+", encoding="utf-8") as file:
+        if not _lock(file, seconds=0.5):
+            raise Busy(f"stage `{name}`: `{folder}` is being read by another run, so it cannot be rebuilt; wait for it")
+        yield

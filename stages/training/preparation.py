@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from stages.chat import encoding
 from stages.data import drawing
@@ -49,6 +49,8 @@ class Prepared:
     `chosen_ids` and `rejected_ids`."""
     held: "Dataset | None"
     account: dict[str, Any]
+    reader: TextIO
+    """Holds a shared lock on the rows, so that `gc` does not remove them while they are in use."""
 
 
 def prepare(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool = False) -> Prepared:
@@ -65,6 +67,8 @@ def prepare(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Pa
     key = _key(recipe, draw)
     folder = out.parent / FOLDER / key
     with _alone(folder):
+        reader = open(reader_lock(folder), "a+", encoding="utf-8")  # noqa: SIM115 - held while the rows are in use
+        fcntl.flock(reader, fcntl.LOCK_SH)
         account = _whole(folder)
         if account is None:
             account = _make(draw, tokenizer, recipe, args, folder)
@@ -83,7 +87,7 @@ def prepare(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Pa
         for batch in train.data.to_batches():
             there.extend(lengths(batch))
         account["padding"] = encoding.padding(there, args.per_device_train_batch_size)
-    return Prepared(train, held, account)
+    return Prepared(train, held, account, reader)
 
 
 def _recipe(draw: Draw, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Let one process prepare, and others, of this run or of another, wait for it."""
     for made in (lock(folder), folder):
         made.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock(folder), "a", encoding="utf-8") as file:
+    with open(lock(folder), "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -135,6 +139,11 @@ def _alone(folder: Path) -> Iterator[None]:
 def lock(folder: Path) -> Path:
     """The file that is locked while rows are prepared in a folder."""
     return folder.parent.parent / ".locks" / f"prepared-{folder.name.removesuffix('.part')}"
+
+
+def reader_lock(folder: Path) -> Path:
+    """The file that every stage locks, together with others, while it reads prepared rows."""
+    return lock(folder).with_suffix(".reader")
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:

@@ -1,11 +1,14 @@
 """Whole runs through the command line: what is done twice, what survives a kill, what a failure says."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.saves import artifact
+from pipeline.views import charts
 
 pytestmark = pytest.mark.train
 
@@ -150,11 +154,25 @@ def test_a_secret_that_would_be_handed_on_with_the_model_stops_the_stage(tmp_pat
     config, saves = write_config(tmp_path), tmp_path / "saves"
     template = (ROOT / "stages/chat/templates/med.jinja").read_text(encoding="utf-8")
     (tmp_path / "mine.jinja").write_text("{#- hf_canary-one -#}" + template, encoding="utf-8")
-    assert run(config, saves, "--until", "init", "--set", f"template={tmp_path}/mine.jinja") == 1
-    (part,) = saves.glob("init-*.part")
+    assert run(config, saves, "--until", "init", "--set", f"template={tmp_path}/mine.jinja") == 2
     assert capsys.readouterr().err == (
-        f"error: stage `init`: `{part}/chat_template.jinja` holds the value of the environment variable HF_TOKEN; take "
-        "it out of the data or the settings, or `unset HF_TOKEN` if it is no secret, and run again\n"
+        f"{config}:7:9: stage `init`: its settings hold the value of the environment variable HF_TOKEN; take it out, "
+        "or `unset HF_TOKEN` if it is not a secret\n"
+    )
+    assert not saves.exists() or not list(saves.glob("init-*"))
+
+
+def test_a_secret_in_a_row_that_is_handed_on_stops_the_stage(chain, monkeypatch, capsys):
+    monkeypatch.setenv("MY_SECRET", "canary-four")
+    config, saves = chain
+    (config.parent / "rows.jsonl").write_text('{"text": "canary-four"}\n', encoding="utf-8")
+    more = ["--set", f"data.more={{path: {config.parent}/rows.jsonl, format: text}}"]
+    chosen = "{data: more, method: k_center, keep: 1, model: $init}"
+    assert run(config, saves, *more, "--set", f"stages.select={chosen}") == 1
+    (part,) = saves.glob("select-*.part")
+    assert capsys.readouterr().err.startswith(
+        f"error: stage `select`: `{part}/rows.jsonl` holds the value of the environment variable MY_SECRET; take it "
+        "out of the data or the settings, or `unset MY_SECRET` if it is not a secret, and run again\n"
     )
 
 
@@ -278,6 +296,84 @@ def test_ctrl_c_stops_at_the_next_step_and_the_next_run_goes_on(chain, capsys):
     assert record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"] == expected
 
 
+def test_a_resumed_stage_keeps_its_history(chain, capsys, tmp_path):
+    """Its curves begin at the first step, and its time and memory are those of both attempts."""
+    config, saves = chain
+    whole = charts.history((saves / "small" / "sft").resolve())
+    shutil.rmtree((saves / "small" / "sft").resolve())
+    watcher = when_event(saves, "log", 8, lambda part, pid: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(config, saves, "--until", "sft") == 75
+    watcher.join()
+    (part,) = saves.glob("sft-*.part")
+    first = [json.loads(line) for line in (part / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert run(config, saves, "--until", "sft") == 0
+    folder = (saves / "small" / "sft").resolve()
+    second = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert second[: len(first)] == first
+    assert [event["kind"] for event in second].count("start") == 2
+    figures = [{key: row[key] for key in ("step", "loss") if key in row} for row in charts.history(folder)]
+    assert figures == [{key: row[key] for key in ("step", "loss") if key in row} for row in whole]
+    done = record(saves, "sft")
+    assert (done["attempts"], done["started"]) == (2, first[0]["time"])
+    assert done["seconds"] >= (first[-1]["time"] - first[0]["time"]) + (second[-1]["time"] - second[len(first)]["time"])
+    assert done["memory"]["host"] >= first[-1]["memory"]["host"]
+    assert cli.main(["report", str(config), "--saves", str(saves), "--until", "sft", "--curves", str(tmp_path)]) == 0
+    lines = (tmp_path / "sft" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines[1:]][-6:] == ["2", "4", "6", "8", "10", "12"]
+
+
+def test_a_terminal_that_closes_stops_the_run_like_sigterm(chain):
+    """An ssh connection that breaks sends SIGHUP to every process of the terminal; nohup ignores it."""
+    config, saves = chain
+    expected = record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"]
+    shutil.rmtree((saves / "small" / "sft").resolve())
+    words = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--saves", str(saves), "--until", "sft"]
+    ours, theirs = os.openpty()
+    first = subprocess.Popen(words, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
+                             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+    os.close(theirs)
+    reader = threading.Thread(target=read_all, args=(ours,))
+    reader.start()
+    pids = []
+
+    def close(part: Path, pid: int) -> None:
+        pids.append(pid)
+        os.killpg(first.pid, signal.SIGHUP)
+
+    when_event(saves, "log", 4, close).join()
+    assert first.wait(60) == 75
+    reader.join()
+    assert not alive(pids[0])
+    (part,) = saves.glob("sft-*.part")
+    assert list(part.glob("checkpoints/*/complete.json"))
+    assert run(config, saves, "--until", "sft") == 0
+    assert record(saves, "sft")["files"]["adapter_model.safetensors"]["sha256"] == expected
+
+
+def read_all(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # what reading a terminal gives once nobody writes to it
+        while os.read(descriptor, 65536):
+            pass
+    os.close(descriptor)
+
+
+def test_two_processes_agree_on_a_damaged_checkpoint(chain, capsys):
+    config, saves = chain
+    two = ["--until", "sft", "--set", "sft.launch.processes=2", "--set", "sft.trainer.save_steps=1"]
+    watcher = when_event(saves, "log", 4, lambda part, pid: os.kill(os.getpid(), signal.SIGINT))
+    assert run(config, saves, *two) == 75
+    watcher.join()
+    (part,) = saves.glob("sft-*.part")
+    newest = max(part.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    with open(newest / "adapter_model.safetensors", "ab") as file:
+        file.write(b"x")
+    capsys.readouterr()
+    assert run(config, saves, *two) == 0
+    out = capsys.readouterr().out
+    said = f"sft: {newest.name} is damaged (adapter_model.safetensors has changed); it is kept as corrupt-{newest.name}"
+    assert out.count(said) == 1
+
+
 def test_a_stage_that_cannot_go_on_says_which_why_and_where_its_log_is(chain, capsys):
     config, saves = chain
     assert run(config, saves, "--until", "sft", "--set", "sft.trainer.max_length=8") == 1
@@ -294,7 +390,9 @@ def test_a_fault_of_ours_shows_its_traceback_and_leaves_the_runner_alive(chain, 
     unforeseen = "sft.trainer.lr_scheduler_kwargs={no_such_word: 1}"
     assert run(config, saves, "--until", "sft", "--set", unforeseen) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: stage `sft`: failed with an internal error; please report this:\nTraceback (most recent call last):\n")
+    assert error.startswith(
+        "error: stage `sft`: failed with an internal error; please report this:\nTraceback (most recent call last):\n"
+    )
     assert "no_such_word" in error
 
 
