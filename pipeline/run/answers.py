@@ -1,4 +1,7 @@
-"""One question answered by the first, the tuned and the 4-bit model of a finished run; asked once, then remembered."""
+"""A finished run in, the answers of its first, its tuned and its quantized model to one question out.
+
+The answers are stored beside the links of the config, so that the question is asked only once.
+"""
 
 import json
 import multiprocessing
@@ -11,21 +14,22 @@ from pipeline.saves import artifact
 from pipeline.saves.artifact import LOG
 
 FILE = "answers.json"
-TOKENS = 64  # enough to see whether it answers; a full answer is what `chat` is for
+MAX_TOKENS = 64  # enough to see whether a model answers the question
 
 
 def ask_question(plan: Plan) -> dict[str, str]:
-    """Model name → answer; empty without a `question` in the config or when the models are not chat models."""
+    """Name of a model → its answer; empty without a `question` in the config or without a stage that starts from a model."""
     question = plan.pipeline.question
     models = _models(plan)
     if not question or not models:
         return {}
     file = plan.saves / plan.pipeline.name / FILE
     key = {"question": question, "models": {name: _identity(plan, step) for name, step in models.items()}}
-    known = _read(file)
-    if known.get("key") == key:
-        return dict(known["answers"])
-    answers = {name: recorded for name, step in models.items() if (recorded := _recorded(step, question)) is not None}
+    stored = _read(file)
+    if stored.get("key") == key:
+        return dict(stored["answers"])
+    recorded = {name: _answer_in_record(step, question) for name, step in models.items()}
+    answers = {name: answer for name, answer in recorded.items() if answer is not None}
     missing = {name: _folders(plan, step) for name, step in models.items() if name not in answers}
     generated = _in_child(missing, question, file.parent)
     answers |= generated or dict.fromkeys(missing, f"(no answer; the log is {file.parent / LOG})")
@@ -36,34 +40,39 @@ def ask_question(plan: Plan) -> dict[str, str]:
 
 
 def _models(plan: Plan) -> dict[str, Step | None]:
-    """The first model (None: one that no stage made), the last one in full precision, and the quantized one."""
-    made = [step for step in _modelled(plan) if step.entry.bits is None]
-    quantized = [step for step in _modelled(plan) if step.entry.bits is not None]
-    trained = [step for step in made if step.entry.start is not None]
+    """Name → step for the first model, the last one in full precision, and the last quantized one.
+
+    The step of the first model is None if the config names it in `model`; the result is empty if no stage starts from a model.
+    """
+    unquantized = [step for step in _model_steps(plan) if step.entry.bits is None]
+    quantized = [step for step in _model_steps(plan) if step.entry.bits is not None]
+    trained = [step for step in unquantized if step.entry.start is not None]
     if not trained:
         return {}
-    first = made[0] if made[0].entry.start is None else None
+    first = unquantized[0] if unquantized[0].entry.start is None else None
     models: dict[str, Step | None] = {"the first model": first, f"after {trained[-1].name}": trained[-1]}
     for step in quantized[-1:]:
         models[f"in {step.entry.bits} bits"] = step
     return models
 
 
-def _modelled(plan: Plan) -> list[Step]:
+def _model_steps(plan: Plan) -> list[Step]:
     """The steps that leave a model."""
     return [step for step in plan.steps if step.entry.leaves_model]
 
 
 def _identity(plan: Plan, step: Step | None) -> str:
-    return step.fingerprint if step is not None else _modelled(plan)[0].identities["model"]
+    """What identifies the model of a step; None means the model that the first step starts from."""
+    return step.fingerprint if step is not None else _model_steps(plan)[0].identities["model"]
 
 
 def _folders(plan: Plan, step: Step | None) -> list[str]:
-    return step.produces if step is not None else list(_modelled(plan)[0].inputs.model)
+    """The folders of the model of a step; None means the model that the first step starts from."""
+    return step.produces if step is not None else list(_model_steps(plan)[0].inputs.model)
 
 
-def _recorded(step: Step | None, question: str) -> str | None:
-    """What `quantize` was answered when it tried its own result."""
+def _answer_in_record(step: Step | None, question: str) -> str | None:
+    """The answer that `quantize` recorded when it tried the quantized model; None if it asked another question."""
     metrics = ((artifact.read(step.folder) or {}) if step else {}).get("metrics", {})
     return metrics.get("answer") if metrics.get("question") == question else None
 
@@ -76,19 +85,19 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
 
 
 def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict[str, str]:
-    """Generate in a forked process; empty when that fails."""
+    """Generate the answers in a forked process; empty if that fails."""
     if not models:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     warm(folder / LOG)
     context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_generate, args=(models, question, str(folder), theirs))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_generate, args=(models, question, str(folder), sender))
     child.start()
-    theirs.close()
+    sender.close()
     try:
-        answers: dict[str, str] = ours.recv()
-    except EOFError:  # it died; its log says why, and the next run asks again
+        answers: dict[str, str] = receiver.recv()
+    except EOFError:  # the process has died; its log says why, and the next run asks again
         answers = {}
     child.join()
     return answers
@@ -101,5 +110,5 @@ def _generate(
 
     to_log(Path(folder, LOG))
     messages = [{"role": "user", "content": question}]
-    answers = {name: load_engine(folders).answer(messages, TOKENS) for name, folders in models.items()}
+    answers = {name: load_engine(folders).answer(messages, MAX_TOKENS) for name, folders in models.items()}
     pipe.send(answers)
