@@ -18,7 +18,7 @@ MAX_TOKENS = 64  # enough to see whether a model answers the question
 
 
 def ask_question(plan: Plan) -> dict[str, str]:
-    """Name of a model → its answer; empty without a `question` in the config or without a stage that starts from a model."""
+    """Name of a model → its answer; empty without a `question` or without a stage that starts from a model."""
     question = plan.pipeline.question
     models = _models(plan)
     if not question or not models:
@@ -42,7 +42,7 @@ def ask_question(plan: Plan) -> dict[str, str]:
 def _models(plan: Plan) -> dict[str, Step | None]:
     """Name → step for the first model, the last one in full precision, and the last quantized one.
 
-    The step of the first model is None if the config names it in `model`; the result is empty if no stage starts from a model.
+    The step of the first model is None if no stage made it. The result is empty if no stage starts from a model.
     """
     unquantized = [step for step in _model_steps(plan) if step.entry.bits is None]
     quantized = [step for step in _model_steps(plan) if step.entry.bits is not None]
