@@ -72,7 +72,7 @@ def _data_view(data: str, source: Source, step: Step, training: Training, folder
         deque(chunks, maxlen=0)  # reading fills the account
         return DataView(data, step.name, account, None, [])
     tokenizer = _tokenizer(step, folder)
-    encode = sequences(tokenizer, training.max_length, training.cut, 1)
+    encode = sequences(tokenizer, training.max_length, training.cut, 1, whole=training.whole)
 
     def count(chunk: drawing.Chunk) -> tuple[encoding.Tokens, list[int], list[Row]]:
         encoded, (tokens,) = encode(chunk)
@@ -85,8 +85,8 @@ def _data_view(data: str, source: Source, step: Step, training: Training, folder
         sizes.extend(chunk_sizes)
         first += chunk_rows[: rows - len(first)]
     total.padding = encoding.padding(sizes, training.batch)
-    encoded = (sequence for row in encoding.encode(Encoder(tokenizer), first) for sequence in row)
-    samples = [encoding.pieces(tokenizer, sequence) for sequence in encoded]
+    encoded = encoding.encode(Encoder(tokenizer), first, whole=training.whole)
+    samples = [encoding.pieces(tokenizer, sequence) for row in encoded for sequence in row]
     return DataView(data, step.name, account, total, samples)
 
 

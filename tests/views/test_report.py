@@ -7,6 +7,7 @@ from pathlib import Path
 
 import planned
 import pytest
+from markupsafe import escape
 
 from pipeline.cli import main
 from pipeline.config.checker import load_config
@@ -112,7 +113,8 @@ def pretend(step, metrics, files=(), **record):
     """What a finished run of this step leaves."""
     step.part.mkdir(parents=True)
     for name, lines in files:
-        (step.part / name).write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        (step.part / name).write_text(text, encoding="utf-8")
     record = {
         **{"stage": step.name, "use": step.use, "fingerprint": step.fingerprint, "recipe": dict(step.recipe)},
         **{"inputs": dict(step.identities), "stands_on": step.stands_on(), "metrics": metrics, "ignored_gates": []},
@@ -271,6 +273,20 @@ def test_an_answer_is_text_and_never_markup(made):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in found
 
 
+# Line separators, control characters, a byte order mark, an override of direction, a lone quote, and markup.
+ANY_TEXT = "a\u2028b\u2029c\x85d\x0b\x0c\x1c\te\x1b[2J\x07\x7f\ufeff\u202ef {{ 1 }} {% x %} </p> <!-- ]]> & \" '"
+
+
+def test_an_answer_of_any_text_is_on_the_page_as_it_is(project):
+    project.write("x.yaml", CONFIG)
+    run(build(), answers=asked(ANY_TEXT, f"{ANY_TEXT}\r\n{ANY_TEXT}"))
+    assert main(["report", "x.yaml"]) == 0
+    found = Path("saves/x/report.html").read_bytes().decode()
+    assert f'<p class="text">{escape(ANY_TEXT)}</p>' in found
+    assert f'<p class="text">{escape(ANY_TEXT)}\r\n{escape(ANY_TEXT)} …</p>' in found
+    assert "Evaluation" in Page(found).text  # every tag is closed
+
+
 def test_secrets_stay_out(made, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "helps?&12345")
     made.write("x.yaml", CONFIG + "# helps?&12345\n")
@@ -407,6 +423,50 @@ def test_a_small_difference_shows(two):
     record["metrics"]["eval_loss"] = 2.2500001
     (step.folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     assert "pt        eval_loss                      2.25   2.2500001" in two.call("diff", "x", "y")[1]
+
+
+def answers_of(two, a, b):
+    """The lines of a diff below the number of answers that differ."""
+    for name, answer in (("x.yaml", a), ("y.yaml", b)):
+        file = build(name)["evaluate"].folder / "answers.jsonl"
+        file.write_text(json.dumps(asked(after=answer), ensure_ascii=False) + "\n", encoding="utf-8")
+    code, out, err = two.call("diff", "x", "y")
+    assert (code, err) == (0, "")
+    return out.partition("\nanswers: ")[2].split("\n")
+
+
+LONG = "word " * 60
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shown"),
+    [
+        (
+            "one",
+            f"{ANY_TEXT}",
+            ("one", "a b c d e\\x1b[2J\\x07\\x7f\ufeff\u202ef {{ 1 }} {% x %} </p> <!-- ]]> & \" '"),
+        ),
+        ("'", '"', ("'", '"')),
+        ("one two", "one\u2028two", ("'one two'", "'one\\u2028two'")),
+        (LONG + "end", LONG + "END", ("…" + LONG[-20:] + "end'", "…" + LONG[-20:] + "END'")),
+        (f"{LONG}x{LONG}", f"{LONG}y{LONG}", (f"…{LONG[-20:]}x{LONG[:79]}", f"…{LONG[-20:]}y{LONG[:79]}")),
+    ],
+    ids=["any text", "quotes", "white space", "late", "middle"],
+)
+def test_a_diff_shows_answers_of_any_text_on_one_line_each(two, a, b, shown):
+    assert answers_of(two, a, b) == [
+        "1 of 2 differ",
+        "  prompts, row 1, pt: What helps?",
+        f"    A: {shown[0]}",
+        f"    B: {shown[1]}",
+        "",
+    ]
+
+
+def test_a_diff_cuts_no_secret_in_two(two, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "canary-" + "1234" * 10)
+    lines = answers_of(two, "word " * 18 + "canary-" + "1234" * 10, "other")
+    assert lines[2] == "    A: " + "word " * 18 + "<MY_API_K…"
 
 
 def test_a_run_with_itself(made):
