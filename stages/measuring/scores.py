@@ -15,7 +15,7 @@ from stages.data.row import Row
 from stages.model.device import compute_dtype, torch_device
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 from stages.model.generation import Engine
-from stages.model.inference import each, losses, positions
+from stages.model.inference import for_each_batch, losses, positions
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 from stages.runtime.events import emit
@@ -192,7 +192,7 @@ def rewards(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) ->
             found[index] = score
 
     if rows:
-        each(
+        for_each_batch(
             [len(one["input_ids"]) for one in encoded],
             config.batch_tokens,
             act,
@@ -278,7 +278,7 @@ def embeddings(
         means = hidden.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         points[batch] = means.cpu().numpy()
 
-    each(
+    for_each_batch(
         [len(one["input_ids"]) for one in encoded], config.batch_tokens, act, _progress(out, "placed rows:", len(rows))
     )
     return points, cut

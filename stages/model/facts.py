@@ -1,4 +1,4 @@
-"""What is known of a model without loading it, read from `config.json` and the headers of its safetensors."""
+"""What is known of a model before it is loaded, read from `config.json` and from the headers of its safetensors."""
 
 import importlib.util
 import json
@@ -8,21 +8,11 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from stages.runtime.errors import Problem, StageError
-
-if TYPE_CHECKING:
-    pass
-
-from typing import TYPE_CHECKING
+from typing import Any
 
 from stages.chat.template import template_names, template_tokens
 from stages.chat.trial import try_template
-
-if TYPE_CHECKING:
-    pass
-
+from stages.runtime.errors import Problem, StageError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
@@ -32,36 +22,46 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model before torch is loaded."""
+    """What is known of a model before it is loaded, or before it exists: of a model that an earlier stage will leave.
+
+    Whatever is not known is empty, and is not checked.
+    """
 
     source: str
+    """The model in the words of the user, for messages: its folder, or the stage that leaves it."""
     config: Mapping[str, Any]
+    """The content of config.json."""
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Weight name → shape; empty when not known."""
+    """Weight name → shape."""
     tokens: str = ""
-    """The text of tokenizer.json; empty when not known."""
+    """The text of tokenizer.json."""
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    """The content of tokenizer_config.json."""
     template: str | None = None
+    """The text of the model's own chat template."""
     known: bool = True
     """False for a Hub model that is not on this machine yet."""
     stored: int = 0
-    """Bytes of the weights in the files; 0 when not known."""
+    """Bytes of the weights in the files."""
     adapters: int = 0
     """LoRA adapters that are folded in when the model is loaded."""
 
     @property
     def model_type(self) -> str:
+        """The architecture in transformers' words, such as `bloom`."""
         return str(self.config.get("model_type", ""))
 
     @property
     def parameters(self) -> int:
+        """The number of parameters."""
         return sum(math.prod(shape) for shape in self.weights.values())
 
     def has_token(self, token: str) -> bool:
+        """Whether the tokenizer knows a text as one token; True if the tokenizer is not known."""
         return not self.tokens or json.dumps(token, ensure_ascii=False) in self.tokens
 
     def linear_modules(self) -> list[str]:
-        """Names of the modules that a LoRA adapter can target: 2-D weights that are no embeddings."""
+        """Names of the modules that a LoRA adapter can target: those of 2-D weights, without embeddings."""
         embeddings = ("embed", "wte", "wpe")
         return [
             name.removesuffix(".weight")
@@ -88,18 +88,20 @@ class Needs:
 
 
 def parse_size(size: str) -> int:
-    """The bytes of a size such as `2GB`, which matches `SIZE`."""
+    """The bytes of a size such as `2GB`, which matches `SIZE_PATTERN`."""
     unit = size.lstrip("0123456789.")
     return int(float(size.removesuffix(unit)) * _UNITS[unit])
 
 
 def is_hub_name(model: str) -> bool:
-    """True for `org/name` or `org/name@revision` that is no folder here."""
+    """Whether this is `org/name` or `org/name@revision`, and not a folder on this machine."""
     return bool(HUB_NAME.match(model)) and not Path(model).exists()
 
 
 def locate_model(model: str, *, download: bool) -> Path | None:
-    """The folder of a model: itself, or a snapshot of a Hub model; None when it is not here and `download` is off.
+    """The folder of a model: itself, or the snapshot of a Hub model on this machine.
+
+    None if the snapshot is not on this machine and `download` is off.
 
     Raises:
         StageError: the folder does not exist, or the Hub cannot be reached or does not know the model.
@@ -114,10 +116,10 @@ def locate_model(model: str, *, download: bool) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
-    kinds = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]  # the last one for its license
-    wanted = {"revision": revision, "allow_patterns": kinds}
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]  # README.md has the license
+    wanted = {"revision": revision, "allow_patterns": patterns}
     refusal: Exception | None = None
-    if download:  # first, since a snapshot on this machine may lack files that nobody asked for yet
+    if download:  # even if there is a snapshot on this machine: it may lack some of these files
         try:
             return Path(snapshot_download(name, **wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -134,26 +136,26 @@ def locate_model(model: str, *, download: bool) -> Path | None:
 
 
 def read_facts(folder: Path, source: str = "") -> Facts:
-    """Read what is known of a model folder, without torch.
+    """Read the facts of a model folder, without torch; `source` is its name in messages, the folder by default.
 
     Raises:
-        StageError: no config.json, no safetensors, or a torn file.
+        StageError: a file is missing or damaged, or the model needs code that transformers does not have.
     """
     config = _json(
-        folder / "config.json", f"the model folder `{folder}` has no config.json; it is no transformers model"
+        folder / "config.json", f"the model folder `{folder}` has no config.json; it is not a transformers model"
     )
     if "auto_map" in config and not _is_native(str(config.get("model_type", ""))):
         kind = config.get("model_type")
         raise StageError(
-            f"the model folder `{folder}` brings code of its own, and transformers has no `{kind}`; code from models "
-            "is never run here, so use a model that transformers itself knows"
+            f"the model folder `{folder}` contains its own code, and transformers has no `{kind}`; code from models "
+            "is never run, so use a model that transformers supports"
         )
     files = weight_files(folder)
     if not files:
         other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
         found = f" (`{other}` is a pickle, which can run code)" if other else ""
         raise StageError(
-            f"the model folder `{folder}` holds no .safetensors weights{found}; convert it with `save_pretrained`"
+            f"the model folder `{folder}` has no .safetensors weights{found}; convert it with `save_pretrained`"
         )
     weights: dict[str, tuple[int, ...]] = {}
     stored = 0
@@ -173,14 +175,14 @@ def read_facts(folder: Path, source: str = "") -> Facts:
 
 
 def _is_native(model_type: str) -> bool:
-    """Does the installed transformers bring this type of model? Seen by its folders, without importing it."""
+    """Whether the installed transformers has this type of model: a folder of its name. transformers is not imported."""
     spec = importlib.util.find_spec("transformers")
     folders = [Path(folder, "models") for folder in spec.submodule_search_locations or []] if spec else []
     return any((folder / model_type.replace("-", "_")).is_dir() for folder in folders if model_type)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files: those of the index, else `model.safetensors`, else every one there is.
+    """The weight files: those of the index; without an index `model.safetensors`, or else every .safetensors file.
 
     Raises:
         StageError: the index names a file that is missing.
@@ -215,9 +217,13 @@ def _json(path: Path, missing: str) -> dict[str, Any]:
 
 
 def _header(shard: Path) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Weight names, their shapes, and the bytes of all weights of a safetensors file.
+    """Weight name → shape, and the bytes of all weights, of a safetensors file.
 
-    The format's own README: 8 bytes of length, then JSON, then the weights.
+    The file has 8 bytes with the length of the header, the header as JSON, and the weights
+    (https://github.com/huggingface/safetensors#format).
+
+    Raises:
+        StageError: the file is damaged or cut off.
     """
     try:
         with open(shard, "rb") as file:
@@ -228,7 +234,7 @@ def _header(shard: Path) -> tuple[dict[str, tuple[int, ...]], int]:
         whole = 8 + length + stored
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError, OverflowError):
-        raise StageError(f"`{shard}` is no whole safetensors file; fetch it again") from None
+        raise StageError(f"`{shard}` is not a whole safetensors file; fetch it again") from None
     if shard.stat().st_size != whole:
         raise StageError(f"`{shard}` is cut off: {shard.stat().st_size:,} bytes of {whole:,}; fetch it again")
     return shapes, stored
@@ -244,7 +250,7 @@ def check_template(template: str | None, facts: Facts) -> list[Problem]:
         return [
             (
                 "",
-                f"{facts.source} brings no chat template; set `template:` at the top to one of {names}, or a file",
+                f"{facts.source} has no chat template; set `template:` at the top to one of {names}, or a file",
             )
         ]
     if facts.known and not facts.tokenizer.get("eos_token"):

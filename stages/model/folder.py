@@ -1,4 +1,4 @@
-"""A model loaded from its folders, and the files that a stage hands on."""
+"""Models and tokenizers loaded from their folders, and the files that every stage copies to its own folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,33 +10,39 @@ from stages.runtime.interfaces import require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Beginnings of the names of files that go unchanged from model folder to model folder.
 CARRIED = (
-    "tokenizer",
-    "special_tokens",
-    "added_tokens",
-    "vocab",
-    "merges",
-    "chat_template",
-    "generation_config",
+    *("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"),
+    *("chat_template", "generation_config"),
 )
 
 
 def load_model(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":
-    """The model in evaluation mode, all adapters folded in; `settings` go to `from_pretrained` (dtype, …).
+    """The model of some folders (the base, then its adapters), in evaluation mode, with the adapters folded in.
 
-    Adapters are folded in the base's own dtype, as `merge` does, and the weights are cast afterwards.
+    `settings` go to `from_pretrained`; `dtype` is float32 unless they have another. Adapters are folded in the dtype of
+    the base, as `merge` does, and the weights are cast afterwards.
+
+    Raises:
+        StageError: an adapter does not fit its base.
     """
+    return load_with_missing(folders, **settings)[0]
+
+
+def load_with_missing(folders: Sequence[str], **settings: Any) -> tuple["PreTrainedModel", list[str]]:
+    """As `load_model`; also the names of weights that the base folder lacks, which transformers made up at random."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from stages.model.lora import fold_into
 
     dtype = settings.pop("dtype", "float32")
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         folders[0],
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        output_loading_info=True,
         dtype="auto" if folders[1:] else dtype,
         **settings,
     )
@@ -47,7 +53,7 @@ def load_model(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":
             parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
     model.eval()
-    return model
+    return model, sorted(info["missing_keys"])
 
 
 def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
@@ -76,7 +82,7 @@ def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
 
 
 def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Let generation stop where training taught it to: at the template's end of turn, and at end of text."""
+    """Let generation stop at the template's end of turn, with which training ends an answer, and at end of text."""
     from stages.chat.encoder import Encoder
     from stages.chat.labels import end_of_turn
 
@@ -90,5 +96,5 @@ def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The files that travel unchanged from artifact to artifact: tokenizer, template, generation config."""
+    """The files of a folder that go unchanged from stage to stage: tokenizer, template, generation config."""
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(CARRIED))

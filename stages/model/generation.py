@@ -1,7 +1,7 @@
-"""The engine: a model ready to answer as it is served, for evaluation, for questions after a run, and for servers.
+"""The engine: a model that answers as it is served, for evaluation, for the question after a run, and for servers.
 
-What was trained is what is served: the weights in the dtype that they are stored in, adapters folded in, the tokenizer
-with its chat template, and generation that stops where training taught the model to stop.
+What was trained is what is served: the weights in the dtype that they are stored in, with adapters folded in, the
+tokenizer with its chat template, and generation that stops at the tokens with which training ended an answer.
 """
 
 import json
@@ -17,34 +17,35 @@ from stages.chat.rendering import render
 from stages.chat.template import install_template
 from stages.data.row import Message, Tools
 from stages.model import inference
-from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.model.device import torch_device
+from stages.model.folder import load_tokenizer, load_with_missing, set_stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
-TOKENS = 4096  # in memory at once when nothing else is asked for
+TOKENS = 4096  # of prompts and answers in memory at once, if the caller sets no other number
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model, its tokenizer with the chat template, and the names of weights that its folder lacks."""
+    """A model and its tokenizer with the chat template."""
 
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
     missing: Sequence[str] = ()
-    """transformers makes up such weights at random; a model with missing weights is good for nothing."""
+    """Names of weights that the folder lacks, sorted. transformers made them up at random, so do not use the model."""
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The tokenizer as rows are encoded with it."""
+        """Encodes rows as training does."""
         return Encoder(self.tokenizer)
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> Ids:
-        """The token ids of a conversation up to where the answer begins; without a chat template, of its last message.
+        """The token ids of a conversation up to where the answer begins; without a chat template, of the last message.
 
         Raises:
-            StageError: the chat template cannot render these roles, or it would leave out tools.
+            StageError: the chat template cannot render these roles, or it does not write tools or their calls.
         """
         if self.tokenizer.chat_template:
             text = render(self.tokenizer, list(messages), prompt=True, tools=tools)
@@ -59,15 +60,19 @@ class Engine:
         tokens: int = TOKENS,
         report: Callable[[int], None] = lambda done: None,
     ) -> list[Ids]:
-        """What the model goes on with after each prompt, up to its stop token, which is kept."""
+        """The token ids that the model generates after each prompt, up to and with the first stop token.
+
+        `settings` and errors as in `inference.answers`; `tokens` are in memory at once; `report` gets the number of
+        prompts done.
+        """
         return inference.answers(self.model, self.tokenizer, prompts, tokens, report, settings=settings)
 
     def stopped(self, ids: Ids) -> bool:
-        """Whether an answer ended by itself, with a stop token."""
+        """Whether the model ended an answer with a stop token; False for an answer that is cut at its longest."""
         return bool(ids) and ids[-1] in inference.stop_tokens(self.model)
 
     def text(self, ids: Ids) -> str:
-        """The words of an answer, without special tokens and blanks around them."""
+        """The text of an answer, without special tokens and without blanks around it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int) -> str:
@@ -79,7 +84,10 @@ class Engine:
 def load_engine(folders: Sequence[str], template: str | None = None) -> Engine:
     """Load a model from its folders (the base, then its adapters), on a GPU if there is one.
 
-    `template` takes the place of the chat template of the folder.
+    `template` is the text of a chat template that replaces the one of the folder.
+
+    Raises:
+        StageError: an adapter does not fit its base, or the tokenizer cannot be used (see `load_tokenizer`).
     """
     model, missing = _load(folders)
     tokenizer = load_tokenizer(folders)
@@ -90,25 +98,19 @@ def load_engine(folders: Sequence[str], template: str | None = None) -> Engine:
 
 def _load(folders: Sequence[str]) -> tuple[Any, list[str]]:
     """The model, and the names of weights that its folder lacks."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    on_gpu = torch.cuda.is_available()
-    if len(folders) > 1:
-        chain: Any = load_model(folders, dtype="auto")
-        return chain.to("cuda" if on_gpu else "cpu"), []
-    settings = {"device_map": "auto"} if on_gpu else _without_compiling(Path(folders[0]))
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folders[0], local_files_only=True, trust_remote_code=False, output_loading_info=True, **settings
-    )
-    model.eval()
-    return model, sorted(info["missing_keys"])
+    if len(folders) > 1:  # adapters are folded in main memory
+        model, missing = load_with_missing(folders, dtype="auto")
+        moved: Any = model
+        return moved.to(torch_device()), missing
+    settings = {"device_map": "auto"} if torch_device() == "cuda" else _without_compiling(Path(folders[0]))
+    return load_with_missing(folders, dtype="auto", **settings)
 
 
 def _without_compiling(folder: Path) -> dict[str, Any]:
-    """On a CPU, GPTQModel would compile a kernel for minutes; its plain kernel gives the same numbers.
+    """Settings with which GPTQModel uses its plain kernel on a CPU; empty for a model that is not quantized by GPTQ.
 
-    The plain kernel unpacks the weights for every token, unless it is told to keep what it has unpacked.
+    It would compile another kernel for minutes, which gives the same numbers. The plain kernel unpacks the weights for
+    every token, unless GPTQ_TORCH_CACHE_WEIGHTS tells it to keep the unpacked weights.
     """
     quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
     if quantization.get("quant_method") != "gptq":

@@ -1,7 +1,7 @@
 """Rows through a model without gradients: the loss of labelled tokens, and answers to prompts.
 
-Rows go through in batches of about the same length, the longest first, so that too little memory shows at once; never
-more than `tokens` tokens, padding too, or one row, on the device. Sums are made on the CPU in the rows' order: the
+Rows go through in batches of about the same length, the longest first, so that a lack of memory shows at once. A batch
+holds at most `tokens` tokens, padding included, or one row. Losses are summed on the CPU in the order of the rows: the
 same rows give the same figures.
 """
 
@@ -9,17 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.chat.labels import IGNORED
+from stages.runtime.errors import StageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
 Ids = list[int]
-CHUNK = 256  # positions whose float32 logits are in memory at once; a row of 250,000 logits takes 1 MB
+Report = Callable[[int], None]
+"""Called with the number of rows that are done."""
+CHUNK = 256  # positions whose float32 logits are in memory at once; a position with 250,000 logits takes 1 MB
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices of rows in batches, the longest first; rows × the longest of them is at most `tokens`, or one row."""
+    """Indices of rows in batches, the longest rows first; rows × longest row is at most `tokens`, or one row."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     start = 0
     while start < len(order):
@@ -28,59 +32,67 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         start += count
 
 
-def each(
-    lengths: Sequence[int], tokens: int, act: Callable[[list[int]], None], told: Callable[[int], None] = lambda _: None
+def for_each_batch(
+    lengths: Sequence[int], tokens: int, act: Callable[[list[int]], None], report: Report = lambda done: None
 ) -> None:
-    """Call `act` with every batch, and `told` with how many rows are done, ten times at most."""
+    """Call `act` with the indices of every batch, and `report` at most ten times with the number of rows done."""
     done, tenths = 0, 0
     for batch in batches(lengths, tokens):
         act(batch)
         done += len(batch)
         if done * 10 // len(lengths) > tenths:
             tenths = done * 10 // len(lengths)
-            told(done)
+            report(done)
 
 
 def positions(model: Any) -> int:
-    """How many tokens a model takes; those without such a limit take any number."""
+    """The most tokens that a model takes; 10⁹ for a model without such a limit."""
     return int(getattr(model.config, "max_position_embeddings", None) or 10**9)
 
 
-def summed_losses(model: Any, texts: Sequence[tuple[Ids, Ids]]) -> list[float]:
-    """The sum over each text's labelled tokens of their cross-entropy in nats, in float32 and summed in float64."""
+def _padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> "Tensor":
+    """(rows, longest row), int64: rows of different lengths, filled up on the right or on the left."""
     import torch
 
-    width = max(len(ids) for ids, _ in texts)
-    ids = torch.zeros(len(texts), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for line, (tokens, wanted) in enumerate(texts):
-        ids[line, : len(tokens)], mask[line, : len(tokens)] = torch.tensor(tokens), 1
-        labels[line, : len(wanted)] = torch.tensor(wanted)
-    targets = labels[:, 1:]
-    lines, places = (targets != IGNORED).nonzero(as_tuple=True)
+    width = max(map(len, rows))
+    padding = [[fill] * (width - len(row)) for row in rows]
+    filled = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
+    return torch.tensor(filled, dtype=torch.long)
+
+
+def summed_losses(model: Any, texts: Sequence[tuple[Ids, Ids]]) -> list[float]:
+    """The cross-entropy in nats of each text's labelled tokens, computed in float32 and summed in float64.
+
+    A text is its token ids and its labels, of the same length; `IGNORED` labels are not counted.
+    """
+    import torch
+
+    ids, mask = _padded([ids for ids, _ in texts], 0), _padded([[1] * len(ids) for ids, _ in texts], 0)
+    targets = _padded([labels for _, labels in texts], IGNORED)[:, 1:]
+    rows, places = (targets != IGNORED).nonzero(as_tuple=True)
     sums = torch.zeros(len(texts), dtype=torch.float64)
     with torch.inference_mode():
-        seen = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        logits = model(**seen, use_cache=False).logits
-        for start in range(0, len(lines), CHUNK):
-            line, place = lines[start : start + CHUNK], places[start : start + CHUNK]
-            right = targets[line, place].to(model.device)
-            loss = torch.nn.functional.cross_entropy(logits[line, place].float(), right, reduction="none")
-            sums.index_add_(0, line, loss.double().cpu())
+        batch = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        logits = model(**batch, use_cache=False).logits
+        for start in range(0, len(rows), CHUNK):
+            row, place = rows[start : start + CHUNK], places[start : start + CHUNK]
+            right = targets[row, place].to(model.device)
+            loss = torch.nn.functional.cross_entropy(logits[row, place].float(), right, reduction="none")
+            sums.index_add_(0, row, loss.double().cpu())
     return [float(total) for total in sums]
 
 
 def losses(
-    model: Any, texts: Sequence[tuple[Ids, Ids]], tokens: int, told: Callable[[int], None] = lambda _: None
+    model: Any, texts: Sequence[tuple[Ids, Ids]], tokens: int, report: Report = lambda done: None
 ) -> list[float]:
-    """`summed_losses` of any number of texts, in batches."""
+    """`summed_losses` of any number of texts, in batches of `tokens`."""
     found = [0.0] * len(texts)
 
     def act(batch: list[int]) -> None:
-        for place, loss in zip(batch, summed_losses(model, [texts[place] for place in batch]), strict=True):
-            found[place] = loss
+        for index, loss in zip(batch, summed_losses(model, [texts[index] for index in batch]), strict=True):
+            found[index] = loss
 
-    each([len(ids) for ids, _ in texts], tokens, act, told)
+    for_each_batch([len(ids) for ids, _ in texts], tokens, act, report)
     return found
 
 
@@ -89,41 +101,55 @@ def answers(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Ids],
     tokens: int,
-    told: Callable[[int], None] = lambda _: None,
+    report: Report = lambda done: None,
     *,
     settings: Mapping[str, Any],
 ) -> list[Ids]:
-    """What the model goes on with after each prompt, up to its stop token, which is kept.
+    """The tokens that the model generates after each prompt, up to and with the first stop token.
 
-    `settings` are those of transformers' GenerationConfig, `max_new_tokens` among them; greedy unless they say
-    otherwise. Prompts are padded on the left. A token that stops is one of the model's generation config.
+    An answer also ends after `max_new_tokens`, or where the positions of the model end. Greedy answers are the same
+    alone and in a batch.
+
+    Args:
+        tokenizer: its pad token fills prompts up on the left.
+        tokens: prompts and answers in memory at once, in tokens.
+        settings: those of transformers' `generate`, `max_new_tokens` among them; greedy unless they say how to sample.
+
+    Raises:
+        StageError: a prompt is empty, or it leaves no position for an answer.
     """
     import torch
 
-    stops = set(stop_tokens(model))
+    limit, stops, pad = positions(model), set(stop_tokens(model)), tokenizer.pad_token_id
+    for prompt in prompts:
+        if not 0 < len(prompt) < limit:
+            raise StageError(
+                f"a prompt of {len(prompt):,} tokens cannot be answered; this model takes 1 to {limit - 1:,} tokens"
+            )
     found: list[Ids] = [[] for _ in prompts]
-    how = {"do_sample": False, "num_beams": 1, **settings}
-    max_new_tokens: int = settings["max_new_tokens"]
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    room: int = settings["max_new_tokens"]
 
     def act(batch: list[int]) -> None:
-        given = tokenizer.pad({"input_ids": [prompts[place] for place in batch]}, return_tensors="pt").to(model.device)
-        width = given["input_ids"].shape[1]
-        how["max_new_tokens"] = min(max_new_tokens, positions(model) - width)
+        asked = [prompts[index] for index in batch]
+        width = max(map(len, asked))
+        if width + room > limit and len(batch) > 1:  # shorter prompts have room for longer answers
+            for index in batch:
+                act([index])
+            return
+        ids, mask = _padded(asked, pad, left=True), _padded([[1] * len(prompt) for prompt in asked], 0, left=True)
+        limits = {"max_new_tokens": min(room, limit - width)}
         with torch.inference_mode():
-            made = model.generate(**given, **how)
-        for place, ids in zip(batch, made[:, width:].tolist(), strict=True):
-            end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
-            found[place] = ids[: end + 1]
+            given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            whole = model.generate(**given, **{"do_sample": False, "num_beams": 1, **settings, **limits})
+        for index, answer in zip(batch, whole[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(answer) if token in stops), len(answer))
+            found[index] = answer[: end + 1]
 
-    try:
-        each([len(prompt) + max_new_tokens for prompt in prompts], tokens, act, told)
-    finally:
-        tokenizer.padding_side = side
+    for_each_batch([len(prompt) + room for prompt in prompts], tokens, act, report)
     return found
 
 
 def stop_tokens(model: Any) -> Ids:
-    """The ids at which the model's generation config ends an answer."""
-    known = model.generation_config.eos_token_id
-    return list(known) if isinstance(known, list) else [] if known is None else [int(known)]
+    """The ids of the tokens that end an answer, from the generation config of the model."""
+    stops = model.generation_config.eos_token_id
+    return list(stops) if isinstance(stops, list) else [] if stops is None else [int(stops)]

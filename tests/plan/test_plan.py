@@ -198,7 +198,7 @@ def test_a_model_without_a_chat_template_needs_one_for_chat_stages_only(project)
     text = project.model().replace("template: med\n", "")
     assert project.validate(text + "  pt: {data: books}\n")[0] == 0
     assert project.validate(text + SFT) == refused(
-        "x.yaml:7:8: stage `sft`: `m` brings no chat template; set `template:` at the top to one of `alpaca_zh`, "
+        "x.yaml:7:8: stage `sft`: `m` has no chat template; set `template:` at the top to one of `alpaca_zh`, "
         "`chatml`, `llama3`, `med`, `plain`, `qwen`, or a file"
     )
 
@@ -296,16 +296,16 @@ def no_tokenizer_config(folder):
         (no_folder, "the model folder `m` does not exist; name a folder or a Hub model as `org/name@commit`"),
         (
             no_weights,
-            "the model folder `m` holds no .safetensors weights; convert it with `save_pretrained`",
+            "the model folder `m` has no .safetensors weights; convert it with `save_pretrained`",
         ),
         (
             pickle,
-            "the model folder `m` holds no .safetensors weights (`pytorch_model.bin` is a pickle, which can run "
+            "the model folder `m` has no .safetensors weights (`pytorch_model.bin` is a pickle, which can run "
             "code); convert it with `save_pretrained`",
         ),
         (cut_off, "`m/model.safetensors` is cut off: 173 bytes of 174; fetch it again"),
-        (pointer, "`m/model.safetensors` is no whole safetensors file; fetch it again"),
-        (no_config, "the model folder `m` has no config.json; it is no transformers model"),
+        (pointer, "`m/model.safetensors` is not a whole safetensors file; fetch it again"),
+        (no_config, "the model folder `m` has no config.json; it is not a transformers model"),
         (
             torn_config,
             "`m/config.json` cannot be read (Expecting property name enclosed in double quotes: line 2 column 1 "
@@ -329,8 +329,8 @@ def test_a_model_folder_that_cannot_be_used_is_refused_once(project, damage, exp
 def test_a_model_that_brings_its_own_code_is_used_without_it_or_not_at_all(project, model_type, native):
     text = project.model(model_type=model_type, template="x", auto_map={"AutoModel": "mine.Model"}) + "  merge:\n"
     expected = (
-        "x.yaml:1:8: stage `merge`: the model folder `m` brings code of its own, and transformers has no `my_own`; "
-        "code from models is never run here, so use a model that transformers itself knows"
+        "x.yaml:1:8: stage `merge`: the model folder `m` contains its own code, and transformers has no `my_own`; "
+        "code from models is never run, so use a model that transformers supports"
     )
     code, shown = project.validate(text)
     assert (code, shown) == ((0, shown) if native else refused(expected))
