@@ -19,6 +19,8 @@ SCHEMA = 1
 NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # about the stage itself; later stages do not read these
 SPEC = "spec.json"  # settings and inputs that a stage was begun with
 TO_GO_ON = (SPEC, "checkpoints", "before.json")  # what an unfinished stage resumes from
+UMASK = os.umask(0)
+os.umask(UMASK)  # the one way to read it
 FOLDER = re.compile(r"(?P<use>[a-z][a-z0-9_]*)-[0-9a-f]{12}(?P<end>\.part|\.old-\d+|\.part\.old-\d+|)\Z")
 
 
@@ -71,6 +73,8 @@ def finish(part: Path, folder: Path, record: dict[str, Any], hashes: Hashes) -> 
     What the stage could have gone on from is deleted last, when it is not needed any more.
     """
     files = sorted(path for path in part.rglob("*") if path.is_file() and _is_content(path.relative_to(part)))
+    for path in files:
+        path.chmod(0o666 & ~UMASK)  # safetensors writes 0600: the server of another user could not read it
     for path in [*files, *(path for path in part.rglob("*") if path.is_dir())]:
         sync(path)
     with open(part / RECORD, "w", encoding="utf-8") as file:

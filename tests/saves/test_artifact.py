@@ -238,3 +238,14 @@ def test_a_link_is_changed_in_one_step_and_left_alone_when_right(folder, tmp_pat
     link(folder, name)
     assert (name.lstat().st_ino, name.lstat().st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
     assert [path.name for path in name.parent.iterdir()] == ["sft"]
+
+
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path):
+    """safetensors writes 0600, and the server of another user, or a container, could not read it."""
+    part = tmp_path / "x.part"
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"weights")
+    (part / "model.safetensors").chmod(0o600)
+    artifact.finish(part, tmp_path / "x", {}, Hashes(None))
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "x/model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
