@@ -1,4 +1,4 @@
-"""Rows to calibrate quantization with, and rows to measure it on."""
+"""Rows to calibrate quantization with, and rows to measure its perplexity on."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,27 +16,28 @@ from stages.model.folder import load_tokenizer
 from stages.runtime.errors import StageError
 
 MEASURED = 64  # rows for perplexity
-LEAST = 8  # rows for perplexity, and for calibration, when the data is short
+LEAST = 8  # rows for perplexity, and for calibration, if the data is short
 
 Ids = list[int]
 
 
 class Calibration(BaseModel):
-    """Which rows the rounding errors are measured on."""
+    """The rows on which GPTQ keeps the errors of rounding small."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Mixture
-    """Names of declared data, of each as many rows; with weights, such as `{consult: 3, general: 1}`, these shares."""
+    """Names of declared data, an equal share of each; or shares such as `{consult: 3, general: 1}`."""
     samples: int = Field(default=256, gt=0)
     max_length: int = Field(default=512, gt=1)
-    """Longer rows are cut."""
+    """Tokens of a row; longer rows are cut."""
 
 
 def calibration_rows(wanted: Calibration, read: Callable[[Source], Source], folder: Path, seed: int) -> list[Ids]:
-    """As many different rows as are wanted, each at most `max_length` token ids, in the seed's order.
+    """Different rows as token ids, each cut to `max_length`: `samples` to calibrate with and `MEASURED` to measure on.
 
-    Every data set has its share of any first part of them; one that is too short is used up and the others fill in.
+    They are drawn with `seed`, in such an order that every first part holds the share of each data set. A data set that
+    is too short is used up, and the others fill in; fewer rows are returned if all are used up.
     """
     tokenizer = load_tokenizer([str(folder)])
     seen: set[tuple[int, ...]] = set()
@@ -50,7 +51,7 @@ def calibration_rows(wanted: Calibration, read: Callable[[Source], Source], fold
     found: list[Ids] = []
     left = set(range(len(queues)))
     while left and len(found) < MEASURED + wanted.samples:
-        number = min(left, key=lambda one: ((taken[one] + 1) / weights[one], one))  # who is furthest behind
+        number = min(left, key=lambda queue: ((taken[queue] + 1) / weights[queue], queue))  # the furthest behind
         row = next(queues[number], None)
         if row is None:
             left.remove(number)
@@ -63,7 +64,7 @@ def calibration_rows(wanted: Calibration, read: Callable[[Source], Source], fold
 def _different(
     rows: Sequence[Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
 ) -> Iterator[Ids]:
-    """Rows as token ids; none twice, and none of a single token."""
+    """Rows as token ids, without repeated rows and rows of a single token."""
     for row in rows:
         ids = tokenizer(_text(row, tokenizer, folder), add_special_tokens="text" in row)["input_ids"][:length]
         if len(ids) > 1 and tuple(ids) not in seen:
@@ -72,7 +73,7 @@ def _different(
 
 
 def _text(row: Row, tokenizer: Any, folder: Path) -> str:
-    """A row as the model was trained on it; the template writes its own special tokens."""
+    """The text of a row as the model was trained on it; a chat template writes the special tokens itself."""
     if "text" in row:
         return str(row["text"])
     if tokenizer.chat_template is None:
@@ -80,20 +81,23 @@ def _text(row: Row, tokenizer: Any, folder: Path) -> str:
             f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
             "data of `format: text`, or set `template:` at the top"
         )
-    said = row["messages"] if "messages" in row else row["prompt"] + row["chosen" if "chosen" in row else "completion"]
-    return render(tokenizer, said, tools=row.get("tools"))
+    if "messages" in row:
+        messages = row["messages"]
+    else:
+        messages = row["prompt"] + row["chosen" if "chosen" in row else "completion"]
+    return render(tokenizer, messages, tools=row.get("tools"))
 
 
 def split(rows: list[Ids], samples: int, seed: int) -> tuple[list[Ids], list[Ids]]:
-    """Rows for perplexity and rows for calibration, none in both; every data set is in both as far as it goes.
+    """Rows to measure perplexity on, drawn with `seed`, and `samples` rows to calibrate with; no row is in both.
 
     Raises:
-        StageError: too few rows.
+        StageError: there are too few rows.
     """
     least = min(LEAST, samples)
     if len(rows) < least + LEAST:
         raise StageError(
-            f"the calibration data has {len(rows)} different rows, and {least + LEAST} are the least: "
+            f"the calibration data has {len(rows)} different rows, and at least {least + LEAST} are needed: "
             f"{least} to calibrate with and {LEAST} to measure perplexity on; add data"
         )
     measured = set(random.Random(seed).sample(range(len(rows)), min(MEASURED, max(LEAST, len(rows) - samples))))

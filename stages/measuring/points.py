@@ -1,4 +1,4 @@
-"""Geometry of rows: points in, centres, principal components and clusters out; numpy alone, all under a seed."""
+"""Geometry of embeddings: points in, centres, principal components and clusters out; the same for the same seed."""
 
 import random
 from collections.abc import Sequence
@@ -18,11 +18,12 @@ CHUNK = 4096  # points whose differences are in memory at once
 def k_center(points: "Points", count: int, seed: int) -> tuple[list[int], list[float]]:
     """Greedy k-center (Sener and Savarese, arXiv 1708.00489): next = argmax_i min_c ‖x_i − x_c‖₂.
 
-    The first centre is drawn with `seed`; of points equally far the first is taken. It stops early when every
-    point lies on a centre.
+    The first centre is drawn with `seed`; of equally far points the first is chosen. There are fewer than `count`
+    centres if every point is already equal to a centre.
 
     Returns:
-        The centres in the order chosen, and how far each was from those before it (0 for the first).
+        The indices of the centres in the order chosen, and the distance of each to the nearest centre before it (0 for
+        the first).
     """
     import numpy as np
 
@@ -40,7 +41,7 @@ def k_center(points: "Points", count: int, seed: int) -> tuple[list[int], list[f
 
 
 def radius(points: "Points", centres: Sequence[int]) -> float:
-    """How far the farthest point is from its nearest centre."""
+    """The largest distance of a point to its nearest centre."""
     import numpy as np
 
     nearest = np.full(len(points), np.inf)
@@ -50,18 +51,22 @@ def radius(points: "Points", centres: Sequence[int]) -> float:
 
 
 def _distances(points: "Points", centre: "Points") -> "Points":
-    """‖x_i − c‖₂ for every point, exactly 0 for the same point."""
+    """‖x_i − c‖₂ for every point; exactly 0 for an equal point."""
     import numpy as np
 
     parts = [points[start : start + CHUNK] - centre for start in range(0, len(points), CHUNK)]
-    found: Points = np.concatenate([np.linalg.norm(part.astype(np.float64), axis=1) for part in parts])
-    return found
+    distances: Points = np.concatenate([np.linalg.norm(part.astype(np.float64), axis=1) for part in parts])
+    return distances
 
 
 def principal(points: "Points", share: float) -> "Points":
-    """Points in the fewest principal components that hold more than `share` of the variance.
+    """Project points on the fewest principal components that explain more than `share` of the variance.
 
-    Eigenvectors of the covariance matrix, largest first; the sign of each is that of its largest entry positive.
+    The components are eigenvectors of the covariance matrix, by falling eigenvalue; the sign of each is the one that
+    makes its largest entry positive.
+
+    Returns:
+        An array of points × components.
     """
     import numpy as np
 
@@ -70,37 +75,36 @@ def principal(points: "Points", share: float) -> "Points":
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
     if not values[0]:
         return np.zeros((len(points), 1))
-    held = np.cumsum(values) / values.sum()
-    kept = vectors[:, : int(np.searchsorted(held, share, side="right")) + 1]
+    explained = np.cumsum(values) / values.sum()
+    kept = vectors[:, : int(np.searchsorted(explained, share, side="right")) + 1]
     largest = np.abs(kept).argmax(axis=0)
     reduced: Points = centred @ (kept * np.sign(kept[largest, np.arange(kept.shape[1])]))
     return reduced
 
 
 def k_means(points: "Points", count: int, seed: int) -> list[int]:
-    """The cluster of each point: k-means++ (Arthur and Vassilvitskii, 2007), then Lloyd's rounds until none moves.
+    """The cluster of each point: k-means++ (Arthur and Vassilvitskii, 2007), then Lloyd's rounds until no point moves.
 
-    There are fewer than `count` clusters when there are fewer different points. Clusters are numbered by their
-    first point.
+    There are fewer than `count` clusters if there are fewer different points. Clusters are numbered in the order of
+    their first points.
     """
-
     centres = _spread(points, count, seed)
-    found = _nearest(points, centres)
+    clusters = _nearest(points, centres)
     for _ in range(ROUNDS):
         for cluster in range(len(centres)):
-            members = points[found == cluster]
-            if len(members):  # one that lost all its points stays where it was
+            members = points[clusters == cluster]
+            if len(members):  # the centre of an empty cluster does not move
                 centres[cluster] = members.mean(axis=0)
         moved = _nearest(points, centres)
-        if (moved == found).all():
+        if (moved == clusters).all():
             break
-        found = moved
-    names: dict[int, int] = {}
-    return [names.setdefault(int(cluster), len(names)) for cluster in found]
+        clusters = moved
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(int(cluster), len(numbers)) for cluster in clusters]
 
 
 def _spread(points: "Points", count: int, seed: int) -> "Points":
-    """Starting centres: each next point is drawn with a chance proportional to its squared distance to those before."""
+    """Centres to start from: the next point is drawn in proportion to its squared distance to the nearest centre."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
@@ -113,7 +117,7 @@ def _spread(points: "Points", count: int, seed: int) -> "Points":
 
 
 def _nearest(points: "Points", centres: "Points") -> "NDArray[np.intp]":
-    """The nearest centre of each point: argmin_c ‖c‖² − 2 x·c, of equal ones the first."""
+    """The index of each point's nearest centre: argmin_c ‖c‖² − 2 x·c; of equally near centres the first."""
     import numpy as np
 
     lengths = (centres**2).sum(axis=1)

@@ -1,40 +1,134 @@
-"""What quantization cost: perplexity, KL divergence, top-1 agreement and every layer's error, against the original.
+"""What quantization costs: perplexity, KL divergence, top-1 agreement and the errors of every layer.
 
-Rounding to nearest with the same bits, groups and grid stands beside it, or nobody knows what calibration was good for.
-One model is in memory at a time: the original leaves what the others are compared with in a file.
+A quantized model, and the original rounded to nearest with the same bits, groups and grid, are compared with the
+original; the gap between the two is what calibration gains. One model is in memory at a time: what the comparison needs
+of the original waits in a file.
 
-The others are measured in a fresh process, `python -m stages.measuring.quality < request.json > answer.json`:
+The original is measured in this process; the other two in a fresh process,
+`python -m stages.measuring.quality < request.json > answer.json`:
 
 request: `{"model": folder, "original": folder, "reference": file, "texts": [[ids], …], "messages": […],
 "max_new_tokens": 64}`
-answer:  `{"missing": […], "answer": …, "quantized": {…}, "rounded": {…}}`, both with `losses`, `kl`, `top1_agreement`
-and `layer_errors`
+answer:  `{"missing": […], "answer": …, "quantized": {…}, "rounded": {…}}`, the last two as `compared` returns them
 """
 
 import gc
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from stages.measuring.metrics import Measured, Ratio, compare_models
 from stages.model import inference
+from stages.model.device import free_memory
 from stages.model.generation import load_engine
-from stages.runtime.processes import answer_request
+from stages.model.gptq import round_to_nearest
+from stages.runtime.errors import StageError
+from stages.runtime.events import emit
+from stages.runtime.processes import answer_request, in_fresh_process
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 Ids = Sequence[int]
 POSITIONS = 2048  # that are compared; the logits of 250,000 words take 1 GB, 32 hidden states of 4,096 another
+NEW_TOKENS = 64  # of the answer to the question
+
+
+def measure_original(folder: Path, texts: Sequence[Ids], file: Path) -> list[Ratio]:
+    """The losses of the original, as `reference` returns them; what the comparison needs is left in `file`.
+
+    Raises:
+        StageError: its perplexity is not a number.
+    """
+    engine = load_engine([str(folder)])
+    losses = reference(engine.model, texts, file)
+    del engine
+    free_memory()
+    if not math.isfinite(found := perplexity(losses)):
+        raise StageError(f"the perplexity of `{folder}` is {found} before quantization; check the stage before")
+    return losses
+
+
+def measure_quantized(made: Path, original: Path, file: Path, texts: Sequence[Ids], question: str) -> dict[str, Any]:
+    """Load a quantized folder in a fresh process, ask it the question, and compare it with the original.
+
+    Returns:
+        The answer of the process, described above.
+
+    Raises:
+        StageError: the folder lacks weights.
+    """
+    asked = [{"role": "user", "content": question}]
+    request = {"model": str(made), "original": str(original), "reference": str(file), "texts": texts}
+    found = in_fresh_process("stages.measuring.quality", {**request, "messages": asked, "max_new_tokens": NEW_TOKENS})
+    if found["missing"]:
+        names = ", ".join(found["missing"][:5])
+        raise StageError(f"transformers cannot load the quantized model: it finds no {names}; quantize all layers")
+    return found
+
+
+def quality_figures(before: Sequence[Ratio], measured: Mapping[str, Any], seed: int, out: Path) -> dict[str, Any]:
+    """The figures of the quantized model and of rounding to nearest, both against the original.
+
+    `before` is what `measure_original` returned, `measured` what `measure_quantized` did; a warning goes to `out`.
+
+    Raises:
+        StageError: the quantized model's perplexity is not a number.
+    """
+    after = perplexity(measured["quantized"]["losses"])
+    if not math.isfinite(after):
+        raise StageError(f"the quantized model's perplexity is {after}; use more rows or more `bits`")
+    original, quantized = Measured(before), _losses(measured["quantized"])
+    found = {"quantized": _against(original, measured["quantized"], seed), "rounded": measured["rounded"]}
+    if "why" not in measured["rounded"]:
+        found["rounded"] = _against(original, measured["rounded"], seed)
+        change = compare_models("perplexity", quantized, _losses(measured["rounded"]), seed)
+        _warn(change, measured["quantized"]["kl"] < measured["rounded"]["kl"], out)
+    return {"perplexity_before": perplexity(before), "perplexity_after": after, **found}
+
+
+def _losses(compared: Mapping[str, Any]) -> Measured:
+    return Measured([tuple(row) for row in compared["losses"]])
+
+
+def _against(original: Measured, compared: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The figures of a model against those of the original, or why there are none."""
+    change = compare_models("perplexity", _losses(compared), original, seed)
+    if change["why"] is not None:
+        return {"why": change["why"]}
+    figures = {key: compared[key] for key in ("kl", "top1_agreement", "layer_errors")}
+    ratio = {"ratio": change["change"], "ratio_ci": change["ci"]}
+    return {"perplexity": perplexity(compared["losses"]), **ratio, **figures}
+
+
+def _warn(change: Mapping[str, Any], closer: bool, out: Path) -> None:
+    """Report that rounding to nearest has the lower perplexity beyond chance, unless GPTQ is `closer` to the original.
+
+    Closer is by KL divergence: with 8 bits, rounding may lower the perplexity by luck.
+    """
+    if change["better"] == 0 and not closer:
+        low, high = change["ci"]
+        times = f"{change['change']:.3f} times the perplexity, 95 % CI {low:.3f} to {high:.3f}"
+        way = "calibrate with more and longer rows, of the kind that the model will see"
+        emit(out, "note", text=f"GPTQ lost more than rounding to nearest does ({times}): {way}")
+
+
+def perplexity(losses: Sequence[Ratio]) -> float:
+    """exp(Σ loss / Σ tokens); infinite above e^700, NaN if a loss is."""
+    mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+
+
+# One model at a time
 
 
 def reference(model: Any, texts: Sequence[Ids], file: Path) -> list[tuple[float, float]]:
-    """Leave in `file` what `compared` needs of the original.
+    """Measure the original, and leave in `file` what `compared` needs of it.
 
     Returns:
-        The loss of each text in nats, summed over all its tokens but the first, and how many these are.
+        Of each text its loss in nats, summed over all tokens but the first, and the number of these tokens.
     """
     import torch
     from safetensors.torch import save_file
@@ -53,13 +147,13 @@ def reference(model: Any, texts: Sequence[Ids], file: Path) -> list[tuple[float,
 
 
 def compared(model: Any, texts: Sequence[Ids], file: Path) -> dict[str, Any]:
-    """A model against the original.
+    """Compare a model with the original.
 
     Returns:
-        `losses`: as `reference` gives them. `kl`: mean over positions of KL(original ‖ model), in nats.
-        `top1_agreement`: share of positions where both find the same token likeliest. `layer_errors`: for each layer,
-        the first one's first, the mean over positions of ‖h′ − h‖ / ‖h‖, h the original's hidden state after that
-        layer (for the last one, after the final norm, too); it carries the errors of the layers before.
+        `losses`: as `reference` returns them. `kl`: mean over positions of KL(original ‖ model), in nats.
+        `top1_agreement`: share of positions where both models find the same token likeliest. `layer_errors`: for each
+        layer in order, the mean over positions of ‖h′ − h‖ / ‖h‖, where h is the original's hidden state after the
+        layer, and for the last layer after the final norm too. Errors of earlier layers are part of it.
     """
     import torch
     from safetensors.torch import load_file
@@ -84,8 +178,11 @@ def compared(model: Any, texts: Sequence[Ids], file: Path) -> dict[str, Any]:
 
 
 def _walk(model: Any, texts: Sequence[Ids]) -> Iterator[tuple[tuple[float, float], slice, "Tensor", "Tensor"]]:
-    """Of each text its loss and how many tokens that is of, which of all compared positions it has, and what
-    `_forward` gives there; the logits less their largest, so that 16 bits keep most digits of what is likely."""
+    """Of each text its loss and the number of tokens in it, its part of all compared positions, and the logits and
+    hidden states at these (see `_forward`).
+
+    The largest logit of a position is subtracted from all, so that in 16 bits likely tokens keep most digits.
+    """
     import torch
 
     start = 0
@@ -97,7 +194,7 @@ def _walk(model: Any, texts: Sequence[Ids]) -> Iterator[tuple[tuple[float, float
 
 
 def _places(texts: Sequence[Ids]) -> list[list[int]]:
-    """Of each text the positions that are compared: all that have a next token, or evenly spread ones of these."""
+    """Of each text the positions that are compared: all that have a next token, or `POSITIONS` spread evenly."""
     counts = [len(text) - 1 for text in texts]
     step = max(1.0, sum(counts) / POSITIONS)
     taken = {int(index * step) for index in range(min(sum(counts), POSITIONS))}
@@ -109,7 +206,7 @@ def _places(texts: Sequence[Ids]) -> list[list[int]]:
 
 
 def _forward(model: Any, text: Ids, places: list[int]) -> tuple[float, "Tensor", "Tensor"]:
-    """The text's loss, and at some positions P the logits (P × V) and hidden states (layers × P × D), in float32."""
+    """The loss of a text, and at P positions the logits (P × V) and hidden states (layers × P × D), in float32."""
     import torch
 
     ids = torch.tensor([list(text)], device=model.device)
@@ -124,9 +221,12 @@ def _forward(model: Any, text: Ids, places: list[int]) -> tuple[float, "Tensor",
 
 
 def rounded(model: Any, made: Path) -> str | None:
-    """Round to nearest, in place, every layer that is quantized in `made`: with its bits, groups, symmetry and `mse`.
+    """Round to nearest, in place, every layer that is quantized in the folder `made`, with the settings of that folder.
 
-    Groups are of neighbouring inputs, which with `desc_act` those of GPTQ are not. Returns why it cannot be done.
+    A group is of neighbouring inputs; with `desc_act`, a group of GPTQ is not.
+
+    Returns:
+        Why it cannot be done; None if it is done.
     """
     import torch
     from safetensors import safe_open
@@ -144,30 +244,14 @@ def rounded(model: Any, made: Path) -> str | None:
             if weight.is_meta:
                 return "the original does not fit into memory whole"
             matrix = weight.data.T if isinstance(modules[name], Conv1D) else weight.data
-            matrix.copy_(nearest(matrix, settings))
+            matrix.copy_(round_to_nearest(matrix, settings))
     config = json.loads((made / "config.json").read_text(encoding="utf-8"))
     model.to(getattr(torch, config.get("dtype") or config.get("torch_dtype")))
     return None
 
 
-def nearest(weight: "Tensor", settings: Mapping[str, Any]) -> "Tensor":
-    """A matrix (outputs × inputs) rounded to nearest, on the grid that GPTQModel lays for the same settings."""
-    import torch
-    from gptqmodel.quantization.quantizer import Quantizer, quantize
-
-    grid = SimpleNamespace(bits=settings["bits"], sym=settings["sym"], mse=settings["meta"].get("mse", 0.0))
-    size = settings["group_size"] if settings["group_size"] > 0 else weight.shape[1]
-    parts = []
-    for group in weight.float().split(size, dim=1):
-        quantizer = Quantizer(grid)
-        quantizer.configure(perchannel=True)
-        quantizer.find_params(group, weight=True)
-        parts.append(quantize(group, quantizer.scale, quantizer.zero, quantizer.maxq, False))
-    return torch.cat(parts, dim=1)
-
-
 def respond(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one request, in this process."""
+    """Answer one request, described above, in this process."""
     made, original, texts = Path(request["model"]), request["original"], request["texts"]
     file = Path(request["reference"])
     engine = load_engine([str(made)])

@@ -21,14 +21,14 @@ ANSWERS = "answers.jsonl"
 
 
 def read_table(folder: Path) -> dict[str, Any]:
-    """The table of a finished evaluation, as docs/evaluate.md describes it."""
+    """The content of `evaluation.json` in the folder of a finished evaluation; docs/evaluate.md describes it."""
     return dict(json.loads((folder / TABLE).read_text(encoding="utf-8")))
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
-    """Each prompt of a finished evaluation with the answers of the models; empty when there are none.
+    """Each prompt of a finished evaluation with the answers of the models; empty if there are none.
 
-    A file may hold U+2028 and its like within a line, so lines end at `\\n` alone.
+    Lines end at `\\n` alone, since a line may contain U+2028 and similar characters.
     """
     try:
         lines = (folder / ANSWERS).read_text(encoding="utf-8").split("\n")
@@ -38,9 +38,12 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
 
 
 def figures_and_comparisons(found: Mapping[str, Figures], seed: int) -> dict[str, Any]:
-    """Every figure of every model, each model compared with the one before and with the first.
+    """Every figure of every model, and the comparison of each model with the model before it and with the first.
 
-    `found` has the models in their order.
+    `found`: model → its figures, the models in their order.
+
+    Returns:
+        The keys `bootstrap`, `figures` and `comparisons` of `evaluation.json`.
     """
     models = list(found)
     measured = list(dict.fromkeys(key for figures in found.values() for key in figures))
@@ -56,11 +59,11 @@ def figures_and_comparisons(found: Mapping[str, Figures], seed: int) -> dict[str
     comparisons = []
     for (metric, name), by_model in by_key.items():
         for one, other in pairs:
-            of, versus = models[one], models[other]
-            result = compare_models(metric, by_model[of], by_model[versus], seed)
-            winner = {1: of, 0: versus}.get(result["better"]) if result["better"] is not None else None
+            model, versus = models[one], models[other]
+            result = compare_models(metric, by_model[model], by_model[versus], seed)
+            winner = {1: model, 0: versus}.get(result["better"]) if result["better"] is not None else None
             comparisons.append(
-                {"metric": metric, "data": name, "model": of, "versus": versus} | result | {"better": winner}
+                {"metric": metric, "data": name, "model": model, "versus": versus} | result | {"better": winner}
             )
     return {
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL},
@@ -70,7 +73,7 @@ def figures_and_comparisons(found: Mapping[str, Figures], seed: int) -> dict[str
 
 
 def values_only(table: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The values of a table by metric, data and model."""
+    """Metric → data → model → value."""
     values: dict[str, dict[str, dict[str, float | None]]] = {}
     for figure in table["figures"]:
         values.setdefault(figure["metric"], {}).setdefault(figure["data"], {})[figure["model"]] = figure["value"]

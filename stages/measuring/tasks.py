@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: their names and metrics without importing it, and a model's figures in them.
 
-A task is a YAML file: one of the installed harness's own, or one in the folder `include_path`.
+A task is a YAML file, either in the installed harness or in the folder `include_path`.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ INCLUDE = re.compile(r"^[\"']?include[\"']?:[ \t]*[\"']?([\w./-]+)", re.MULTILIN
 
 
 class Harness(Protocol):
-    """What is read of the stage's config."""
+    """The settings of a stage that are read here."""
 
     @property
     def include_path(self) -> str | None: ...
@@ -35,7 +35,7 @@ class Harness(Protocol):
 
 
 def check_tasks(tasks: Sequence[str], harness: Harness) -> list[Problem]:
-    """Is the harness installed, and does it or the folder have these tasks?"""
+    """Problems if the harness is not installed, or if neither it nor the folder has a task."""
     if harness.include_path is not None and not Path(harness.include_path).is_dir():
         return [("harness.include_path", f"there is no folder `{harness.include_path}`; it holds tasks as YAML files")]
     if not tasks:
@@ -51,25 +51,26 @@ def check_tasks(tasks: Sequence[str], harness: Harness) -> list[Problem]:
 
 
 def task_names(include_path: str | None) -> frozenset[str]:
-    """Tasks, groups and tags of a folder; of the installed harness without one."""
+    """Names of the tasks, groups and tags in a folder; without a folder, of those in the installed harness."""
     return _names(_folder(include_path)) if include_path is not None else _installed_names()
 
 
 def task_metrics(task: str, include_path: str | None) -> tuple[str, ...]:
-    """The metrics that a task's file and those it includes name; empty when that is not known."""
+    """The metrics that a task's file, or a file that it includes, names; empty if they are not known."""
     if include_path is not None and (found := _metrics_of(task, _folder(include_path))):
         return found
     return _installed_metrics(task)
 
 
 def _folder(path: str) -> list[Path]:
+    """The YAML files in a folder and below it."""
     return sorted(Path(path).rglob("*.yaml"))
 
 
 def _installed() -> list[Path]:
     spec = importlib.util.find_spec("lm_eval")
-    places = (spec.submodule_search_locations or []) if spec else []
-    return [path for place in places for path in _folder(str(Path(place, "tasks")))]
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return [path for folder in folders for path in _folder(str(Path(folder, "tasks")))]
 
 
 @cache  # fourteen thousand files
@@ -105,14 +106,22 @@ def _text(path: Path) -> str:
 
 
 def task_files(include_path: str | None) -> list[Path]:
-    """Everything in the folder of tasks, their data too."""
+    """All files in the folder of tasks, with the data of the tasks."""
     return sorted(path for path in Path(include_path).rglob("*") if path.is_file()) if include_path else []
 
 
 def measure_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], harness: Harness, seed: int
 ) -> dict[tuple[str, str], Measured]:
-    """Metric and task → the value of each document; of a group those of all its tasks, and each of them."""
+    """Run tasks of the harness on a model.
+
+    Returns:
+        (metric, task) → the value of each document; for a group also those of each of its tasks, and the group's own
+        values are those of all its tasks together.
+
+    Raises:
+        StageError: the harness cannot run the tasks, as when their data is not on this machine.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -125,7 +134,7 @@ def measure_tasks(
             num_fewshot=harness.num_fewshot,
             limit=harness.limit,
             apply_chat_template=harness.apply_chat_template,
-            bootstrap_iters=0,  # intervals are made here, in one way for all figures
+            bootstrap_iters=0,  # intervals are computed in stages/measuring/metrics.py, in one way for all figures
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -152,7 +161,7 @@ def measure_tasks(
 
 @cache
 def _manager(include_path: str | None, *, own: bool) -> Any:
-    """The harness's index of tasks; of the folder alone when all are there, as its own are many thousands."""
+    """The harness's index of tasks; `own`: of the folder alone, since the harness has many thousands."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path, include_defaults=not own)
@@ -162,7 +171,7 @@ Values = dict[str, list[Any]]
 
 
 def _values(samples: Sequence[dict[str, Any]]) -> Values:
-    """`metric,filter` → the value of each document, in their order."""
+    """`metric,filter` → the value of each document, in the order of the documents."""
     found: Values = {}
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         for metric in sample["metrics"]:
@@ -176,17 +185,17 @@ def _pooled(parts: Sequence[Values]) -> Values:
 
 
 def _leaves(group: str, below: dict[str, list[str]]) -> Iterator[str]:
-    """The tasks of a group and of the groups in it; the harness lists every task as a group of none."""
+    """The tasks of a group and of the groups in it; the harness lists every task as a group without members."""
     for name in below.get(group) or []:
         yield from _leaves(name, below) if below.get(name) else (name,)
 
 
 def _measured(figure: Any, values: Sequence[Any] | None) -> Measured:
-    """The documents' values where their mean is the harness's figure; else that figure alone (F1, perplexities)."""
+    """The values of the documents if their mean is the harness's figure; if not (as F1), the figure alone."""
     if not isinstance(figure, int | float):
         return Measured(why=f"the harness gives `{figure}`")
     numbers = [float(value) for value in values or () if isinstance(value, bool | int | float)]
-    whole = values is not None and len(numbers) == len(values) > 0
-    if whole and math.isclose(sum(numbers) / len(numbers), figure, rel_tol=1e-9, abs_tol=1e-12):
+    complete = values is not None and len(numbers) == len(values) > 0
+    if complete and math.isclose(sum(numbers) / len(numbers), figure, rel_tol=1e-9, abs_tol=1e-12):
         return Measured([(value, 1.0) for value in numbers])
     return Measured([None] * len(values or ()), value=float(figure))

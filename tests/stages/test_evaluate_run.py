@@ -14,8 +14,6 @@ from stages import evaluate
 from stages.chat.labels import IGNORED
 from stages.chat.template import template_text
 from stages.data.source import Source, rows_of
-from stages.measuring import tasks
-from stages.measuring.metrics import figure_of
 from stages.measuring.table import read_table
 from stages.model import generation, inference
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
@@ -262,12 +260,6 @@ def test_a_task_without_its_data_says_why_and_costs_no_other_figure(tiny, tmp_pa
     assert list(whys) == ["acc", "acc_norm"]
     assert whys["acc"].startswith("lm-evaluation-harness cannot run `med_exam` (")
     assert found["answer_tokens"]["prompts"]["one"] == 2
-
-
-def test_a_figure_that_is_no_mean_of_rows_is_the_harness_own():
-    measured = tasks._measured(0.7, [0.5, 0.6])
-    assert figure_of("f1", measured, 1) == {"value": 0.7, "ci": None, "n": 2, "why": None}
-    assert tasks._measured(0.55, [0.5, 0.6]).rows == [(0.5, 1.0), (0.6, 1.0)]
 
 
 # Through the command line

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -13,12 +14,12 @@ from pydantic import ValidationError
 
 from stages import quantize
 from stages.measuring.calibration import calibration_rows, split
+from stages.model import gptq
 from stages.model.facts import Facts, Needs, read_facts
-from stages.model.folder import carried_files, load_tokenizer
+from stages.model.folder import carried_files
 from stages.model.generation import load_engine
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
-from stages.runtime.processes import in_fresh_process
 
 ASKED = ["高血压", "糖尿病", "感冒", "发烧", "失眠", "胃炎", "贫血", "哮喘", "肺炎", "湿疹"]
 TOLD = [
@@ -101,119 +102,6 @@ def build(kind, folder, steps=40):
     model.generation_config.repetition_penalty = 1.1
     model.save_pretrained(folder)
     return folder
-
-
-def quality(folder, other, made, work):
-    """An original against itself, against another model, and against its own rounding, beside plain torch."""
-    import torch
-
-    from stages.measuring import quality as quality_module
-
-    texts = [[5, 6, 7, 8, 9, 10], [20, 21, 22], list(range(30, 60))]
-    first, second, near = (load_engine([str(path)]).model for path in (folder, other, folder))
-    quality_module.rounded(near, made)
-    losses = quality_module.reference(first, texts, work / "original.safetensors")
-    found = [quality_module.compared(model, texts, work / "original.safetensors") for model in (first, second)]
-    ours = plain(first, second, texts)
-    weight, rounded = (dict(model.named_parameters())["model.layers.1.mlp.down_proj.weight"] for model in (first, near))
-    groups = weight.detach().float().reshape(-1, 32)
-    scale = 2 * groups.abs().amax(dim=1, keepdim=True) / 15
-    expected = (scale * (torch.clamp(torch.round(groups / scale) + 8, 0, 15) - 8)).bfloat16().float()
-    return losses, found, ours, float((rounded.detach().float().reshape(-1, 32) - expected).abs().max())
-
-
-def plain(first, second, texts):
-    import torch
-
-    sums, divergence, agreed, errors = [], [], [], []
-    with torch.no_grad():
-        for text in texts:
-            one, two = (model(torch.tensor([text]), output_hidden_states=True) for model in (first, second))
-            log_p, log_q = (torch.log_softmax(out.logits[0, :-1].float(), -1) for out in (one, two))
-            sums.append(-float(log_p.gather(1, torch.tensor(text[1:])[:, None]).sum()))
-            divergence += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
-            agreed += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
-            states = torch.stack(one.hidden_states[1:])[:, 0, :-1], torch.stack(two.hidden_states[1:])[:, 0, :-1]
-            errors.append((states[1] - states[0]).norm(dim=-1) / states[0].norm(dim=-1))
-    mean = torch.cat(errors, dim=1).mean(dim=1)
-    return sums, sum(divergence) / len(divergence), sum(agreed) / len(agreed), mean.tolist()
-
-
-@pytest.mark.train
-def test_what_quantization_cost_is_what_plain_torch_says(done, models, worker, tmp_path):
-    folder, other = models("untied"), models("tied")
-    losses, (same, changed), (sums, kl, agreed, errors), gap = worker(
-        quality, folder, other, done("untied").out, tmp_path
-    )
-    assert [loss for loss, _ in losses] == pytest.approx(sums, abs=1e-4)
-    assert [count for _, count in losses] == [5, 2, 29]
-    assert same["losses"] == losses
-    assert (same["top1_agreement"], same["layer_errors"]) == (1, [0, 0])
-    assert same["kl"] == pytest.approx(0, abs=1e-4)
-    assert changed["kl"] == pytest.approx(kl, rel=1e-3)
-    assert changed["top1_agreement"] == agreed < 1
-    assert changed["layer_errors"] == pytest.approx(errors, rel=1e-4)
-    assert gap == 0
-
-
-@pytest.mark.train
-def test_rounding_is_to_the_nearest_of_the_grid(worker):
-    for settings, size in (
-        ({"sym": False}, 4),
-        ({"sym": True}, 8),
-        ({"sym": True}, -1),
-        ({"sym": False, "bits": 2}, 5),
-    ):
-        settings = {"bits": 4, "group_size": size, "meta": {}, **settings}
-        matrix, found = worker(near, settings)
-        size = size if size > 0 else 12
-        for row, made in zip(matrix, found, strict=True):
-            for start in range(0, 12, size):  # the last group may be smaller
-                group = row[start : start + size]
-                assert made[start : start + size] == pytest.approx(grid(group, settings), abs=1e-6)
-
-
-def grid(group, settings):
-    """Rounding to nearest, one number after the other."""
-    most = 2 ** settings["bits"] - 1
-    low, high = min(*group, 0), max(*group, 0)
-    if settings["sym"]:
-        high = max(-low, high)
-        low = -high if low < 0 else low
-    step = (high - low) / most
-    zero = (most + 1) // 2 if settings["sym"] else round(-low / step)
-    return [step * (min(max(round(number / step) + zero, 0), most) - zero) for number in group]
-
-
-def near(settings):
-    import torch
-
-    from stages.measuring import quality as quality_module
-
-    matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
-    return matrix.tolist(), quality_module.nearest(matrix, settings).tolist()
-
-
-@pytest.mark.train
-def test_what_cannot_be_rounded_says_why(done, models, worker, tmp_path):
-    assert worker(rounded_of, models("bloom"), done("untied").out) == (
-        "the original has no module `model.layers.0.mlp.down_proj`"
-    )
-
-
-def rounded_of(folder, made):
-    from stages.measuring import quality as quality_module
-
-    return quality_module.rounded(load_engine([str(folder)]).model, made)
-
-
-def test_positions_are_spread_over_all_texts(monkeypatch):
-    from stages.measuring import quality as quality_module
-
-    texts = [range(5), range(2), range(9)]
-    assert quality_module._places(texts) == [[0, 1, 2, 3], [0], [0, 1, 2, 3, 4, 5, 6, 7]]
-    monkeypatch.setattr(quality_module, "POSITIONS", 5)
-    assert quality_module._places(texts) == [[0, 2], [], [0, 2, 5]]
 
 
 def sha256(folder):
@@ -375,36 +263,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models,
     assert other != again
 
 
-def encoded(asked, folder):
-    tokenizer = load_tokenizer([str(folder)])
-    rows = encode(asked, folder)
-    return [[tokenizer.decode(ids) for ids in part] for part in (rows, *split(rows, 16, 7))]
-
-
-@pytest.mark.train
-def test_calibration_mixes_its_data_in_shares(models, worker, data, tmp_path):
-    texts = tmp_path / "general.jsonl"
-    lines = [json.dumps({"text": f"general number {number}"}) + "\n" for number in range(30)]
-    texts.write_text("".join(lines), encoding="utf-8")
-    general = {"path": str(texts), "format": "text"}
-
-    def shares(samples, **more):
-        mixture = {"sources": [data, general], **more}
-        asked = {"data": mixture, "samples": samples, "max_length": 40}
-        asked = quantize.Config(model="base", calibration=asked, seed=7)
-        drawn, held_out, calibration = worker(encoded, asked, models("tied"))
-        assert len(set(drawn)) == len(drawn)
-        assert any("general" in text for text in held_out)
-        assert any("general" in text for text in calibration)
-        return ["general" in text for text in drawn]
-
-    even = shares(16)
-    assert len(even) == 16 + 64
-    assert sum(even[:10]) == 5
-    assert sum(even) == 30  # there are no more of them, so the others fill in
-    assert [sum(shares(16, weights=[3, 1])[:count]) for count in (4, 40, 80)] == [1, 10, 20]
-
-
 @pytest.mark.train
 def test_memory_or_disk_gives_the_same_weights(done, models, worker, data, tmp_path):
     asked = config(models("bloom"), data, offload_to_disk=True)
@@ -474,7 +332,7 @@ def test_broken_weights_are_refused_before_anything_is_quantized(models, worker,
     folder = worker(poison, models("bloom"), tmp_path / "nan")
     with pytest.raises(StageError) as caught:
         worker(run, config(folder, data), tmp_path)
-    assert str(caught.value) == (f"the perplexity of `{folder}` is nan before quantization; look at the stage before")
+    assert str(caught.value) == (f"the perplexity of `{folder}` is nan before quantization; check the stage before")
 
 
 @pytest.mark.train
@@ -482,7 +340,7 @@ def test_too_few_rows(models, worker, tmp_path):
     with pytest.raises(StageError) as caught:
         worker(run, config(models("bloom"), write_rows(tmp_path / "few.jsonl", 11)), tmp_path)
     assert str(caught.value) == (
-        "the calibration data has 11 different rows, and 16 are the least: 8 to calibrate with and 8 to "
+        "the calibration data has 11 different rows, and at least 16 are needed: 8 to calibrate with and 8 to "
         "measure perplexity on; add data"
     )
 
@@ -500,6 +358,18 @@ def test_conversations_without_a_template(models, worker, data, tmp_path):
         f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
         "data of `format: text`, or set `template:` at the top"
     )
+
+
+def test_an_interface_of_gptqmodel_that_is_gone_stops_the_stage_before_it_works(tmp_path, monkeypatch):
+    used = (("quantization/quantizer.py", "Quantizer.find_params", ("axis",)),)
+    monkeypatch.setattr(gptq, "USED", used)
+    with pytest.raises(StageError) as caught:
+        run(config(tmp_path / "none", {"path": "none.jsonl", "format": "text"}), tmp_path)
+    assert str(caught.value) == (
+        f"gptqmodel {version('gptqmodel')} has no `Quantizer.find_params.axis`, which this stage needs; "
+        "gptqmodel 7.6.0 is known to work: `pip install gptqmodel==7.6.0`"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.train
@@ -547,17 +417,6 @@ def test_weights_that_transformers_makes_up_are_named(models, worker, tmp_path):
     assert worker(missing, tmp_path / "headless") == ["lm_head.weight"]
 
 
-def test_rows_to_measure_on_are_never_calibrated_with():
-    rows = [[number] for number in range(300)]
-    for count in (16, 17, 100, 150, 192, 300):
-        held_out, calibration = split(rows[:count], 128, 7)
-        assert 8 <= len(held_out) <= 64
-        assert 8 <= len(calibration) <= 128
-        assert not [row for row in held_out if row in calibration]
-    assert [len(part) for part in split(rows, 128, 7)] == [64, 128]
-    assert [len(part) for part in split(rows[:12], 4, 7)] == [8, 4]
-
-
 def test_the_size_of_the_result_is_told_before():
     weights = {"model.layers.0.mlp.down_proj.weight": (576, 1536), "model.embed_tokens.weight": (1000, 577)}
     facts = Facts("the model", {}, {**weights, "model.norm.weight": (577,)}, stored=10)
@@ -600,18 +459,18 @@ def test_what_cannot_work_is_known_before_torch_is_loaded():
     }
     asked = quantize.Config(model="base", calibration={"data": [source]}, gptq=given)
     assert quantize.check(asked) == [
-        ("gptq.bits", "`bits` is a setting of the stage; write it beside `gptq`"),
-        ("gptq.lm_head", "plain transformers cannot load a model with `lm_head`; leave it out"),
-        ("gptq.format", "transformers and vLLM load `gptq`, not `gptq_v2`; leave it out"),
-        ("gptq.mock_quantization", "this rounds without calibration; leave it out"),
+        ("gptq.bits", "`bits` is a setting of the stage; write it beside `gptq`, not in it"),
+        ("gptq.lm_head", "plain transformers cannot load a model with `lm_head`; remove it"),
+        ("gptq.format", "transformers and vLLM load `gptq`, not `gptq_v2`; remove it"),
+        ("gptq.mock_quantization", "this rounds without calibration; remove it"),
         (
             "gptq.dynamic",
-            "plain transformers cannot load a model whose layers `-:.*down_proj` differ; leave it out",
+            "plain transformers cannot load a model whose layers `-:.*down_proj` differ; remove it",
         ),
     ]
     assert quantize.check_model(asked, quantized) == [
-        ("model", "an adapter cannot be quantized; put a `merge` stage before"),
-        ("model", "the model is quantized already; start from the model before"),
+        ("model", "an adapter cannot be quantized; put a `merge` stage above"),
+        ("model", "the model is quantized already; start from the model before its quantization"),
     ]
 
 
@@ -619,27 +478,3 @@ def test_what_cannot_work_is_known_before_torch_is_loaded():
 def test_values_that_the_format_does_not_have(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         config("base", {"path": "rows.jsonl", "format": "text"}, **wrong)
-
-
-def test_plain_rounding_that_is_better_is_told(tmp_path):
-    quantize._warn({"better": None, "change": 1.1, "ci": [0.9, 1.2]}, False, tmp_path)
-    quantize._warn({"better": 1, "change": 0.8, "ci": [0.7, 0.9]}, False, tmp_path)
-    quantize._warn({"better": 0, "change": 1.004, "ci": [1.003, 1.005]}, True, tmp_path)
-    assert notes(tmp_path) == []
-    quantize._warn({"better": 0, "change": 1.1, "ci": [1.05, 1.2]}, False, tmp_path)
-    assert notes(tmp_path) == [
-        "GPTQ lost more than plain rounding does (1.100 times the perplexity, 95 % CI 1.050 to 1.200): calibrate with "
-        "more and longer rows, of the kind that the model will see"
-    ]
-
-
-def test_how_gptqmodel_says_that_it_only_rounded():
-    assert quantize._loss("0.0000279413") == 0.0000279413
-    for text in ("fallback(rtn): 0.0016098", "rtn fallback", "999999999.0000000000", "unknown"):
-        assert quantize._loss(text) is None
-
-
-@pytest.mark.train
-def test_a_process_that_fails_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match=r"^a fresh process could not use (.|\n)*config\.json"):
-        in_fresh_process("stages.measuring.quality", {"model": str(tmp_path)})

@@ -17,8 +17,7 @@ from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
 from stages import select
 from stages.data.source import Source, rows_of
-from stages.measuring import choosing, points
-from stages.model import inference
+from stages.measuring import choosing
 from stages.runtime.errors import StageError
 
 CHAIN = (
@@ -162,11 +161,6 @@ def test_settings_that_cannot_work_are_refused_with_what_to_do(project, settings
 # What is chosen
 
 
-@pytest.mark.parametrize(("keep", "rows", "count"), [(0.29, 100, 29), (0.1, 5, 1), (0.5, 5, 2), (3, 5, 3), (9, 5, 5)])
-def test_a_share_is_the_whole_rows_in_it(keep, rows, count):
-    assert choosing.rows_to_keep(keep, rows) == count
-
-
 def chosen(tmp_path, count, **settings):
     """Run the stage on `count` numbered rows; its metrics, the numbers kept, and the scores it wrote."""
     rows = [{"instruction": f"问{number}", "output": f"答{number}"} for number in range(count)]
@@ -248,18 +242,6 @@ LINE = np.array([[0.0], [1.0], [10.0], [4.0]], dtype=np.float32)
 ORDERS = {0: [0, 2, 3, 1], 1: [1, 2, 3, 0], 2: [2, 0, 3, 1], 3: [3, 2, 0, 1]}
 
 
-def test_k_center_takes_the_farthest_point_each_time():
-    seen = set()
-    for seed in range(12):
-        first = random.Random(seed).randrange(4)
-        seen.add(first)
-        assert points.k_center(LINE, 4, seed)[0] == ORDERS[first]
-    assert seen == set(ORDERS)
-    seed = next(seed for seed in range(12) if random.Random(seed).randrange(4) == 0)
-    assert points.k_center(LINE, 3, seed) == ([0, 2, 3], [0.0, 10.0, 4.0])
-    assert points.radius(LINE, [0, 2]) == 4.0
-
-
 def test_k_center_in_the_stage(given, tmp_path):
     given("embeddings", (LINE, 0))
     metrics, kept, scores = chosen(tmp_path, 4, method="k_center", keep=3, seed=1)
@@ -278,22 +260,6 @@ def test_k_center_stops_when_all_points_are_chosen(given, tmp_path):
     assert (len(kept), metrics["dropped"], metrics["radius"]) == (2, {"at the same point as a row chosen": 2}, 0.0)
 
 
-def test_principal_components_hold_the_share():
-    line = np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
-    assert points.principal(line, 0.95) == pytest.approx(np.array([[-5.0], [0.0], [5.0]]))
-    cross = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # variances 9 : 1
-    assert points.principal(cross, 0.85) == pytest.approx(np.array([[3.0], [-3.0], [0.0], [0.0]]))
-    assert points.principal(cross, 0.95).shape == (4, 2)
-    assert points.principal(np.ones((3, 2)), 0.95).shape == (3, 1)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_k_means_finds_groups_that_lie_apart(seed):
-    groups = np.array([[0.0, 0.0], [0.0, 1.0], [100.0, 0.0], [1.0, 0.0], [100.0, 1.0], [0.0, 100.0], [1.0, 100.0]])
-    assert points.k_means(groups, 3, seed) == [0, 0, 1, 0, 1, 2, 2]
-    assert points.k_means(np.ones((3, 2)), 2, seed) == [0, 0, 0]
-
-
 def test_car_joins_the_best_of_all_with_the_best_of_each_cluster(given, tmp_path):
     # 8 rows are ⌊√4⌋ = 2 clusters; the second, around 100, has the lowest scores and would be lost without them.
     given("embeddings", (np.array([[0.0], [1], [2], [100], [101], [102], [3], [4]], dtype=np.float32), 0))
@@ -304,10 +270,6 @@ def test_car_joins_the_best_of_all_with_the_best_of_each_cluster(given, tmp_path
     assert (metrics["clusters"], metrics["dimensions"]) == (2, 1)
     assert chosen(tmp_path, 8, method="car", scorer="s", keep=2, per_cluster=2)[1] == [1, 2, 4, 5]
     assert chosen(tmp_path, 8, method="car", scorer="s", keep=0.25, per_cluster=0)[1] == [1, 2]
-
-
-def test_batches_hold_the_longest_rows_first_and_no_more_than_they_may():
-    assert list(inference.batches([3, 9, 5, 3, 20], 10)) == [[4], [1], [2, 0], [3]]
 
 
 # The rows that it leaves
