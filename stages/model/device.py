@@ -5,14 +5,14 @@ import shutil
 
 
 def has_bf16() -> bool:
-    """Is there a GPU that computes in bfloat16 itself (Ampere and newer)?"""
+    """Whether there is a GPU that computes in bfloat16 without emulation (Ampere and newer)."""
     import torch
 
     return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def has_gpu() -> bool:
-    """Is there an NVIDIA driver? Asked without torch, which would open the GPU."""
+    """Whether there is an NVIDIA driver, found without torch, which would open the GPU."""
     return shutil.which("nvidia-smi") is not None
 
 

@@ -1,4 +1,4 @@
-"""What the references in a stage's settings became: folders of models and files of rows."""
+"""The models and data sets that a stage's settings name, resolved to folders and files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +20,6 @@ class Inputs:
     """`$stage` → the file of rows that this stage left."""
 
     def read(self, source: Source) -> Source:
-        """The source with its file in the place of `$stage`."""
+        """The source; if its path is `$stage`, with the file of rows in its place."""
         file = self.rows.get(source.path)
         return source if file is None else source.model_copy(update={"path": file})

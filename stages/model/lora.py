@@ -1,9 +1,8 @@
 """LoRA adapters folded into weights: W ← W + scale · B A, adapter after adapter, in float32, rounded once.
 
-Training stages start from a folded chain and `merge` writes it shard by shard; both call `Chain.fold` on weights
-in the base's own dtype, so the model that a stage starts from is bit for bit the one that `merge` would write.
-LoRA is Hu et al. (arXiv 2106.09685), rsLoRA's scale Kalajdzievski (2312.03732), DoRA Liu et al. (2402.09353); the
-file layout is PEFT's.
+Training stages start from a folded chain, and `merge` writes one shard by shard. Both call `AdapterChain.fold` on
+weights in the dtype of the base, so a stage starts from the very weights that `merge` would write. LoRA is Hu et al.
+(arXiv 2106.09685), the scale of rsLoRA Kalajdzievski (2312.03732), DoRA Liu et al. (2402.09353); files are PEFT's.
 """
 
 import json
@@ -24,7 +23,11 @@ PREFIX = "base_model.model."
 
 
 class Adapter:
-    """One adapter folder in PEFT's layout; remembers which of its tensors were used."""
+    """An adapter folder in PEFT's layout, and the names of its tensors that are not folded yet.
+
+    Raises:
+        StageError: the folder cannot be read.
+    """
 
     def __init__(self, folder: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -39,6 +42,7 @@ class Adapter:
         self.unused: set[str] = set(self.file.keys())
 
     def take(self, name: str) -> "torch.Tensor | None":
+        """A tensor in float32, which counts as used from now on; None if there is none of this name or it was used."""
         key = PREFIX + name
         if key not in self.unused:
             return None
@@ -46,20 +50,22 @@ class Adapter:
         return self.file.get_tensor(key).float()
 
     def scale(self, module: str) -> float:
+        """The factor of B A for a module: α / r, or α / √r for rsLoRA."""
         rank = self._pattern("rank_pattern", module, self.config["r"])
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
         return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
     def _pattern(self, name: str, module: str, default: float) -> float:
+        """The value for a module in PEFT's `rank_pattern` or `alpha_pattern`."""
         for pattern, value in (self.config.get(name) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return float(value)
         return default
 
     def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """`weight` (out × in, float32) with this adapter's share for the parameter `name` added."""
-        whole = self.take(name)  # modules_to_save
-        if whole is None and name.endswith(".bias"):  # `bias: all` of a layer that has LoRA too
+        """The parameter `name` (out × in, float32) with this adapter folded in; `weight` itself if it has no part."""
+        whole = self.take(name)  # a module of `modules_to_save` is stored as a whole
+        if whole is None and name.endswith(".bias"):  # with `bias: all`, the bias of a layer that also has LoRA
             whole = self.take(f"{name.removesuffix('.bias')}.base_layer.bias")
         if whole is not None:
             return whole
@@ -82,35 +88,39 @@ class Adapter:
 
 
 class AdapterChain:
-    """Adapters in the order they were trained."""
+    """Adapters on one base, in the order in which they were trained."""
 
     def __init__(self, folders: Sequence[str]) -> None:
         self.adapters = [Adapter(folder) for folder in folders]
 
     def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """The parameter with every adapter folded in; the same tensor when no adapter touches it."""
+        """The parameter with every adapter folded in, in its own dtype; `weight` itself if no adapter has a part."""
         folded = original = weight.float()
         for adapter in self.adapters:
             folded = adapter.fold(name, folded)
         return weight if folded is original else folded.to(weight.dtype)
 
     def check_used(self) -> None:
-        """Every tensor of every adapter must have found its place.
+        """Check that every tensor of every adapter was folded.
 
         Raises:
-            StageError: some did not: the adapter belongs to another base, or is of a kind that cannot be folded.
+            StageError: a tensor was not: its adapter belongs to another base, or is of a kind that cannot be folded.
         """
         for adapter in self.adapters:
             if adapter.unused:
-                left = sorted(adapter.unused)
+                unused = sorted(adapter.unused)
                 raise StageError(
-                    f"{len(left)} tensors of the adapter `{adapter.folder}` have no place in the base (first "
-                    f"`{left[0]}`): it was trained on another model, or its kind cannot be folded"
+                    f"{len(unused)} tensors of the adapter `{adapter.folder}` have no place in the base (first "
+                    f"`{unused[0]}`): it was trained on another model, or its kind cannot be folded"
                 )
 
 
 def fold_into(model: "PreTrainedModel", folders: Sequence[str]) -> None:
-    """Fold adapters into a loaded model, in place."""
+    """Fold adapters into a loaded model, in place.
+
+    Raises:
+        StageError: an adapter cannot be read, or a tensor of it has no place in the model.
+    """
     import torch
 
     if not folders:
