@@ -205,7 +205,7 @@ TOLD = [
     "perplexity ↓ consult 21.12 20.12 to 22.12 18.38 ★ 17.38 to 19.38 better than init",
     "reward_margin ↑ consult – it is the model that rewards are measured against 1.5",
     "user What helps? init <script>alert(1)</script> pt Rest & water …",
-    "✓ gate passed: evaluate x.yaml:12:13: perplexity of `pt` on `consult` is 18.38",
+    "✓ gate passed: `evaluate`: x.yaml:12:13: perplexity of `pt` on `consult` is 18.38",
     "659,200",
     "Linux, 2 cores, no GPU",
 ]
@@ -298,7 +298,7 @@ def test_secrets_stay_out(made, monkeypatch):
 def test_a_gate_that_says_no(made):
     made.write("x.yaml", CONFIG.replace("versus: init, max_increase: 6%", "max: 10"))
     text = Page(page(made)).text
-    assert "✗ gate failed: evaluate x.yaml:12:13: perplexity of `pt` on `consult` is 18.38" in text
+    assert "✗ gate failed: `evaluate`: x.yaml:12:13: perplexity of `pt` on `consult` is 18.38" in text
     assert "a gate of `evaluate` failed, and `run` stops after it" in text
 
 
@@ -443,7 +443,7 @@ LONG = "word " * 60
     [
         (
             "one",
-            f"{ANY_TEXT}",
+            ANY_TEXT,
             ("one", "a b c d e\\x1b[2J\\x07\\x7f\ufeff\u202ef {{ 1 }} {% x %} </p> <!-- ]]> & \" '"),
         ),
         ("'", '"', ("'", '"')),
