@@ -1,17 +1,27 @@
-"""The docs as a whole: every page can be found, every link leads somewhere, every key of a config is told of."""
+"""The docs as a whole: links and paths lead somewhere, and every stage, command, key and page is named."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 
-from stages import dpo, pt, sft
+from pipeline.cli import app
+from stages import Stage, find, kinds
 from stages.data.source import Source
+from stages.model.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data/README.md"]
+    path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "data/README.md"]
 )
+LOG = Path("docs/log.md")  # its entries speak of the files of their day
+EXAMPLES = {"stages/half.py"}  # docs/design/contract.md shows how it is written
+PATH = re.compile(r"(?<![\w/.-])(?:stages|pipeline|tests|benchmarks)/[\w/.-]*\w")
+KEYS = ("docs/config.md", "docs/evaluate.md", "docs/select.md")
 
 
 def text(page):
@@ -24,12 +34,18 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-def test_the_readme_names_every_page_in_its_list_and_in_its_tree():
-    tree, _, listed = text("README.md").partition("## The tree")[2].partition("## Read next")
+def test_the_readme_names_every_page_in_its_list():
+    listed = text("README.md").partition("## Read next")[2]
     for page in PAGES:
         if page.parent == Path("docs"):
             assert f"({page})" in listed
-            assert page.name in tree
+    assert "(docs/design/README.md)" in listed
+
+
+def test_the_first_page_of_the_design_names_every_other():
+    for page in PAGES:
+        if page.parent == Path("docs/design") and page.name != "README.md":
+            assert f"({page.name})" in text("docs/design/README.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -42,8 +58,94 @@ def test_every_link_leads_somewhere(page):
             assert not anchor or anchor in anchors(there), target
 
 
-@pytest.mark.parametrize("config", [Source, pt.Config, sft.Config, dpo.Config], ids=["data", "pt", "sft", "dpo"])
-def test_every_key_is_told_of(config):
-    filled_in = {"others", "weights"}  # by the pipeline
-    missing = [key for key in config.model_fields if key not in filled_in and f"`{key}`" not in text("docs/config.md")]
+@pytest.mark.parametrize("page", [page for page in PAGES if page != LOG], ids=str)
+def test_every_path_that_is_named_exists(page):
+    missing = {path for path in PATH.findall(text(page)) if not (ROOT / path).exists()}
+    assert missing - EXAMPLES == set()
+
+
+def test_the_tree_names_every_room_and_only_files_that_exist():
+    """A file that is missing in the tree is no error: adding one touches no page."""
+    tree = text("CONTRIBUTING.md").partition("## The tree")[2].partition("```\n")[2].partition("```")[0]
+    room, top = ROOT, ROOT
+    named = set()
+    for line in tree.splitlines():
+        if head := re.match(r"( *)(\w+)/ ", line):
+            top = ROOT / head[2] if not head[1] else top
+            room = top if not head[1] else top / head[2]
+            named.add(room)
+        for name in re.findall(r"(?<![\w/])_{0,2}\w+\.(?:py|yaml|md)\b", line):
+            assert (room / name).is_file() or (top / name).is_file(), f"{name} in {line}"
+    for top in ("pipeline", "stages"):
+        rooms = {path.parent for path in (ROOT / top).glob("*/__init__.py")}
+        assert rooms <= named
+
+
+def test_every_command_is_named():
+    commands = typer.main.get_command(app).commands
+    assert len(commands) > 5
+    for page in ("README.md", "README.zh-CN.md"):
+        assert [name for name in commands if f"`pipeline {name}" not in text(page)] == []
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_of_stage_and_each_of_its_keys_is_named(kind):
+    assert f"`{kind}`" in text("docs/config.md")
+    assert f"`{kind}`" in text("README.md")
+    told = "".join(map(text, KEYS))
+    assert [key for key in find(kind).config.model_fields if f"`{key}`" not in told] == []
+
+
+def test_every_key_of_a_data_set_is_named():
+    filled_in = {"others"}  # by the pipeline
+    missing = [key for key in Source.model_fields if key not in filled_in and f"`{key}`" not in text("docs/config.md")]
     assert missing == []
+
+
+def test_pre_commit_runs_what_make_check_runs():
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", text("Makefile"), re.MULTILINE)[1]
+    made = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    hooks = [hook for repo in yaml.safe_load(text(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
+    assert [hook["entry"] for hook in hooks] == made
+    assert {hook["language"] for hook in hooks} == {"system"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_config_on_the_first_page_names_stages_that_exist(page):
+    block = re.search(r"```yaml\n(.*?)```", text(page), re.DOTALL)[1]
+    root = yaml.safe_load(block)
+    assert set(root) <= {"model", "template", "data", "stages", "question"}
+    assert set(root["stages"]) <= set(kinds())
+    for settings in root["data"].values():
+        Source(**settings)
+
+
+def example(tmp_path):
+    """The stage of docs/design/contract.md as a module."""
+    code = re.search(r"```python\n(.*?)```", text("docs/design/contract.md"), re.DOTALL)[1]
+    (tmp_path / "half.py").write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("half", tmp_path / "half.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_stage_in_the_docs_answers_the_contract(tmp_path):
+    stage = example(tmp_path).STAGE
+    assert isinstance(stage, Stage)
+    assert list(stage.roles) == [("model",)]
+
+
+@pytest.mark.train
+def test_the_stage_in_the_docs_runs(tmp_path, tiny):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stage = example(tmp_path).STAGE
+    folder = tiny("llama")
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = stage.run(stage.config(model="m"), Inputs(model=[str(folder)]), out)
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert stage.headline(metrics).endswith(" bytes")
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype != before.get("dtype", "float32")
+    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(folder).chat_template
