@@ -163,10 +163,10 @@ def table(folder: Path, name: str) -> dict[str, Any]:
 
 
 def told(chain: str, gate: dict[str, Any], figures: dict[str, Any]) -> None:
-    from stages.measuring import gates as gates_module
+    from stages.measuring.gates import Gate, judge_gate
 
-    said = gates_module.judge(gates_module.Gate.model_validate(gate), figures)
-    print(f"| {chain} | {said.text} | {'passed' if said.passed else '**no**'} |")
+    verdict = judge_gate(Gate.model_validate(gate), figures)
+    print(f"| {chain} | {verdict.text} | {'passed' if verdict.passed else '**no**'} |")
 
 
 if __name__ == "__main__":

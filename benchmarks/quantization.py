@@ -47,21 +47,21 @@ def settings() -> dict[str, dict[str, Any]]:
 
 
 def texts(model: str, data: Path, name: str) -> list[list[int]]:
-    from stages import quantize
     from stages.data.source import Source, rows_of
+    from stages.measuring import calibration
     from stages.model.folder import load_tokenizer
 
     tokenizer = load_tokenizer([model])
     rows = rows_of(Source(path=str(data / f"{name}.jsonl"), format=HELD[name]))
-    return list(quantize._different(rows[:ROWS], tokenizer, Path(model), 512, set()))
+    return list(calibration._different(rows[:ROWS], tokenizer, Path(model), 512, set()))
 
 
 def compare(model: str, data: Path, folder: Path, made: Path | None, near: Path | None) -> dict[str, Any]:
     """Leave what the original gives in `folder`; or compare a quantized folder with it, or rounding like one."""
     from stages.measuring import quality
-    from stages.model import generation
+    from stages.model.generation import load_engine
 
-    loaded, _ = generation.load([str(made or model)])
+    loaded = load_engine([str(made or model)]).model
     if near is not None:
         quality.rounded(loaded, near)
     found = {}
@@ -77,22 +77,26 @@ def compare(model: str, data: Path, folder: Path, made: Path | None, near: Path 
 def quantized(model: str, data: Path, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """What the stage does, without its own measuring."""
     from stages import quantize
+    from stages.measuring.calibration import calibration_rows, split
     from stages.model.facts import read_facts
 
     def source(name: str) -> dict[str, Any]:
         return {"path": str(data / f"{name}.jsonl"), "format": FORMATS[name]}
 
     calibration = {**asked["calibration"], "data": [source(name) for name in asked["calibration"]["data"]]}
-    config = quantize.Config(model=[model], **{**asked, "calibration": calibration})
-    _, rows = quantize.split(quantize._encoded(config, Path(model)), config.calibration.samples, config.seed)
+    own = {name: value for name, value in asked.items() if name in quantize.Config.model_fields}
+    gptq = {name: value for name, value in asked.items() if name not in own}
+    config = quantize.Config(model=model, gptq=gptq, **{**own, "calibration": calibration})
+    found = calibration_rows(config.calibration, lambda source: source, Path(model), config.seed)
+    _, rows = split(found, config.calibration.samples, config.seed)
     work = out / "work"
     out.mkdir(parents=True)
     start = time.perf_counter()
     losses = quantize._quantize(config, read_facts(Path(model)), Path(model), rows, work)
     seconds = time.perf_counter() - start
     quantize._publish(Path(model), work / "model", out)
-    found = quantize._summary(losses, out) | {"seconds": seconds, "bytes_after": quantize._bytes(out)}
-    return found | {"calibration_tokens": sum(map(len, rows))}
+    figures = quantize._summary(losses, out) | {"seconds": seconds, "bytes_after": quantize._bytes(out)}
+    return figures | {"calibration_tokens": sum(map(len, rows))}
 
 
 def step(*arguments: object) -> Any:
