@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages import Metrics, Report, Stage
 from stages.data.row import Row
-from stages.data.source import Source, rows_of
+from stages.data.source import CONVERSATIONS, Source, rows_of
 from stages.measuring.gates import Gate, Verdict, gate_problems, judge_gate
 from stages.measuring.losses import Margins, Subject, answer_match, perplexity, preference
 from stages.measuring.metrics import Figures, Measured, figure_of, metric_names
@@ -31,7 +31,6 @@ from stages.model.references import Compared
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 
-TALKS = ("alpaca", "prompt_completion", "messages", "sharegpt")
 SMALL = 10**7  # parameters; with fewer, the CPU's threads wait for each other longer than they compute
 PROMPTS = "prompts"  # the name, among the data sets, of prompts that are written into the config
 
@@ -113,8 +112,8 @@ def check(config: Config) -> list[Problem]:
         if source.format == "labelled":
             problems.append(("data", f"`{name}` has format `labelled`, which nothing is measured on yet; remove it"))
     for name, source in config.prompts.items() if isinstance(config.prompts, dict) else ():
-        if source.format not in TALKS:
-            wanted = ", ".join(f"`{one}`" for one in TALKS)
+        if source.format not in CONVERSATIONS:
+            wanted = ", ".join(f"`{one}`" for one in CONVERSATIONS)
             problems.append(("prompts", f"`{name}` has format `{source.format}`; prompts are of {wanted}"))
     return problems + gate_problems(config.gates, list(config.compare), measured(config))
 
@@ -290,7 +289,7 @@ def _values(
         margins.setdefault(name, own)
         return values
     values = perplexity(subject, rows)
-    return values | answer_match(subject, rows) if source.format in TALKS else values
+    return values | answer_match(subject, rows) if source.format in CONVERSATIONS else values
 
 
 def _task_figures(config: Config, subject: Subject) -> Figures:

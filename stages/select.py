@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages import Metrics, Rows, Stage
-from stages.data.source import ROWS_FILE, Format, Source, rows_of
+from stages.data.source import CONVERSATIONS, ROWS_FILE, Format, Source, rows_of
 from stages.measuring.choosing import choose
 from stages.model.facts import Facts, check_template, is_hub_name
 from stages.model.inputs import Inputs
@@ -46,8 +46,11 @@ TAKES: Mapping[str, tuple[str, ...]] = {
     "necessity": ("below", "keep", "max_new_tokens"),
     "car": ("embedder", "per_cluster"),
 }
-TALKS = ("alpaca", "prompt_completion", "messages", "sharegpt")
-SHAPES: Mapping[str, tuple[str, ...]] = {"messages": TALKS, "text": ("text",), "preference": ("preference",)}
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "messages": CONVERSATIONS,
+    "text": ("text",),
+    "preference": ("preference",),
+}
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -137,8 +140,8 @@ def _check_data(config: Config) -> list[Problem]:
     shape = format_of_rows(config)
     problems: list[Problem] = []
     for source in config.data:
-        if config.method in ("ifd", "necessity") and source.format not in TALKS:
-            wanted = ", ".join(f"`{name}`" for name in TALKS)
+        if config.method in ("ifd", "necessity") and source.format not in CONVERSATIONS:
+            wanted = ", ".join(f"`{name}`" for name in CONVERSATIONS)
             problems.append(("data", f"`{source.path}` has format `{source.format}`; `{config.method}` reads {wanted}"))
         elif source.format == "labelled":
             problems.append(("data", f"`{source.path}` has format `labelled`, of which nothing can be selected yet"))

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from stages import Metrics, Model, Parallel, Stage
+from stages.data.source import CONVERSATIONS
 from stages.model.facts import Facts
 from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem
 from stages.training import description, packing, supervised
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.settings import check_training
-
-FORMATS = ["alpaca", "prompt_completion", "messages", "sharegpt"]
 
 
 class Config(supervised.Config):
@@ -19,7 +18,7 @@ class Config(supervised.Config):
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
     """Problems that are known before the first stage starts."""
-    problems = check_training(config, facts, FORMATS, chat=True)
+    problems = check_training(config, facts, CONVERSATIONS, chat=True)
     return problems + packing.check(config.trainer, facts, packing=False, wraps=False)
 
 

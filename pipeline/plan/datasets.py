@@ -8,9 +8,9 @@ from pydantic import BaseModel
 
 from pipeline.plan.fingerprint import digest
 from pipeline.plan.step import Plan, Step
-from pipeline.saves.content import ROWS, Look, Rows
+from pipeline.saves.content import ROWS, Inspection, Inspections
 from stages.data.mixture import Mixture
-from stages.data.source import NotFetched, Source, data_files, is_on_hub, kinds_of
+from stages.data.source import NotFetched, Source, data_files, file_types, is_on_hub
 from stages.runtime.errors import StageError
 
 
@@ -34,7 +34,7 @@ class DataSets:
 
     def __init__(self, plan: Plan, *, fetch: bool) -> None:
         self.plan, self.fetch = plan, fetch
-        self.rows = Rows(plan.saves / ROWS)
+        self.inspections = Inspections(plan.saves / ROWS)
         self.with_tools: set[str] = set()
         """Names of data sets that hold tools or their calls."""
         self.made: dict[str, Step] = {}
@@ -75,17 +75,17 @@ class DataSets:
             self.plan.notes += [note] if note not in self.plan.notes else []
             return
         known = self.digest(source)
-        look = Look(0, 0, [], False, [str(missing)])
+        inspection = Inspection(0, 0, [], False, [str(missing)])
         if known is not None:
-            look = self.rows.look(source, known, kinds_of(files))
-        if look.tools:
+            inspection = self.inspections.of(source, known, file_types(files))
+        if inspection.tools:
             self.with_tools.add(names[0])
-        if look.bad and not look.problems:
-            note = f"data `{names[0]}`: {look.bad:,} of {look.rows:,} rows are bad and skipped"
-            self.plan.notes.append(f"{note}: {'; '.join(look.first)}")
-        self.plan.rows.update(dict.fromkeys(names, look.rows))
+        if inspection.bad and not inspection.problems:
+            note = f"data `{names[0]}`: {inspection.bad:,} of {inspection.rows:,} rows are bad and skipped"
+            self.plan.notes.append(f"{note}: {'; '.join(inspection.first)}")
+        self.plan.rows.update(dict.fromkeys(names, inspection.rows))
         place = self.plan.pipeline.document.key_place(("data", names[0]))
-        self.plan.problems += [f"{place}: data `{names[0]}`: {text}" for text in look.problems]
+        self.plan.problems += [f"{place}: data `{names[0]}`: {text}" for text in inspection.problems]
 
     def content(self, value: Any) -> Any:
         """A value of JSON settings with every data set replaced by the hash of its content.
@@ -107,5 +107,5 @@ class DataSets:
         if value.get("others"):  # what they are called changes nothing
             rest["compared_with"] = [self.content(other) for other in value["others"].values()]
             rest["clean"] = [{**step, "against": None} if "against" in step else step for step in rest["clean"]]
-        kind = kinds_of(self.files(source)) if pinned is None else ""
+        kind = file_types(self.files(source)) if pinned is None else ""
         return {**rest, **({"kind": kind} if kind else {}), "sha256": pinned or self.digest(source)}

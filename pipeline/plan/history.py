@@ -94,7 +94,7 @@ class History:
         if old["sha256"] != new["sha256"]:
             sources = sources_in(entry.config)
             files = (source.path for source in sources if self.data.content(source.model_dump(mode="json")) == new)
-            yield f"`{next(files)}` changed{self.data.rows.difference(old, {**old, 'sha256': new['sha256']})}"
+            yield f"`{next(files)}` changed{self.data.inspections.difference(old, {**old, 'sha256': new['sha256']})}"
         for key in old:
             if key != "sha256":
                 yield from self._differences(entry, old[key], new[key], f"{path}.{key}")

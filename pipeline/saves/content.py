@@ -1,4 +1,4 @@
-"""What is in files, remembered from run to run: the sha256 of a file, and a digest of each row of a data file."""
+"""Caches of the content of files, kept from run to run: the SHA-256 of each file, and a digest of each row of data."""
 
 import contextlib
 import hashlib
@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.row import Row
-from stages.data.source import READER_VERSION, Source, has_tools, inspect_rows
+from stages.data.source import READER_VERSION, Reading, Source, has_tools
 from stages.runtime.files import sha256
 
 HASHES = ".hashes.json"
 ROWS = ".rows"
-KEPT = 20_000  # hashes that are remembered
-REST_NS = 2_000_000_000  # the coarsest clock of a file system in use (FAT)
+KEPT = 20_000  # the most hashes in the cache file
+REST_NS = 2_000_000_000  # the coarsest clock tick of a file system in use (FAT)
 
 
 class Hashes:
-    """sha256 of files, in parallel; known ones come from a cache file.
+    """SHA-256 of files, in parallel, with a cache file.
 
-    A file is known by device and inode, so a renamed folder is not read again. A cached hash is used only when size,
-    modification time and change time are all the same: the change time moves with every write and cannot be set
-    back. It is kept only when the file system's clock had moved on before the file was read, since a second write
-    could otherwise fall into the same tick.
+    The cache knows a file by device and inode, so a renamed folder is not read again. A cached hash is used only if
+    size, modification time and change time are all the same: every write moves the change time, and no program can set
+    it back. A hash is cached only if the file system's clock had moved on before the file was read, because otherwise
+    a second write could have the same change time.
     """
 
     def __init__(self, cache: Path | None) -> None:
@@ -38,21 +38,21 @@ class Hashes:
         self.known: dict[str, list[Any]] = {}
         self.device, self.clock = -1, 0
         if cache is not None and cache.is_file():
-            stat = cache.stat()  # when this was written, the clock of its file system stood at its change time
+            stat = cache.stat()  # the clock of its file system has passed its change time
             self.device, self.clock = stat.st_dev, stat.st_ctime_ns
-            with contextlib.suppress(ValueError, TypeError):  # a torn one is as good as none
+            with contextlib.suppress(ValueError, TypeError):  # a torn cache is ignored
                 self.known = dict(json.loads(cache.read_text(encoding="utf-8")))
 
     def of(self, files: Iterable[Path], *, clock: int | None = None, read: bool = False) -> list[str]:
-        """The hash of each file, in order; the arguments are those of `one`."""
+        """The hash of each file, in order. The arguments are those of `one`."""
         with ThreadPoolExecutor(max_workers=4) as pool:
             return list(pool.map(lambda path: self.one(path, clock=clock, read=read), files))
 
     def one(self, path: Path, *, clock: int | None = None, read: bool = False) -> str:
-        """The hash of a file. `read` reads it in any case, since a disk can rot without a change of times.
+        """The hash of a file. `read` ignores the cache, because content can rot on the disk without a new change time.
 
-        To be remembered, the file must be older than `clock`, the change time in ns of a file written later on the
-        same file system, or older than the cache file, or have rested for two seconds.
+        A hash is cached only if the change time of its file is older than `clock` (in ns: the change time of a file
+        that was written later on the same file system), older than the cache file, or older than two seconds.
         """
         before = path.stat()
         key, stamp = f"{before.st_dev}:{before.st_ino}", _stamp(before)
@@ -71,11 +71,11 @@ class Hashes:
         return digest
 
     def ticked(self, device: int) -> int:
-        """A time in ns that the clock of a file system has certainly passed."""
+        """A time in ns that the clock of a file system has passed for certain."""
         return max(time.time_ns() - REST_NS, self.clock if device == self.device else 0)
 
     def save(self) -> None:
-        """Write the cache if anything was learnt; one that cannot be written is done without."""
+        """Write the cache if it changed; a failed write is ignored."""
         if self.cache is not None and self.changed:
             newest = dict(list(self.known.items())[-KEPT:])
             self.changed = not _write(self.cache, json.dumps(newest).encode())
@@ -86,7 +86,7 @@ def _stamp(stat: os.stat_result) -> list[int]:
 
 
 def _write(path: Path, content: bytes) -> bool:
-    """Replace a file that can be made again; False when there is no room or no right."""
+    """Replace a cache file; False when it cannot be written."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,66 +100,70 @@ def _write(path: Path, content: bytes) -> bool:
 
 
 def clear_torn(saves: Path) -> None:
-    """Delete what a process left that was killed while it wrote; one that is writing now will do without."""
+    """Delete half-written cache files of killed processes. A process that is writing one now ignores the failure."""
     for path in (*saves.glob(f"{HASHES}.*"), *(saves / ROWS).glob("*.[0-9]*")):
         path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a first look at the rows of a data set found."""
+class Inspection:
+    """The findings of the first reading of a data set."""
 
     rows: int
+    """Rows read, bad rows included."""
     bad: int
     first: list[str]
-    """The first bad rows, which will be left out; one line each."""
+    """The first bad rows, one line each. They are skipped while `problems` is empty."""
     tools: bool
-    """Does any row hold tools or their calls?"""
+    """Whether a row declares tools, calls a tool, or holds a tool's output."""
     problems: list[str]
-    """What stops the run."""
+    """What stops the run, one line each."""
 
 
-class Rows:
-    """The rows of data files, by their content: a file that was read and found good is not parsed again.
+class Inspections:
+    """The findings about data files, cached by the content of the files: files without problems are parsed once.
 
-    Each row leaves 8 bytes of BLAKE2b, so that a changed file can be told by the rows that changed.
+    For each row 8 bytes of BLAKE2b are kept, so that the rows that changed in a changed file can be counted.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def look(self, source: Source, digest: str, kind: str = "") -> "Look":
-        """What reading the files comes to, from memory when nothing stops the run; `kind` is `_rows.kind` of them."""
+    def of(self, source: Source, digest: str, file_types: str = "") -> Inspection:
+        """The findings about the files of a source, cached unless they stop the run.
+
+        `digest`: the hash of the files' content; `file_types`: as `stages.data.source.file_types` gives it.
+        """
         settings = source.model_dump(mode="json", exclude={"path", "clean", "others"})
-        file = self.folder / _key({**settings, **({"kind": kind} if kind else {}), "sha256": digest})
+        file = self.folder / _key({**settings, **({"kind": file_types} if file_types else {}), "sha256": digest})
         about = file.with_name(f"{file.name}-about.json")
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Look(**json.loads(about.read_text(encoding="utf-8")))
-        found, tools = bytearray(), False
-
-        def keep(row: Row) -> None:
-            nonlocal tools
-            found.extend(_digest(row))
+            return Inspection(**json.loads(about.read_text(encoding="utf-8")))
+        digests, tools = bytearray(), False
+        reading = Reading(source)
+        for _, row in reading.rows():
+            digests.extend(_digest(row))
             tools = tools or has_tools(row)
-
-        done = inspect_rows(source, keep=keep)
-        look = Look(done.read, done.bad, done.first, tools, done.problems)
-        if not done.problems and _write(file, bytes(found)):
-            _write(about, json.dumps(asdict(look), ensure_ascii=False).encode())
-        return look
+        inspection = Inspection(reading.read, reading.bad, reading.first_bad, tools, reading.problems)
+        if not reading.problems and _write(file, bytes(digests)):
+            _write(about, json.dumps(asdict(inspection), ensure_ascii=False).encode())
+        return inspection
 
     def difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-        """What changed between two contents (a source's settings and `sha256`), as ` (2 rows)`; empty when unknown."""
-        before, after = self._counted(old), self._counted(new)
+        """The number of rows that differ between two contents, such as ` (2 rows)`; empty when it is not known.
+
+        A content is the settings of a source and the `sha256` of its files.
+        """
+        before, after = self._digests(old), self._digests(new)
         if before is None or after is None:
             return ""
         removed, added = (before - after).total(), (after - before).total()
         if removed == added:
-            return f" ({_counting(added)})" if added else " (the same rows, written or ordered differently)"
-        parts = [f"{_counting(count)} {word}" for count, word in ((added, "added"), (removed, "removed")) if count]
+            return f" ({_rows(added)})" if added else " (the same rows, written or ordered differently)"
+        parts = [f"{_rows(count)} {word}" for count, word in ((added, "added"), (removed, "removed")) if count]
         return f" ({', '.join(parts)})"
 
-    def _counted(self, content: Mapping[str, Any]) -> Counter[int] | None:
+    def _digests(self, content: Mapping[str, Any]) -> Counter[int] | None:
         read = {key: value for key, value in content.items() if key not in ("clean", "compared_with")}
         try:
             return Counter(array("Q", (self.folder / _key(read)).read_bytes()))
@@ -167,7 +171,7 @@ class Rows:
             return None
 
 
-def _counting(rows: int) -> str:
+def _rows(rows: int) -> str:
     return f"{rows:,} row{'s' if rows != 1 else ''}"
 
 

@@ -13,7 +13,7 @@ from stages.chat import encoding
 from stages.chat.encoder import Encoder
 from stages.data import cleaning, drawing
 from stages.data.row import Row
-from stages.data.source import Source, kept_rows
+from stages.data.source import Reading, Source
 from stages.runtime.errors import nearest
 from stages.runtime.processes import parallel_map, usable_cores
 from stages.training import preparation
@@ -66,11 +66,11 @@ def _tokenizer_folder(plan: Plan, step: Step) -> Path | None:
 
 
 def _data_view(data: str, source: Source, step: Step, training: Training, folder: Path | None, rows: int) -> DataView:
-    account = cleaning.Account()
-    chunks = drawing.chunks(drawing.DrawnRow(0, *placed) for placed in kept_rows(source, account))
+    reading = Reading(source)
+    chunks = drawing.chunks(drawing.DrawnRow(0, *placed) for placed in reading.kept())
     if folder is None:
-        deque(chunks, maxlen=0)  # reading fills the account
-        return DataView(data, step.name, account, None, [])
+        deque(chunks, maxlen=0)  # reads every row, for the account
+        return DataView(data, step.name, reading.account, None, [])
     tokenizer = _tokenizer(step, folder)
     encode = sequences(tokenizer, training.max_length, training.cut, 1, whole=training.whole)
 
@@ -87,7 +87,7 @@ def _data_view(data: str, source: Source, step: Step, training: Training, folder
     total.padding = encoding.padding(sizes, training.batch)
     encoded = encoding.encode(Encoder(tokenizer), first, whole=training.whole)
     samples = [encoding.pieces(tokenizer, sequence) for row in encoded for sequence in row]
-    return DataView(data, step.name, account, total, samples)
+    return DataView(data, step.name, reading.account, total, samples)
 
 
 def _tokenizer(step: Step, folder: Path) -> Any:

@@ -1,1 +1,1 @@
-""""""
+"""Data sets: files in, normalised, cleaned and drawn rows out."""

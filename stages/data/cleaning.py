@@ -1,10 +1,11 @@
-"""Cleaning: a list of named steps in the YAML, rows in; the kept rows and an account out.
+"""Cleaning: named steps and rows in, the rows that are kept and an account of all rows out.
 
-First the steps that look at one row run in the order given, again and again until none changes the row; then those that
-compare rows, in the order given. So what an earlier step uncovers for a later one, or the other way round, is not left,
-and cleaning what was cleaned changes nothing. Rows keep their order, and the first of several alike stays.
+The steps on single rows run first, in the order given, again and again until none changes the row. Then the steps that
+compare rows run, in the order given. So text that one step uncovers is cleaned by the other steps too, and cleaning
+clean rows changes nothing. Rows keep their order, and the first of several duplicates is kept.
 
-What a row says is the text of all its messages but system prompts: those are often the same in every row.
+The texts of a row are its text or the contents of its messages, without system prompts, which are often the same in
+every row.
 """
 
 import json
@@ -27,11 +28,11 @@ from stages.data.cleaning_steps import (
     RepeatedLines,
     Step,
 )
-from stages.data.row import Placed, Row
+from stages.data.row import PlacedRow, Row
 from stages.runtime.errors import StageError, nearest
 
-_SHOWN = 3  # places named for each reason
-_NOT_SAID = ("tools", "label")  # what a row has besides texts and conversations
+_SHOWN = 3  # places shown for each reason
+_WITHOUT_TEXT = ("tools", "label")  # columns of a normalised row that are neither text nor messages
 
 
 # The account
@@ -39,107 +40,103 @@ _NOT_SAID = ("tools", "label")  # what a row has besides texts and conversations
 
 @dataclass
 class Dropped:
-    """The rows that one reason cost."""
+    """The rows that were dropped for one reason."""
 
     rows: int = 0
     first: list[str] = field(default_factory=list)
-    """The places of the first three, and what each is like."""
+    """The places of the first three rows, each with the row or text that it duplicates, where it does."""
 
 
 @dataclass
 class Account:
-    """What cleaning did: `read` is `kept` and the rows under `dropped` together."""
+    """What became of the rows of a data set: the rows read are those kept and those dropped."""
 
     read: int = 0
     kept: int = 0
     changed: int = 0
-    """Kept rows that are not as they were."""
+    """Kept rows that cleaning changed."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    """Reason → the rows that were dropped for it."""
     personal_data: dict[str, int] = field(default_factory=dict)
-    """How many `email`, `id_card` and `mobile` were masked, or counted, before rows were compared with each other."""
+    """How many `email`, `id_card` and `mobile` were masked or counted, before rows were compared with each other."""
 
     def drop(self, reason: str, place: str) -> None:
-        """Count one row."""
+        """Count a dropped row."""
         entry = self.dropped.setdefault(reason, Dropped())
         entry.rows += 1
         if len(entry.first) < _SHOWN:
             entry.first.append(place)
 
 
-class Collision(NamedTuple):
-    """A held-out and a training row that are near duplicates; both are indices."""
-
-    held_out: int
-    training: int
-    similarity: float
+# Cleaning
 
 
-def apply(
-    steps: Sequence[Step], rows: Iterable[Placed], others: Mapping[str, Iterable[Row]] | None = None
-) -> tuple[list[Placed], Account]:
-    """The rows that every step keeps, in their order and with their places, and the account.
+class Cleaning:
+    """The rows that every step keeps, in their order and with their places, and the account of all rows.
 
-    Rows are normalised ones, as `_rows.examples` has them; they are not changed in place. `others` holds the rows of
-    the data sets that `contamination` names. Raises StageError when one is not there.
+    Iterate once, then ask for `account`, which is complete after the last row. Rows are normalised rows and are not
+    changed in place. One row is in memory at a time, unless a step compares rows: then all rows are.
     """
-    account = Account()
-    return list(kept(steps, rows, account, others)), account
 
+    def __init__(
+        self, steps: Sequence[Step], rows: Iterable[PlacedRow], others: Mapping[str, Iterable[Row]] | None = None
+    ) -> None:
+        """`others`: name → rows of the data sets that `contamination` names."""
+        self.steps, self.rows, self.others = steps, rows, others or {}
+        self.account = Account()
 
-def kept(
-    steps: Sequence[Step], rows: Iterable[Placed], account: Account, others: Mapping[str, Iterable[Row]] | None = None
-) -> Iterator[Placed]:
-    """What `apply` gives, row by row; a step that compares rows waits for all. Counts into `account`."""
-    through = _each(steps, rows, account)
-    for step in steps:
-        if compares(step):
-            through = _together(step, through, account, others or {})
-    for placed, is_changed in through:
-        account.kept += 1
-        account.changed += is_changed
-        yield placed
+    def __iter__(self) -> Iterator[PlacedRow]:
+        """The kept rows. Raises StageError when `contamination` names a data set that is not among `others`."""
+        cleaned = self._cleaned()
+        for step in self.steps:
+            if compares(step):
+                cleaned = self._compared(step, cleaned)
+        for placed, is_changed in cleaned:
+            self.account.kept += 1
+            self.account.changed += is_changed
+            yield placed
+
+    def _cleaned(self) -> Iterator[tuple[PlacedRow, bool]]:
+        """The rows after the steps on single rows, and whether these changed the row."""
+        counts = any(isinstance(step, PersonalData) and step.action == "count" for step in self.steps)
+        for place, row in self.rows:
+            self.account.read += 1
+            cleaned, reason, personal_data = _cleaned_row(row, self.steps) if self.steps else (row, "", Counter[str]())
+            if reason:
+                self.account.drop(reason, place)
+                continue
+            if counts:
+                personal_data += _personal_data(cleaned)
+            for name, count in personal_data.items():
+                self.account.personal_data[name] = self.account.personal_data.get(name, 0) + count
+            yield (place, cleaned), cleaned != row
+
+    def _compared(self, step: Step, rows: Iterable[tuple[PlacedRow, bool]]) -> Iterator[tuple[PlacedRow, bool]]:
+        """The rows that are left after a step that compares rows."""
+        entries = list(rows)
+        drops = _drops([placed for placed, _ in entries], step, self.others)
+        for reason, place in drops.values():
+            self.account.drop(reason, place)
+        yield from (entry for number, entry in enumerate(entries) if number not in drops)
 
 
 def compares(step: Step) -> bool:
-    """Does a step look at other rows than the one at hand?"""
+    """Whether a step compares rows with each other or with another data set."""
     return step.step in ("exact_duplicates", "near_duplicates", "contamination")
 
 
-def _each(steps: Sequence[Step], rows: Iterable[Placed], account: Account) -> Iterator[tuple[Placed, bool]]:
-    """The rows after the steps on single rows, and whether each was changed."""
-    counts = any(isinstance(step, PersonalData) and step.action == "count" for step in steps)
-    for place, row in rows:
-        account.read += 1
-        cleaned, reason, found = _settled(row, steps) if steps else (row, "", Counter())
-        if reason:
-            account.drop(reason, place)
-            continue
-        if counts:
-            from stages.data import cleaning_text  # as in `_stepped`
+class Collision(NamedTuple):
+    """A held-out row and a training row that are near duplicates."""
 
-            for text in texts(cleaned, system=True):
-                cleaning_text.masked(text, found)
-        for kind, count in found.items():
-            account.personal_data[kind] = account.personal_data.get(kind, 0) + count
-        yield (place, cleaned), cleaned != row
-
-
-def _together(
-    step: Step, rows: Iterable[tuple[Placed, bool]], account: Account, others: Mapping[str, Iterable[Row]]
-) -> Iterator[tuple[Placed, bool]]:
-    """The rows that a step keeps which compares them with each other."""
-    there = list(rows)
-    drops = _compared([placed for placed, _ in there], step, others)
-    for reason, place in drops.values():
-        account.drop(reason, place)
-    yield from (entry for number, entry in enumerate(there) if number not in drops)
+    held_out: int
+    """Index among the held-out rows."""
+    training: int
+    """Index among the training rows."""
+    similarity: float
 
 
 def overlap(held_out: Sequence[Row], training: Sequence[Row], similarity: float = 0.8) -> list[Collision]:
-    """Every pair of a held-out and a training row that say nearly the same, as `near_duplicates` compares them.
-
-    Drop the training rows, `{pair.training for pair in …}`, or the held-out ones.
-    """
+    """Every pair of a held-out and a training row that are near duplicates, as the step `near_duplicates` compares."""
     held, trained = ([_comparable(row) for row in rows] for rows in (held_out, training))
     return [Collision(*pair) for pair in near_duplicates.collisions(held, trained, similarity)]
 
@@ -147,32 +144,44 @@ def overlap(held_out: Sequence[Row], training: Sequence[Row], similarity: float 
 # Steps on one row
 
 
-def _settled(row: Row, steps: Sequence[Step]) -> tuple[Row, str, Counter[str]]:
-    """The row after all steps on single rows, why it is dropped (or nothing), and the personal data in it.
+def _cleaned_row(row: Row, steps: Sequence[Step]) -> tuple[Row, str, Counter[str]]:
+    """The row after all steps on single rows, the reason to drop it (or ""), and the counts of masked personal data.
 
-    Every edit makes the row shorter or replaces characters by ones that no step replaces, so this ends.
+    Every edit shortens the row or replaces characters by characters that no step replaces, so this ends.
     """
-    masked: Counter[str] = Counter()
+    from stages.data import cleaning_text  # its patterns take long to compile, and every command imports this module
+
+    masker = cleaning_text.Masker()
     while True:
         before = row
         for step in steps:
-            row, reason = _stepped(row, step, masked)
+            row, reason = _after_step(row, step, masker)
             if reason:
-                return row, reason, masked
+                return row, reason, masker.counts
         if row == before:
-            return row, "", masked
+            return row, "", masker.counts
 
 
-def _stepped(row: Row, step: Step, masked: Counter[str]) -> tuple[Row, str]:
-    """The row after one step, and why it is dropped (or nothing); what compares rows does nothing here."""
-    from stages.data import cleaning_text  # its patterns take a while to compile, and every command imports this module
+def _personal_data(row: Row) -> Counter[str]:
+    """The counts of the personal data in a row."""
+    from stages.data import cleaning_text  # as in `_cleaned_row`
+
+    masker = cleaning_text.Masker()
+    for text in texts(row, system=True):
+        masker(text)
+    return masker.counts
+
+
+def _after_step(row: Row, step: Step, mask: Callable[[str], str]) -> tuple[Row, str]:
+    """The row after one step, and the reason to drop it (or ""). Steps that compare rows do nothing here."""
+    from stages.data import cleaning_text  # as in `_cleaned_row`
 
     reason = ""
     match step:
         case Plain(step=("whitespace" | "html" | "width") as name):
             row, reason = _edited(row, cleaning_text.EDITS[name], name)
         case PersonalData(action="mask"):
-            row, reason = _edited(row, lambda text: cleaning_text.masked(text, masked), step.step)
+            row, reason = _edited(row, mask, step.step)
         case Length():
             length = sum(map(len, texts(row)))
             if step.min is not None and length < step.min:
@@ -182,40 +191,41 @@ def _stepped(row: Row, step: Step, masked: Counter[str]) -> tuple[Row, str]:
         case Language():
             reason = "" if cleaning_text.is_in("\n".join(texts(row)), step.name, step.share) else f"not {step.name}"
         case RepeatedLines():
-            worst = max(map(cleaning_text.repeated, texts(row)), default=0)
+            worst = max(map(cleaning_text.repeated_share, texts(row)), default=0)
             reason = f"more than {step.share:g} of a text in repeated lines" if worst > step.share else ""
     return row, reason
 
 
 def texts(row: Row, system: bool = False) -> list[str]:
-    """What the row says, text by text; system prompts too if asked for."""
-    found: list[str] = []
+    """The texts of a row, in order; with `system` its system prompts too."""
+    contents: list[str] = []
     for name, value in row.items():
-        if name in _NOT_SAID:
+        if name in _WITHOUT_TEXT:
             continue
         if isinstance(value, str):
-            found.append(value)
+            contents.append(value)
         else:
-            found += [turn["content"] for turn in value if system or turn["role"] != "system"]
-    return found
+            contents += [message["content"] for message in value if system or message["role"] != "system"]
+    return contents
 
 
 def _edited(row: Row, edit: Callable[[str], str], name: str) -> tuple[Row, str]:
-    """The row with every text edited, and why it cannot stay (or nothing): `_rows` promises more than its shape.
+    """The row with every text edited, and the reason to drop it (or "").
 
-    No text is empty, and no preference has two answers that are the same. An emptied system prompt is left out.
+    A row stays normalised: it is dropped when a text becomes empty or the two answers of a pair become the same. A
+    system prompt that becomes empty is removed.
     """
     new: Row = {}
     for key, value in row.items():
-        if key in _NOT_SAID:
+        if key in _WITHOUT_TEXT:
             new[key] = value
             continue
         if isinstance(value, str):
             new[key] = _trimmed(value, edit)
             continue
-        turns = [{**turn, "content": _trimmed(turn["content"], edit)} for turn in value]
-        new[key] = [turn for turn in turns if turn["content"] or turn["role"] != "system"]
-        if not new[key] or any(not turn["content"].strip() and "tool_calls" not in turn for turn in new[key]):
+        messages = [{**message, "content": _trimmed(message["content"], edit)} for message in value]
+        new[key] = [message for message in messages if message["content"] or message["role"] != "system"]
+        if not new[key] or any(not message["content"].strip() and "tool_calls" not in message for message in new[key]):
             return new, f"empty after `{name}`"
     if any(isinstance(value, str) and not value.strip() for value in new.values()):
         return new, f"empty after `{name}`"
@@ -225,25 +235,26 @@ def _edited(row: Row, edit: Callable[[str], str], name: str) -> tuple[Row, str]:
 
 
 def _trimmed(text: str, edit: Callable[[str], str]) -> str:
+    """The edited text without blanks around it; a text that the edit does not change keeps them."""
     edited = edit(text)
     return text if edited == text else edited.strip()
 
 
 # Steps that compare rows
 
-_Drops = dict[int, tuple[str, str]]  # by the row's number: why it is dropped, and its place and what it is like
+_Drops = dict[int, tuple[str, str]]  # index of a row → the reason to drop it, and its place with what it duplicates
 
 
-def _compared(rows: list[Placed], step: Step, others: Mapping[str, Iterable[Row]]) -> _Drops:
-    """What one step drops; what looks at single rows does nothing here."""
+def _drops(rows: list[PlacedRow], step: Step, others: Mapping[str, Iterable[Row]]) -> _Drops:
+    """The rows that a step drops because it compares rows; a step on single rows drops none here."""
     match step:
         case Plain(step="exact_duplicates"):
             return _exact(rows)
         case NearDuplicates():
-            found = near_duplicates.repeats([_comparable(row) for _, row in rows], step.similarity)
+            repeats = near_duplicates.repeats([_comparable(row) for _, row in rows], step.similarity)
             return {
                 number: ("near duplicate", f"{rows[number][0]}, {similarity:.2f} like {rows[other][0]}")
-                for number, (other, similarity) in found.items()
+                for number, (other, similarity) in repeats.items()
             }
         case Contamination():
             return _contaminated(rows, step, others)
@@ -251,7 +262,7 @@ def _compared(rows: list[Placed], step: Step, others: Mapping[str, Iterable[Row]
             return {}
 
 
-def _exact(rows: list[Placed]) -> _Drops:
+def _exact(rows: list[PlacedRow]) -> _Drops:
     drops: _Drops = {}
     first: dict[bytes, str] = {}
     for number, (place, row) in enumerate(rows):
@@ -264,36 +275,37 @@ def _exact(rows: list[Placed]) -> _Drops:
 
 
 def _key(row: Row) -> bytes:
-    """The whole row, who says what, but for width and the kind and number of blanks."""
+    """A digest of the whole row, roles included, that does not depend on width and on the kind and number of blanks."""
     key = blake2b(digest_size=16)
     for name, value in row.items():
-        if name in _NOT_SAID:
+        if name in _WITHOUT_TEXT:
             key.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
             continue
-        turns = [{"role": "", "content": value}] if isinstance(value, str) else value
-        for turn in turns:
-            plain = " ".join(unicodedata.normalize("NFKC", turn["content"]).split())
-            key.update(f"{name} {turn['role']} {len(plain)} {plain}".encode("utf-8", "surrogatepass"))
+        messages = [{"role": "", "content": value}] if isinstance(value, str) else value
+        for message in messages:
+            plain = " ".join(unicodedata.normalize("NFKC", message["content"]).split())
+            key.update(f"{name} {message['role']} {len(plain)} {plain}".encode("utf-8", "surrogatepass"))
     return key.digest()
 
 
 def _comparable(row: Row) -> str:
+    """The texts of a row as near duplicates are compared: NFKC, lower case, without blanks."""
     return "\n".join("".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts(row))
 
 
-def _contaminated(rows: list[Placed], step: Contamination, others: Mapping[str, Iterable[Row]]) -> _Drops:
+def _contaminated(rows: list[PlacedRow], step: Contamination, others: Mapping[str, Iterable[Row]]) -> _Drops:
     drops: _Drops = {}
-    here = [_letters(row) for _, row in rows]
+    letters = [_letters(row) for _, row in rows]
     for name in step.against:
         if name not in others:
-            there = nearest(name, others) or "; there is no other"
-            raise StageError(f"`contamination` is against `{name}`, and no other data set is called that{there}")
+            hint = nearest(name, others) or "; there is no other"
+            raise StageError(f"`contamination` is against `{name}`, and no other data set is called that{hint}")
         held_out = [text for row in others[name] if (text := _letters(row))]
-        for number, common in near_duplicates.common(here, held_out, step.ngram).items():
+        for number, common in near_duplicates.common(letters, held_out, step.ngram).items():
             drops.setdefault(number, (f"in `{name}`", f"{rows[number][0]}: {common}"))
     return dict(sorted(drops.items()))
 
 
 def _letters(row: Row) -> str:
-    """Letters and digits alone, as one text: an exam's question and right answer may be split in another way here."""
+    """The letters and digits of a row as one text: an exam may split question and answer in another way."""
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", "".join(texts(row))).casefold())

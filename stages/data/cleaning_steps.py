@@ -20,18 +20,20 @@ class Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: Literal["whitespace", "html", "width", "exact_duplicates"]
-    """`whitespace`: every blank a plain one, none double or at a line's end, at most one empty line; no invisible
+    """`whitespace`: single plain blanks, none at the end of a line, at most one empty line in a row, no invisible
     characters. Indentation and fenced code stay.
 
-    `html`: HTML's own tags, comments, scripts and entities; `<` in `P<0.05` stays, so does what is between backticks.
+    `html`: removes HTML's tags, comments and scripts and resolves its entities. `<` in `P<0.05` stays, and so does text
+    between backticks.
 
-    `width`: full-width letters, digits and signs as ASCII; Chinese punctuation, `²` and `㎎` stay.
+    `width`: full-width letters, digits and signs become ASCII; Chinese punctuation, `²` and `㎎` stay.
 
-    `exact_duplicates`: rows that are the same as an earlier one, system prompt and all, but for width and blanks."""
+    `exact_duplicates`: drops rows that are the same as an earlier row, system prompt included, whatever their width and
+    blanks."""
 
 
 class Length(BaseModel):
-    """Keep rows that say neither too little nor too much, in characters."""
+    """Keep rows whose texts together have from `min` to `max` characters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,11 +51,11 @@ class Length(BaseModel):
 
 
 class Language(BaseModel):
-    """Keep rows in one language, told by its script alone: there is no model, and `en` is any Latin script.
+    """Keep rows in one language, recognised by script alone, without a model: `en` is any language in Latin script.
 
-    Counted are Han characters, kana, Hangul syllables, and words of other scripts, so that `阿莫西林（amoxicillin）` is
-    four to one. `share` of them must be Han, or Latin words. Chinese with kana for more than a tenth of its Han
-    characters is Japanese. A row with nothing to count stays.
+    Han characters, kana, Hangul syllables and words of other scripts count one each: `阿莫西林（amoxicillin）` is four
+    to one. At least `share` of them must be Han characters (`zh`) or Latin words (`en`). Text with more than one kana
+    for ten Han characters is Japanese. A row with nothing to count stays.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,11 +66,11 @@ class Language(BaseModel):
 
 
 class RepeatedLines(BaseModel):
-    """Keep rows no text of which repeats its own lines too much, as scraped pages and runaway answers do.
+    """Drop rows with a text that repeats its own lines too much, as scraped pages and runaway answers do.
 
-    `share` of a text's characters may be in lines that it had before, and 0.2 is what Gopher allows (Rae et al., 2021,
-    table A1); lines with fewer than five letters or digits, such as brackets and table rules, do not count. No line is
-    taken out, because songs and rows of examples repeat theirs, too.
+    At most `share` of a text's characters may be in lines that repeat an earlier line of the text; 0.2 is Gopher's
+    limit (Rae et al., 2021, table A1). Lines with fewer than five letters or digits, such as brackets and table rules,
+    do not count. Lines are never removed from a text, because songs and lists of examples repeat lines too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,9 +80,9 @@ class RepeatedLines(BaseModel):
 
 
 class NearDuplicates(BaseModel):
-    """Drop rows that say nearly what an earlier kept row says: Jaccard similarity over character 5-grams.
+    """Drop rows whose Jaccard similarity to an earlier kept row, over character 5-grams, is at least `similarity`.
 
-    Compared without blanks, width and case. Two rows that differ in a dose alone may well be near duplicates.
+    Blanks, width and case do not count. Two rows that differ only in a dose can be near duplicates.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,7 +94,7 @@ class NearDuplicates(BaseModel):
 class PersonalData(BaseModel):
     """Mask or only count e-mail addresses, Chinese identity card numbers (18 characters, checksum) and mobile numbers.
 
-    Names, addresses, landlines and accounts of messengers are not found.
+    Names, postal addresses, landlines and accounts of messengers are not recognised.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,10 +104,10 @@ class PersonalData(BaseModel):
 
 
 class Contamination(BaseModel):
-    """Drop rows that share `ngram` characters in a row with a row of another data set, such as an exam.
+    """Drop rows that share `ngram` consecutive characters with a row of another data set, such as an exam.
 
-    Compared are letters and digits alone (NFKC, lower case), question and answer as one text. What both sides have
-    around every question counts too, so keep prompts such as `请回答下面的单选题` out of one of them.
+    Only letters and digits are compared (NFKC, lower case), question and answer as one text. Text that both data sets
+    have around every question counts too: remove prompts such as `请回答下面的单选题` from one of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -117,7 +119,7 @@ class Contamination(BaseModel):
 
 Step = Plain | Length | Language | RepeatedLines | NearDuplicates | PersonalData | Contamination
 
-_KINDS: dict[str, type[BaseModel]] = {
+_STEPS: dict[str, type[BaseModel]] = {
     **dict.fromkeys(("whitespace", "html", "width", "exact_duplicates"), Plain),
     "length": Length,
     "language": Language,
@@ -126,47 +128,53 @@ _KINDS: dict[str, type[BaseModel]] = {
     "personal_data": PersonalData,
     "contamination": Contamination,
 }
-# The setting that `{language: zh}` means, and what it may be.
+# Steps that have a short form, such as `{language: zh}`: the setting that it stands for, and its choices.
 _SHORT = {"language": ("name", get_args(_LANGUAGES)), "personal_data": ("action", get_args(_ACTIONS))}
-_BARE = {"length": "{min: 5, max: 4000}", "language": "zh", "contamination": "{against: [exam]}"}  # none has a default
+# Steps without defaults, and an example of their settings.
+_NEEDS_SETTINGS = {"length": "{min: 5, max: 4000}", "language": "zh", "contamination": "{against: [exam]}"}
 
 
 def _named(written: object) -> object:
-    """`html` or `{length: {min: 5}}`, as YAML has it, with the name under `step`; ValueError when it is neither."""
+    """A step as YAML has it, `html` or `{length: {min: 5}}`, as a mapping with the name under `step`.
+
+    Raises:
+        ValueError: it is neither a known name nor a known name with its settings.
+    """
     if isinstance(written, BaseModel) or (isinstance(written, dict) and "step" in written):
-        return written  # as a dump has it
+        return written  # a step that was validated or dumped before
     if isinstance(written, str):
         name, settings = written, None
     elif isinstance(written, dict) and len(written) == 1:
         name, settings = next(iter(written.items()))
     elif isinstance(written, dict) and written:
-        raise ValueError(f"{_listed(written)} stand in one mapping; give each step its own, as `{{name: …}}`")
+        raise ValueError(f"{_listed(written)} are in one mapping; give each step its own, as `{{name: …}}`")
     else:
         raise ValueError("a step is a name, such as `html`, or one with settings, such as `{length: {min: 5}}`")
-    if name not in _KINDS:
-        raise ValueError(f"there is no cleaning step `{name}`{nearest(str(name), _KINDS)}")
-    if settings is None and name in _BARE:
-        raise ValueError(f"`{name}` needs settings, such as `{name}: {_BARE[name]}`")
+    if name not in _STEPS:
+        raise ValueError(f"there is no cleaning step `{name}`{nearest(str(name), _STEPS)}")
+    if settings is None and name in _NEEDS_SETTINGS:
+        raise ValueError(f"`{name}` needs settings, such as `{name}: {_NEEDS_SETTINGS[name]}`")
     short, choices = _SHORT.get(name, ("", ()))
     if short and settings is not None and not isinstance(settings, dict):
         settings = {short: settings}
-    known = [setting for setting in _KINDS[name].model_fields if setting != "step"]
+    known = [setting for setting in _STEPS[name].model_fields if setting != "step"]
     if settings is not None and not isinstance(settings, dict):
-        there = f"its settings as a mapping: {_listed(known)}" if known else "no settings"
-        raise ValueError(f"`{name}` takes {there}")
+        wanted = f"its settings as a mapping: {_listed(known)}" if known else "no settings"
+        raise ValueError(f"`{name}` takes {wanted}")
     for setting in settings or {}:
         if setting not in known:
-            there = nearest(str(setting), known) or "; it takes none"
-            raise ValueError(f"`{name}` has no setting `{setting}`{there}")
+            hint = nearest(str(setting), known) or "; it takes none"
+            raise ValueError(f"`{name}` has no setting `{setting}`{hint}")
     if short and settings and short in settings and settings[short] not in choices:
         raise ValueError(f"`{name}` is `{settings[short]}`{nearest(str(settings[short]), choices)}")
     return {"step": name, **(settings or {})}
 
 
 def _once(steps: list[Step]) -> list[Step]:
+    """The steps. Raises ValueError when a step is listed twice."""
     for name, count in Counter(step.step for step in steps).items():
         if count > 1:
-            raise ValueError(f"`{name}` is there {count} times; keep one")
+            raise ValueError(f"`{name}` is listed {count} times; keep one")
     return steps
 
 

@@ -1,7 +1,7 @@
 """Data sets on the Hub: a name with its commit in, the data files of one subset and split out.
 
-Only data files are fetched and nothing of a data set is run. Which files make up a subset and a split is read from
-the data set's card, or else from the files' names, as the `datasets` library does.
+Only data files are fetched, and no code of a data set is run. The files of a subset and a split are those that the
+data set's card declares; without a card they follow from the files' names, as in the `datasets` library.
 """
 
 import re
@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.data.files import KINDS, is_data
+from stages.data.files import FILE_TYPES, is_data
 from stages.runtime.errors import StageError, nearest
 
 NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)@(?P<commit>[0-9a-f]{40})$")
 UNPINNED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]*)?$")
 CARD = "README.md"
 SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}\b")
-SPLITS = {  # what files of a split are called
+SPLITS = {  # split → words in the names of its files
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -24,11 +24,11 @@ SPLITS = {  # what files of a split are called
 
 
 class NotFetched(StageError):
-    """A data set on the Hub that is not on this machine yet."""
+    """A data set on the Hub is not on this machine yet."""
 
 
 def is_name(path: str) -> bool:
-    """True for `org/name@commit`, where the commit has its 40 hex digits, that is no file here."""
+    """Whether a path is `org/name@commit`, with all 40 hex digits of the commit, and not a file on this machine."""
     return bool(NAME.match(path)) and not Path(path).exists()
 
 
@@ -36,41 +36,41 @@ def locate(path: str, subset: str | None, split: str, *, download: bool) -> list
     """The data files of a split, sorted.
 
     Raises:
-        NotFetched: they are not on this machine, and `download` is off.
+        NotFetched: the files are not on this machine, and `download` is False.
         StageError: the Hub cannot be reached or does not know the data set, or there is no such subset or split.
     """
     card = _snapshot(path, [CARD], download=download)
-    inside, declared = _declared(path, _configs(card), subset, split)
+    prefix, declared = _declared(path, _configs(card), subset, split)
     asked = [form for pattern in declared or [] for form in (pattern, pattern.replace("**/", ""))]
-    kinds = [f"{inside}*{kind}{packed}" for kind in KINDS for packed in ("", ".gz")]
-    folder = _snapshot(path, asked or kinds, download=download)
-    wanted = [_regex(pattern) for pattern in declared or [f"{inside}**"]]
+    by_type = [f"{prefix}*{file_type}{packed}" for file_type in FILE_TYPES for packed in ("", ".gz")]
+    folder = _snapshot(path, asked or by_type, download=download)
+    wanted = [_regex(pattern) for pattern in declared or [f"{prefix}**"]]
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if is_data(file))
     names = [name for name in names if any(pattern.fullmatch(name) for pattern in wanted)]
     if not names and not download:
         raise _not_fetched(path)
-    chosen = names if declared or not names else _of_split(path, names, inside, split)
+    chosen = names if declared or not names else _of_split(path, names, prefix, split)
     if not chosen:
-        raise StageError(f"the data set `{path}` holds no {', '.join(KINDS)} files of `split: {split}`")
+        raise StageError(f"the data set `{path}` holds no {', '.join(FILE_TYPES)} files of `split: {split}`")
     return [folder / name for name in chosen]
 
 
 def _snapshot(path: str, patterns: Sequence[str], *, download: bool) -> Path:
-    """The folder of the data set with the files that match."""
+    """The folder on this machine that holds the files of the data set that match."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    found = NAME.match(path)
-    assert found is not None
-    wanted = {"repo_type": "dataset", "revision": found["commit"], "allow_patterns": [*patterns]}
+    parts = NAME.match(path)
+    assert parts is not None
+    wanted = {"repo_type": "dataset", "revision": parts["commit"], "allow_patterns": [*patterns]}
     refusal: Exception | None = None
-    if download:  # first, since a snapshot on this machine may lack files that nobody asked for yet
+    if download:  # first, because a snapshot on this machine may lack files that no earlier call asked for
         try:
-            return Path(snapshot_download(found["name"], **wanted))
+            return Path(snapshot_download(parts["name"], **wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             refusal = error
     try:
-        return Path(snapshot_download(found["name"], **wanted, local_files_only=True))
+        return Path(snapshot_download(parts["name"], **wanted, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
         if refusal is None:
             raise _not_fetched(path) from None
@@ -85,7 +85,7 @@ def _not_fetched(path: str) -> NotFetched:
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
-    """The subsets that the card declares."""
+    """The subsets that the card declares; none where it cannot be read."""
     import yaml
 
     try:
@@ -101,9 +101,12 @@ def _configs(folder: Path) -> list[dict[str, Any]]:
 def _declared(
     path: str, configs: Sequence[dict[str, Any]], subset: str | None, split: str
 ) -> tuple[str, list[str] | None]:
-    """The folder of a subset, as `en/`, and the card's patterns for the split, None where it has none.
+    """The folder of a subset, such as `en/`, and the card's patterns for the split; None where the card has none.
 
-    A subset that the card does not declare is a folder.
+    Where the card declares no subsets, a subset is a folder.
+
+    Raises:
+        StageError: the card does not declare the subset or the split, or `subset` is needed to choose one.
     """
     named = {str(config.get("config_name", "default")): config for config in configs}
     if not named:
@@ -115,9 +118,9 @@ def _declared(
         subset = (marked or list(named))[0]
     if subset not in named:
         raise StageError(f"the data set `{path}` has no subset `{subset}`{nearest(subset, named)}")
-    inside, files = str(named[subset].get("data_dir") or "").strip("/"), named[subset].get("data_files")
+    folder, files = str(named[subset].get("data_dir") or "").strip("/"), named[subset].get("data_files")
     if files is None:
-        return (f"{inside}/" if inside else ""), None
+        return (f"{folder}/" if folder else ""), None
     splits: dict[str, list[str]] = {}
     for name, patterns in _by_split(files):
         splits.setdefault(name, []).extend(map(str, patterns if isinstance(patterns, list) else [patterns]))
@@ -127,7 +130,7 @@ def _declared(
 
 
 def _by_split(files: Any) -> Iterator[tuple[str, Any]]:
-    """The forms that a card may have: patterns, split → patterns, or `split` and `path` together."""
+    """Each split with its patterns. A card has patterns alone, split → patterns, or `split` and `path` together."""
     for entry in files if isinstance(files, list) else [files]:
         if not isinstance(entry, dict):
             yield "train", entry
@@ -138,26 +141,26 @@ def _by_split(files: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """`*` stays within a folder, `**` does not."""
+    """The regular expression of a pattern: `*` matches within a folder, `**` across folders."""
     forms = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
     return re.compile("".join(forms.get(part) or (part if part[:1] == "[" else re.escape(part)) for part in parts))
 
 
-def _of_split(path: str, names: Sequence[str], inside: str, split: str) -> list[str]:
-    """The files of a split by their names; all of them are `train` where no name says anything."""
-    told = {name: _split_of(name.removeprefix(inside)) for name in names}
-    if not any(told.values()):
-        told = dict.fromkeys(names, "train")
-    if split not in told.values():
+def _of_split(path: str, names: Sequence[str], prefix: str, split: str) -> list[str]:
+    """The files of a split by their names; every file belongs to `train` when no name contains a split."""
+    splits = {name: _split_of(name.removeprefix(prefix)) for name in names}
+    if not any(splits.values()):
+        splits = dict.fromkeys(names, "train")
+    if split not in splits.values():
         raise StageError(
-            f"the data set `{path}` has no split `{split}`{nearest(split, {name for name in told.values() if name})}"
+            f"the data set `{path}` has no split `{split}`{nearest(split, {name for name in splits.values() if name})}"
         )
-    return [name for name in names if told[name] == split]
+    return [name for name in names if splits[name] == split]
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file's name tells: `data/train_sft-00000-of-00003.parquet`, `dev.jsonl`, `test/a.csv`."""
+    """The split in a file's name, such as `data/train_sft-00000-of-00003.parquet`, `dev.jsonl` or `test/a.csv`."""
     if shard := SHARD.match(Path(name).name):
         return shard["split"]
     words = set(re.split(r"[^a-z]+", name.lower()))

@@ -1,4 +1,4 @@
-"""Data sets with weights or without, and how many rows of each are drawn."""
+"""Data sets with or without weights, and the number of rows drawn from each."""
 
 import math
 import random
@@ -20,7 +20,7 @@ class Mixture(BaseModel):
 
     sources: list[Source] = Field(min_length=1)
     weights: list[float] = []
-    """As many as sources; empty when none were written."""
+    """One weight per source; empty where none are written."""
 
     @model_validator(mode="before")
     @classmethod
@@ -29,25 +29,25 @@ class Mixture(BaseModel):
 
 
 def counts(available: Sequence[int], weights: Sequence[float], total: int | None) -> list[int]:
-    """How many rows of each data set are drawn, by largest remainder, so that they sum up to `total` exactly.
+    """The number of rows drawn from each data set, by largest remainder, so that they sum up to `total` exactly.
 
-    Without `total` it is the largest number for which no row is needed twice: the data set that is scarcest for its
-    weight is used whole, and the others are cut down to their shares.
+    Without `total` it is the largest number for which no row is drawn twice: the data set with the fewest rows for its
+    weight is used whole, and from the others come as many as their weights allow.
     """
     exact = [Fraction(weight) for weight in weights]
     whole = sum(exact)
     if total is None:
         total = math.floor(min(rows * whole / weight for rows, weight in zip(available, exact, strict=True)))
     shares = [total * weight / whole for weight in exact]
-    found = [math.floor(share) for share in shares]
-    rest = sorted(range(len(shares)), key=lambda index: (found[index] - shares[index], index))
-    for index in rest[: total - sum(found)]:
-        found[index] += 1
-    return found
+    drawn = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda index: (drawn[index] - shares[index], index))
+    for index in by_remainder[: total - sum(drawn)]:
+        drawn[index] += 1
+    return drawn
 
 
 def draw(rows: Sequence[Item], count: int, seed: int | str) -> list[Item]:
-    """`count` rows in their old order, sampled without replacement, pass by pass.
+    """`count` rows in their original order, sampled without replacement, pass by pass.
 
     Raises:
         ValueError: there are no rows to draw from.

@@ -1,22 +1,25 @@
-"""A row of a data set, and where it is."""
+"""Types of a row of a data set: as its file has it, and normalised."""
 
 from typing import Any
 
+FileRow = dict[str, Any]
+"""A row as its file has it: the file's column names and values."""
+
 Row = dict[str, Any]
-"""A row as its file has it, or normalised: `text`; `messages`; `prompt`, `chosen` and `rejected`; or `prompt`,
-`completion` and `label`. Conversations have `tools` too, where the row declares any."""
+"""A normalised row: `text`; `messages`; `prompt`, `chosen` and `rejected`; or `prompt`, `completion` and `label`.
+A conversation also has `tools` where its row declares any."""
 
 Message = dict[str, Any]
-"""`role` and `content`, and `tool_calls` of an assistant that calls tools."""
+"""`role` and `content`, and `tool_calls` where the assistant calls tools."""
 
 Messages = list[Message]
 
 Tools = list[dict[str, Any]]
-"""Tools that a conversation declares, in OpenAI's form."""
+"""The tools that a conversation declares, in OpenAI's form."""
 
-Placed = tuple[str, Row]
-"""A row and its place, as `path:12` or `path: row 12`."""
+PlacedRow = tuple[str, Row]
+"""Where a row is, as `path:12` or `path: row 12`, and the row."""
 
 
 class RowError(Exception):
-    """What is wrong with one row; the message needs no place."""
+    """What is wrong with one row. The message does not name the row's place; the caller adds it."""

@@ -12,8 +12,8 @@ from stages.chat import encoding
 from stages.chat.encoder import Encoder
 from stages.data import cleaning
 from stages.data.drawing import Draw
-from stages.data.row import Placed
-from stages.data.source import Source, kept_rows, rows_of
+from stages.data.row import PlacedRow
+from stages.data.source import Reading, Source, rows_of
 from stages.runtime.interfaces import require
 from stages.training import preparation
 from stages.training.sequences import examples
@@ -85,11 +85,11 @@ def rows(
     return pack_dataset(stream, args.max_length, args.packing_strategy) if args.packing else stream
 
 
-def _read(source: Source) -> Iterator[Placed]:
-    return kept_rows(source, cleaning.Account(), early=_CHECKED)
+def _read(source: Source) -> Iterator[PlacedRow]:
+    return Reading(source).kept(check_after=_CHECKED)
 
 
-def _mixed(draw: Draw) -> Iterator[Placed]:
+def _mixed(draw: Draw) -> Iterator[PlacedRow]:
     """Rows drawn by the weights, without end: a data set that is used up starts again."""
     chance = random.Random(draw.seed)
     streams = [chain.from_iterable(map(_read, repeat(source))) for source in draw.sources]

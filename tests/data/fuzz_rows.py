@@ -1,7 +1,7 @@
 """Rows and files broken at random: `python tests/data/fuzz_rows.py 100000 [SEED]`, or `make fuzz`; CI tries thousands.
 
-Whatever is in a file, reading it must end, blame nobody but the file, and account for every row. Each case has a seed
-of its own, which a failure names.
+Whatever a file holds, reading it must end without an internal error and must account for every row. Each case has its
+own seed, which a failure names.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from pydantic import ValidationError
 
 from stages.data import formats
-from stages.data.source import Source, inspect_rows, rows_of
+from stages.data.source import Reading, Source, rows_of
 from stages.runtime.errors import StageError
 
 SLOW = 5  # seconds for one file
@@ -65,7 +65,7 @@ ENCODINGS = ["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "gb18030", "big5"
 
 
 def anything(dice, depth=0):
-    """Some JSON value."""
+    """A random JSON value."""
     choice = dice.randrange(9 if depth < 3 else 6)
     if choice < 3:
         return dice.choice(WORDS)
@@ -77,7 +77,7 @@ def anything(dice, depth=0):
 
 
 def broken(dice, row):
-    """The row after a few accidents somewhere inside it."""
+    """The row after a few random changes somewhere inside it."""
     row = copy.deepcopy(row)
     for _ in range(dice.choice([0, 0, 0, 1, 1, 2, 4])):
         place = row
@@ -132,7 +132,7 @@ def written(dice, kind, rows):
 
 
 def damaged(dice, data):
-    """The bytes after a few accidents."""
+    """The bytes after a few random changes."""
     data = bytearray(data)
     for _ in range(dice.choice([1, 1, 3, 20])):
         at = dice.randrange(len(data) + 1)
@@ -149,7 +149,7 @@ def damaged(dice, data):
 
 
 def source(dice, path, form):
-    """Some way to read it."""
+    """Random settings to read a file with."""
     settings = {}
     if dice.random() < 0.1:
         module = formats.module(form)
@@ -168,7 +168,7 @@ def source(dice, path, form):
 
 
 def case(seed, folder):
-    """Make a file, read it, and check the account; hands back what it came to, for the tally."""
+    """Write a file, read it, and check the counts, which are returned for the tally."""
     dice = random.Random(seed)
     form = dice.choice(formats.names())
     kind = dice.choice([".jsonl", ".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".txt"])
@@ -180,28 +180,29 @@ def case(seed, folder):
     path = folder / f"x{kind}{'.gz' * packed}"
     path.write_bytes(gzip.compress(data, 1) if packed else data)
     try:
-        reading = source(dice, path, form)
+        reading = Reading(source(dice, path, form))
     except ValidationError:
         return Counter(files=1, settings_refused=1)
-    kept = []
     begun = time.monotonic()
-    done = inspect_rows(reading, keep=kept.append)
+    kept = [row for _, row in reading.rows()]
     assert time.monotonic() - begun < SLOW, "too slow"
-    check(reading, done, kept)
-    if intact and kind in (".jsonl", ".json") and not reading.encoding:
-        count = min(len(rows), reading.max_samples or len(rows))
-        stopped = [line for line in done.problems if "not utf" in line or "not valid JSON" in line or "is not " in line]
-        assert done.read == count or stopped, f"read {done.read} of {count} rows"
+    check(reading, kept)
+    if intact and kind in (".jsonl", ".json") and not reading.source.encoding:
+        count = min(len(rows), reading.source.max_samples or len(rows))
+        words = ("not utf", "not valid JSON", "is not ")
+        stopped = [line for line in reading.problems if any(word in line for word in words)]
+        assert reading.read == count or stopped, f"read {reading.read} of {count} rows"
     path.unlink()
-    return Counter(files=1, refused=bool(done.problems), read=done.read, kept=len(kept), bad=done.bad)
+    return Counter(files=1, refused=bool(reading.problems), read=reading.read, kept=len(kept), bad=reading.bad)
 
 
-def check(reading, done, kept):
-    assert done.read == len(kept) + done.bad, f"read {done.read}, kept {len(kept)}, bad {done.bad}"
-    assert done.problems or not done.bad, "bad rows without a word"
-    assert done.problems or kept, "nothing was kept without a word"
-    assert len(done.problems) <= 4
-    for line in done.problems:
+def check(reading, kept):
+    """Every row is accounted for, problems are short lines, and `rows_of` agrees."""
+    assert reading.read == len(kept) + reading.bad, f"read {reading.read}, kept {len(kept)}, bad {reading.bad}"
+    assert reading.problems or not reading.bad, "bad rows without a problem"
+    assert reading.problems or kept, "no row was kept, without a problem"
+    assert len(reading.problems) <= 4
+    for line in reading.problems:
         assert "\n" not in line, "a problem is one line"
         assert len(line) < 1500
     for row in kept:
@@ -209,15 +210,15 @@ def check(reading, done, kept):
         shape(row)
     raised = None
     try:
-        again = rows_of(reading)
+        again = rows_of(reading.source)
     except StageError as error:
         raised = str(error)
-    assert (raised is None) == (not done.problems), "`problems` and `examples` disagree"
+    assert (raised is None) == (not reading.problems), "`Reading.problems` and `rows_of` disagree"
     assert raised is not None or json.dumps(again) == json.dumps(kept)
 
 
 def shape(row):
-    """Rows that are kept can be trained on."""
+    """A kept row can be trained on."""
     if "text" in row:
         assert row["text"].strip()
         return
@@ -236,7 +237,7 @@ def shape(row):
 
 
 def run(count, seed=0):
-    """Try so many files; AssertionError that names the seed of one that fails."""
+    """Try so many files. Raises AssertionError with the seed of a file that fails."""
     tally = Counter()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         for number in range(seed, seed + count):

@@ -1,3 +1,5 @@
+"""Cleaning: the settings of each step, its effect on single texts and rows, and the account of all rows."""
+
 import json
 import random
 import subprocess
@@ -17,12 +19,12 @@ HAN = "".join(chr(code) for code in range(0x4E00, 0x4E00 + 2000))
 
 
 def steps(*written):
-    """As YAML has them; strict, as the config reads them."""
+    """Steps as YAML has them, validated strictly, as the config does."""
     return STEPS.validate_python(list(written), strict=True)
 
 
 def placed(*rows):
-    """Text stands for a text row; `x:1` is the first row's place."""
+    """Rows with places, of which the first is `x:1`; a string becomes a text row."""
     return [(f"x:{number}", text(row) if isinstance(row, str) else row) for number, row in enumerate(rows, 1)]
 
 
@@ -40,15 +42,21 @@ def pair(prompt, chosen, rejected):
     return {name: chat(turn)["messages"] for name, turn in say.items()}
 
 
+def clean(chosen, rows, others=None):
+    """The kept rows with their places, and the account."""
+    cleaned = cleaning.Cleaning(chosen, rows, others)
+    return list(cleaned), cleaned.account
+
+
 def cleaned(content, *written):
     """One text after the steps; None when its row is dropped."""
-    kept, _ = cleaning.apply(steps(*written), placed(content))
+    kept, _ = clean(steps(*written), placed(content))
     return kept[0][1]["text"] if kept else None
 
 
 def kept_of(rows, *written, **others):
-    """The numbers of the rows kept, and the account of the rest."""
-    kept, account = cleaning.apply(steps(*written), rows, others)
+    """The numbers of the kept rows, and the places of the dropped rows by reason."""
+    kept, account = clean(steps(*written), rows, others)
     assert account.read == account.kept + sum(entry.rows for entry in account.dropped.values()) == len(rows)
     assert account.kept == len(kept)
     return [int(place[2:]) for place, _ in kept], {reason: entry.first for reason, entry in account.dropped.items()}
@@ -79,7 +87,7 @@ def test_a_list_as_yaml_has_it():
         ({}, "a step is a name, such as `html`, or one with settings, such as `{length: {min: 5}}`"),
         (
             {"length": {"min": 5}, "language": "zh"},
-            "`length`, `language` stand in one mapping; give each step its own, as `{name: …}`",
+            "`length`, `language` are in one mapping; give each step its own, as `{name: …}`",
         ),
         ("length", "`length` needs settings, such as `length: {min: 5, max: 4000}`"),
         ("language", "`language` needs settings, such as `language: zh`"),
@@ -110,8 +118,8 @@ def test_a_wrong_value_is_found_where_yaml_has_it():
     assert where == [(1, "length", "min"), (1, "length", "max"), (2, "contamination", "against")]
 
 
-def test_a_step_stands_once():
-    with pytest.raises(ValidationError, match="`html` is there 2 times; keep one"):
+def test_a_step_is_listed_once():
+    with pytest.raises(ValidationError, match="`html` is listed 2 times; keep one"):
         steps("html", "width", {"html": None})
 
 
@@ -165,7 +173,7 @@ def test_width(before, after):
     assert cleaned(before, "width") == after
 
 
-def test_length_is_of_what_the_row_says():
+def test_length_counts_all_texts_but_system_prompts():
     rows = placed(
         chat("s:" + "长" * 50, "u:问问", "a:答"),
         chat("u:问问", "a:答答"),
@@ -222,20 +230,20 @@ ID_CARD = "11010519491231002X"  # the example of GB 11643-1999
     ],
 )
 def test_personal_data(before, after, found):
-    kept, account = cleaning.apply(steps({"personal_data": "mask"}), placed(before))
+    kept, account = clean(steps({"personal_data": "mask"}), placed(before))
     assert (kept, account.personal_data) == (placed(after or before), found)
-    kept, account = cleaning.apply(steps({"personal_data": "count"}, "width"), placed(before))
+    kept, account = clean(steps({"personal_data": "count"}, "width"), placed(before))
     assert (account.changed, account.personal_data) == (int("１" in before), found)
 
 
-def test_what_a_step_uncovers_is_cleaned_too():
+def test_text_that_a_step_uncovers_is_cleaned_too():
     assert cleaned("1380&#8203;0138&#x200b;000", "personal_data", "whitespace", "html") == "[手机号]"
     assert cleaned("好＜ｂｒ＞的", "html", "width") == "好\n的"
-    kept, account = cleaning.apply(steps({"personal_data": "count"}, "html"), placed("13800138000<br>"))
+    kept, account = clean(steps({"personal_data": "count"}, "html"), placed("13800138000<br>"))
     assert (kept, account.personal_data) == (placed("13800138000"), {"mobile": 1})
 
 
-def test_rows_stay_what_their_format_promises():
+def test_rows_stay_normalised():
     rows = placed(
         chat("s:<p>", "u:<b>问</b>", "a:<p>答</p>"),
         chat("u:<br>", "a:答"),
@@ -244,7 +252,7 @@ def test_rows_stay_what_their_format_promises():
         chat("u: 问", "a:答"),
     )
     before = json.dumps(rows)
-    kept, account = cleaning.apply(steps("html"), rows)
+    kept, account = clean(steps("html"), rows)
     assert [row for _, row in kept] == [chat("u:问", "a:答"), pair("问", "好", "坏"), chat("u: 问", "a:答")]
     assert asdict(account) == {
         "read": 5,
@@ -284,7 +292,7 @@ def test_exact_duplicates():
 
 
 def test_the_account_names_three():
-    _, account = cleaning.apply(steps("exact_duplicates"), placed(*["一"] * 6))
+    _, account = clean(steps("exact_duplicates"), placed(*["一"] * 6))
     assert account.dropped["exact duplicate"] == cleaning.Dropped(5, ["x:2, as x:1", "x:3, as x:1", "x:4, as x:1"])
 
 
@@ -298,7 +306,7 @@ def jaccard(one, other):
 
 
 def planted(chance, originals, copies):
-    """Texts, and for each copy its number and its original's."""
+    """Texts with altered copies, and for each copy the index of its original and its own."""
     texts = [drawn(chance, chance.randint(120, 280)) for _ in range(originals)]
     pairs = []
     for _ in range(copies):
@@ -349,7 +357,7 @@ def test_near_duplicates_of_rows():
     assert dropped == {"near duplicate": ["x:3, 0.86 like x:1", "x:5, 1.00 like x:4", "x:8, 1.00 like x:7"]}
 
 
-def test_what_resembles_only_a_dropped_row_stays():
+def test_a_row_similar_only_to_a_dropped_row_is_kept():
     base = drawn(random.Random(6), 100)
     chain = [base, "一" + base[:-8] + "二" * 8, "三" * 8 + base[8:-8] + "二" * 8]
     assert [round(jaccard(*two), 2) for two in ((chain[0], chain[1]), (chain[1], chain[2]))] == [0.86, 0.86]
@@ -357,7 +365,7 @@ def test_what_resembles_only_a_dropped_row_stays():
     assert kept_of(placed(*chain), "near_duplicates")[0] == [1, 3]
 
 
-def test_rows_around_one_template_are_told_apart():
+def test_rows_around_one_template_are_not_near_duplicates():
     chance = random.Random(7)
     template = drawn(chance, 150)
     assert near_duplicates.repeats([template + drawn(chance, 60) for _ in range(400)], 0.8) == {}
@@ -397,7 +405,7 @@ def test_contamination():
     )
     assert kept_of(rows, contamination, exam=iter([])) == ([1, 2, 3, 4, 5, 6, 7], {})
     with pytest.raises(StageError) as error:
-        cleaning.apply(steps(contamination), rows, {"exams": []})
+        clean(steps(contamination), rows, {"exams": []})
     message = "`contamination` is against `exam`, and no other data set is called that; did you mean `exams`?"
     assert str(error.value) == message
 
@@ -467,7 +475,7 @@ def odd_row(chance):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_rows(seed):
-    """None crashes it, every row is accounted for, order stays, and cleaning again changes nothing."""
+    """No row crashes it, every row is accounted for, rows keep their order, and cleaning again changes nothing."""
     chance = random.Random(seed)
     rows = placed(*(odd_row(chance) for _ in range(150)))
     rows += [(f"y:{number}", row) for number, (_, row) in enumerate(chance.choices(rows, k=30))]
@@ -475,15 +483,15 @@ def test_any_rows(seed):
     exam = [odd_row(chance) for _ in range(3)]
     for _ in range(3):
         chosen = steps(*chance.sample(every, chance.randint(1, len(every))))
-        kept, account = cleaning.apply(chosen, iter(rows), {"exam": exam})
+        kept, account = clean(chosen, iter(rows), {"exam": exam})
         assert account.read == len(rows) == account.kept + sum(entry.rows for entry in account.dropped.values())
         places = [place for place, _ in rows]
         assert [place for place in places if place in {place for place, _ in kept}] == [place for place, _ in kept]
         assert account.changed == sum(row != dict(rows)[place] for place, row in kept)
-        again, second = cleaning.apply(chosen, kept, {"exam": exam})
+        again, second = clean(chosen, kept, {"exam": exam})
         assert again == kept
         assert (second.changed, second.dropped, second.kept) == (0, {}, account.kept)
-        assert cleaning.apply(chosen, rows, {"exam": exam})[1] == account
+        assert clean(chosen, rows, {"exam": exam})[1] == account
 
 
 LONG = ["<" * 100_000, "<!--" * 25_000, "-->" * 25_000, "<script>" * 9_000, "</script>" * 9_000, "`" * 99_999]
@@ -492,13 +500,13 @@ LONG += ["1" * 100_000, "９" * 100_000, " " * 100_000 + "x", "x\n" * 50_000, "<
 
 
 @pytest.mark.parametrize("content", LONG)
-def test_long_odd_texts_take_no_long_time(content):
-    """Each would take minutes with a pattern that looks at every rest of the text anew."""
+def test_long_odd_texts_do_not_take_long(content):
+    """Each text would take minutes with a pattern that scans the rest of the text again from every position."""
     every = [*PLAIN, {"language": "zh"}, {"personal_data": "mask"}]
-    cleaning.apply(steps(*every), placed(content))
+    clean(steps(*every), placed(content))
 
 
-def test_tools_calls_and_labels_are_left_alone():
+def test_tools_calls_and_labels_are_not_changed():
     tools = [{"type": "function", "function": {"name": "dose", "parameters": {}}}]
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "dose"}}]}
     called = {**chat("u:<b>布洛芬</b>吃多少？"), "tools": tools}
@@ -509,7 +517,7 @@ def test_tools_calls_and_labels_are_left_alone():
         "label": True,
     }
     rows = placed(called, labelled, {**labelled, "label": False}, labelled)
-    kept, account = cleaning.apply(steps("html", "whitespace", "exact_duplicates", "near_duplicates"), rows)
+    kept, account = clean(steps("html", "whitespace", "exact_duplicates", "near_duplicates"), rows)
     assert [row for _, row in kept[:1]] == [
         {**called, "messages": [{"role": "user", "content": "布洛芬吃多少？"}, *called["messages"][1:]]}
     ]
@@ -521,8 +529,8 @@ def test_tools_calls_and_labels_are_left_alone():
 
 
 def test_no_rows():
-    assert cleaning.apply(steps(*PLAIN), []) == ([], cleaning.Account())
-    assert cleaning.apply([], placed("一")) == (placed("一"), cleaning.Account(1, 1))
+    assert clean(steps(*PLAIN), []) == ([], cleaning.Account())
+    assert clean([], placed("一")) == (placed("一"), cleaning.Account(1, 1))
 
 
 def test_importing_costs_only_pydantic():

@@ -1,4 +1,4 @@
-"""What other people's data sets look like: LLaMA-Factory's dataset_info.json, entry by entry, in our words."""
+"""Other people's data sets: each entry of LLaMA-Factory's dataset_info.json, expressed as a `Source`."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from stages.data.source import Source, rows_of
 
 INFO = Path(__file__).parents[3] / "shared" / "data" / "LLaMA-Factory" / "dataset_info.json"
-COMMIT = "0" * 40  # theirs name no revision; whoever uses one looks it up
+COMMIT = "0" * 40  # their entries have no revision; users of an entry look it up
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "chosen": "chosen", "rejected": "rejected"}
 TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
 TAGS |= {"observation_tag": "tool", "function_tag": "function_call"}
@@ -17,9 +17,9 @@ MEDIA = "images, video and audio are not supported; only text is"
 
 
 def translated(entry):
-    """Our settings for an entry of theirs; ValueError where there are none.
+    """Our settings for one of their entries. Raises ValueError when it cannot be expressed.
 
-    As in their `data/parser.py`, `columns` replaces all of their defaults, and `tags` theirs.
+    As in their `data/parser.py`, `columns` replaces all default columns, and `tags` all default tags.
     """
     settings = {"path": entry.get("file_name")}
     if "file_name" not in entry:
@@ -55,7 +55,7 @@ def translated(entry):
 
 
 def refusal(entry):
-    """Why an entry has no Source, or None."""
+    """Why an entry has no `Source`; None when it has one."""
     try:
         Source.model_validate(translated(entry), strict=True)
     except ValidationError as error:
@@ -69,7 +69,7 @@ CHAT = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assis
 HERE = {"file_name": "x.json"}
 ROLES = {"user": "user", "assistant": "assistant"}
 KEYS = {"role": "role", "content": "content"}
-SHAPES = [  # every shape that their file has, and what it becomes
+SHAPES = [  # an entry of every shape that their file has, and settings of its `Source`
     (HERE, {"format": "alpaca"}),
     ({"hf_hub_url": "a/b", "ms_hub_url": "c/d", "om_hub_url": "e/f"}, {"path": f"a/b@{COMMIT}", "format": "alpaca"}),
     ({"hf_hub_url": "wiki_qa", "columns": {"prompt": "question", "response": "answer"}},
@@ -128,7 +128,7 @@ def test_a_shape_of_theirs_that_is_refused(entry, reason):
 
 
 def test_what_a_shape_reads(tmp_path, monkeypatch):
-    """Renamed columns, roles and keys together, on rows as such data sets have them."""
+    """Renamed columns, roles and keys together, on rows that such data sets hold."""
     monkeypatch.chdir(tmp_path)
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
     for entry, row, expected in [

@@ -1,4 +1,4 @@
-"""The tables of docs/formats.md: every row there is made a file, read, and compared with what the page says."""
+"""The tables of docs/formats.md: every row in them is written to a file, read, and compared with the page."""
 
 import gzip
 import json
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from readings import read_all
 
 from stages.data import formats
-from stages.data.source import Source, inspect_rows
+from stages.data.source import Source
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 SAID = re.compile(r'(\w+)\(("(?:[^"\\]|\\.)*"|null)\)')
@@ -63,32 +64,33 @@ def spelled(row, section):
 
 
 def first_row(section):
-    """A row of this format that is kept, for the company of others."""
+    """A row of this format that is kept."""
     return spelled(code(rows("kept", "read as", section=section)[0][2][0]), section)
 
 
 def shown(row):
-    """A row that was read, on one line."""
-    told = (
-        [row["text"]] if "text" in row else [said(turn) for key in ("prompt", "messages") for turn in row.get(key, ())]
-    )
-    told += [f"{key} {said(turn)}" for key in ("chosen", "rejected") for turn in row.get(key, ())]
+    """A normalised row on one line, as the page shows it."""
+    if "text" in row:
+        parts = [row["text"]]
+    else:
+        parts = [said(message) for key in ("prompt", "messages") for message in row.get(key, ())]
+    parts += [f"{key} {said(message)}" for key in ("chosen", "rejected") for message in row.get(key, ())]
     if "label" in row:
-        told += [said(row["completion"][0]), "good" if row["label"] else "bad"]
+        parts += [said(row["completion"][0]), "good" if row["label"] else "bad"]
     if "tools" in row:
-        told.append("tools: " + ", ".join(tool["function"]["name"] for tool in row["tools"]))
-    line = " · ".join(told).replace("\n", "⏎").replace("\0", "␀")
+        parts.append("tools: " + ", ".join(tool["function"]["name"] for tool in row["tools"]))
+    line = " · ".join(parts).replace("\n", "⏎").replace("\0", "␀")
     return re.sub(r"(.)\1{999,}", lambda found: f"{found[1]}×{len(found[0])}", line)
 
 
-def said(turn):
-    calls = (call["function"] for call in turn.get("tool_calls", ()))
+def said(message):
+    calls = (call["function"] for call in message.get("tool_calls", ()))
     calls = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls]
-    return f"{turn['role']}: " + " ".join([turn["content"]] * bool(turn["content"]) + calls)
+    return f"{message['role']}: " + " ".join([message["content"]] * bool(message["content"]) + calls)
 
 
 def content(cell, encoding="utf-8"):
-    """The bytes of a cell, in which a backslash stands before `n`, `r`, `t` and the two hex digits of a byte."""
+    """The bytes of a cell, in which `\\n`, `\\r`, `\\t` and `\\x` with two hex digits are escapes."""
     parts, end = [], 0
     for found in BYTE.finditer(cell):
         parts.append(cell[end : found.start()].encode(encoding))
@@ -98,11 +100,10 @@ def content(cell, encoding="utf-8"):
 
 
 def read(source):
-    """The rows that are kept, and what is said of the others where none may be dropped."""
-    kept = []
-    done = inspect_rows(source, keep=kept.append)
-    assert done.read == len(kept) + done.bad
-    return kept, "; ".join(done.problems)
+    """The rows that are kept, and the problems as one line."""
+    reading, kept = read_all(source)
+    assert reading.read == len(kept) + reading.bad
+    return kept, "; ".join(reading.problems)
 
 
 @pytest.fixture(autouse=True)
@@ -111,18 +112,21 @@ def _here(tmp_path, monkeypatch):
 
 
 def second(section, settings, row):
-    """What becomes of a row that follows a good one, in a file that the section's example reads."""
+    """The kept rows after the first, and the problems, of a file with a good row and then this row.
+
+    The file is read with the settings of the section's example.
+    """
     good = spelled(code(next(cells[0] for there, its, cells in rows("kept", "read as") if its == settings)), section)
     Path("x.jsonl").write_text(f"{good}\n{spelled(row, section)}\n", encoding="utf-8")
-    kept, told = read(Source(**{**settings, "path": "x.jsonl", "max_dropped": 0}))
-    return kept[1:], told
+    kept, problems = read(Source(**{**settings, "path": "x.jsonl", "max_dropped": 0}))
+    return kept[1:], problems
 
 
 @pytest.mark.parametrize(("section", "settings", "cells"), rows("kept", "read as"))
 def test_a_row_that_is_kept(section, settings, cells):
     assert settings["format"] == section
-    (kept,), told = second(section, settings, code(cells[0]))
-    assert (shown(kept), told) == (code(cells[1]), "")
+    (kept,), problems = second(section, settings, code(cells[0]))
+    assert (shown(kept), problems) == (code(cells[1]), "")
 
 
 @pytest.mark.parametrize(("section", "settings", "cells"), rows("skipped", "the reason shown"))
@@ -137,29 +141,29 @@ def test_what_holds_for_every_format(kind, cells):
     Path("x.jsonl").write_bytes(
         content(GROWN.sub(lambda found: "ROW\n" * int(found[2]), code(cells[0])).replace("ROW", row))
     )
-    kept, told = read(Source(path="x.jsonl", format=kind, max_dropped=0))
-    assert (len(kept), told) == (int(cells[1]), cells[2])
+    kept, problems = read(Source(path="x.jsonl", format=kind, max_dropped=0))
+    assert (len(kept), problems) == (int(cells[1]), cells[2])
 
 
 @pytest.mark.parametrize(
     "cells", [cells for *_, cells in rows("file", "encoding", "holds", "texts read", "the message")]
 )
 def test_files(cells):
-    name, encoding, held, texts, told = cells
+    name, encoding, held, texts, expected = cells
     data = content(code(held), encoding) if held else b""
     Path(code(name)).write_bytes(gzip.compress(data) if code(name).endswith(".gz") else data)
-    kept, said = read(Source(path=code(name), format="text", max_dropped=0))
-    assert ([shown(row) for row in kept], said) == (re.findall(r"`(.*?)`", texts), told)
+    kept, problems = read(Source(path=code(name), format="text", max_dropped=0))
+    assert ([shown(row) for row in kept], problems) == (re.findall(r"`(.*?)`", texts), expected)
 
 
 @pytest.mark.parametrize("cells", [cells for *_, cells in rows("`path`", "reads", "or the message")])
 def test_paths(cells):
-    there = re.search(r"Of a folder with (.*), each with one text", PAGE)[1]
-    for name in re.findall(r"`(.*?)`", there):
+    files = re.search(r"Of a folder with (.*), each with one text", PAGE)[1]
+    for name in re.findall(r"`(.*?)`", files):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(json.dumps({"text": name}) if name.endswith(".jsonl") else name, encoding="utf-8")
-    kept, told = read(Source(path=code(cells[0]), format="text"))
-    assert ([row["text"] for row in kept], told) == (re.findall(r"`(.*?)`", cells[1]), cells[2])
+    kept, problems = read(Source(path=code(cells[0]), format="text"))
+    assert ([row["text"] for row in kept], problems) == (re.findall(r"`(.*?)`", cells[1]), cells[2])
 
 
 @pytest.mark.parametrize("kind", formats.names())

@@ -1,4 +1,4 @@
-"""Which files a path names and what is read from each kind: folders, patterns, tables, packed files, the Hub."""
+"""The files that a path names, and the rows of each type of file: folders, patterns, tables, .gz files, the Hub."""
 
 import csv
 import gzip
@@ -10,8 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from readings import problems, read_all
 
-from stages.data.source import NotFetched, Source, data_files, inspect_rows, problems, rows_of
+from stages.data.source import NotFetched, Source, data_files, rows_of
 from stages.runtime.errors import StageError
 
 COMMIT = "a" * 40
@@ -79,9 +80,9 @@ def test_places_name_the_file():
     assert problems(Source(path="d", format="text")) == (
         6,
         [
-            "d/b.jsonl:1: `text` is empty; fill it in or leave the row out",
-            "d/b.jsonl:2: `text` is empty; fill it in or leave the row out",
-            "d/b.jsonl:3: `text` is empty; fill it in or leave the row out — and 2 more bad rows",
+            "d/b.jsonl:1: `text` is empty; fill it in or remove the row",
+            "d/b.jsonl:2: `text` is empty; fill it in or remove the row",
+            "d/b.jsonl:3: `text` is empty; fill it in or remove the row — and 2 more bad rows",
         ],
     )
 
@@ -90,7 +91,7 @@ def test_plain_text_among_rows_is_not_passed_over():
     write("d/a.jsonl", '{"instruction": "a", "output": "b"}\n')
     write("d/readme.txt", "about")
     assert refusal("d", "alpaca") == (
-        "`d/readme.txt` is plain text, which has no alpaca rows; use `format: text`, or a pattern that leaves it out"
+        "`d/readme.txt` is plain text, which has no alpaca rows; use `format: text`, or a pattern that excludes it"
     )
 
 
@@ -104,7 +105,7 @@ def test_a_path_that_is_empty():
     assert refusal("") == refusal(" ") == "`path` is empty; name a file, a folder or a pattern"
 
 
-# Kinds
+# Types of files
 
 
 @pytest.mark.parametrize(
@@ -136,9 +137,11 @@ def test_packed_files(name):
 
 def test_a_packed_file_that_is_cut_off():
     write("x.txt.gz", gzip.compress(os.urandom(2000))[:-200])
-    assert refusal("x.txt.gz", encoding="latin-1").startswith("`x.txt.gz` is no whole .gz file (")
+    assert refusal("x.txt.gz", encoding="latin-1").startswith("`x.txt.gz` is not a complete .gz file (")
     write("y.txt.gz", "plain")
-    assert refusal("y.txt.gz") == ("`y.txt.gz` is no whole .gz file (Not a gzipped file (b'pl')); pack it again")
+    assert refusal("y.txt.gz") == (
+        "`y.txt.gz` is not a complete .gz file (Not a gzipped file (b'pl')); compress it again"
+    )
     write("z.parquet.gz", "x")
     assert "`z.parquet.gz` must be a" in refusal("z.parquet.gz")
 
@@ -174,7 +177,7 @@ def test_a_list_of_rows_on_a_line():
 
 
 class Hub:
-    """`snapshot_download` over a folder that stands for the Hub."""
+    """A `snapshot_download` that copies from a folder in place of the Hub."""
 
     def __init__(self, remote, cache):
         self.remote, self.cache, self.asked, self.down = remote, cache, [], None
@@ -191,9 +194,9 @@ class Hub:
         if self.down:
             raise self.down
         self.asked.append(allow_patterns)
-        there = self.remote / name
-        for file in there.rglob("*"):
-            inner = file.relative_to(there).as_posix()
+        data_set = self.remote / name
+        for file in data_set.rglob("*"):
+            inner = file.relative_to(data_set).as_posix()
             if file.is_file() and any(fnmatch(inner, pattern) for pattern in allow_patterns):
                 (folder / inner).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, folder / inner)
@@ -219,9 +222,9 @@ def of(path="org/set", **settings):
 
 
 def fetched(source):
-    """What is read of it after it was fetched."""
-    found = data_files(source, download=True)
-    assert data_files(source) == found
+    """The texts of a data set, read after it was fetched."""
+    files = data_files(source, download=True)
+    assert data_files(source) == files
     return [row["text"] for row in rows_of(source)]
 
 
@@ -307,7 +310,7 @@ def test_splits_and_subsets_by_the_card(hub, settings, expected):
         (["x.jsonl"], "configs: [", {"split": "test"}, "has no split `test`; there is `train`"),
     ],
 )  # fmt: skip
-def test_subsets_and_splits_that_are_none(hub, names, card, settings, message):
+def test_subsets_and_splits_that_do_not_exist(hub, names, card, settings, message):
     remote(*names, card=card)
     with pytest.raises(StageError) as error:
         data_files(of(**settings), download=True)
@@ -341,10 +344,10 @@ def test_a_data_set_without_its_commit(path):
 # Every row is accounted for
 
 WHOLE = "write the whole character"
-TABLE = [  # a file's bytes, what is kept of it, and what is refused
+TABLE = [  # the bytes of a file, the texts that are kept, and the problems
     ("null", b'{"text": null}\n{"text": "a"}', ["a"], ["x.jsonl:1: `text` is null; it must be text"]),
     ("empty", b'{"text": " \\n"}\n{"text": "a"}', ["a"],
-     ["x.jsonl:1: `text` is empty; fill it in or leave the row out"]),
+     ["x.jsonl:1: `text` is empty; fill it in or remove the row"]),
     ("missing", b'{"txt": "b"}\n{"text": "a"}', ["a"],
      ["x.jsonl:1: the row has no `text`; text rows need `text` (map other names with `columns:`)"]),
     ("half a character", b'{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}', ["😀"],
@@ -360,15 +363,14 @@ TABLE = [  # a file's bytes, what is kept of it, and what is refused
     ("a number", b'7\n{"text": "a"}', ["a"], ["x.jsonl:1: the row is a number, not an object"]),
     ("twice the key", b'{"text": "a", "text": "b"}', ["b"], []),
     ("two encodings", '{"text": "高血压"}\n'.encode() * 9 + '{"text": "感冒"}\n'.encode("gb18030"), [],
-     ["x.jsonl:10: byte 208 of the file is not utf-8; mend it, or name the encoding with `encoding:`"]),
+     ["x.jsonl:10: byte 208 of the file is not utf-8; fix it, or name the encoding with `encoding:`"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "kept", "refused"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_what_is_kept_and_what_is_refused(content, kept, refused):
     write("x.jsonl", content)
-    good = []
-    done = inspect_rows(Source(path="x.jsonl", format="text"), keep=lambda row: good.append(row["text"]))
-    assert done.problems == refused
-    assert done.read == len(good) + done.bad
-    assert good == kept
+    reading, good = read_all(Source(path="x.jsonl", format="text"))
+    assert reading.problems == refused
+    assert reading.read == len(good) + reading.bad
+    assert [row["text"] for row in good] == kept

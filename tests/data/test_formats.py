@@ -1,4 +1,4 @@
-"""What rows of each format become, beyond the plain ones of test_rows.py: tools, labels, words of the file's own."""
+"""Rows of each format beyond those of test_source.py: tools, labels, names of the file's own, placeholders."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import get_args
 
 import pytest
 from pydantic import ValidationError
+from readings import problems, read_all
 
 from stages.data import formats
-from stages.data.source import Format, Source, inspect_rows, problems, rows_of
+from stages.data.source import Format, Source, rows_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "LLaMA-Factory"
 ASK, ANSWER = {"role": "user", "content": "天气？"}, {"role": "assistant", "content": "晴。"}
@@ -113,7 +114,7 @@ def test_several_calls_and_several_results():
     assert said[2:4] == [{"role": "tool", "content": ""}, {"role": "tool", "content": "2"}]
 
 
-def test_what_a_tool_gave_back_may_be_an_object():
+def test_the_output_of_a_tool_may_be_an_object():
     said = [ASK, CALLS, {"role": "tool", "content": {"天": [1, None]}}, ANSWER]
     assert of({"messages": said}, "messages")["messages"][2]["content"] == '{"天": [1, null]}'
 
@@ -141,7 +142,7 @@ def tools(value):
 
 
 MESSAGE = "message 2 of `conversations`"
-RESULT = "a tool call is followed by what the tool gave back"
+RESULT = "a tool call is followed by the tool's output"
 BAD_TOOLS = [
     (
         called("weather(京)"),
@@ -187,7 +188,7 @@ BAD_TOOLS = [
     ),
     (
         talk(("human", "q"), ("function_call", '{"name": "f"}'), ("observation", "x"), ("human", "q")),
-        "message 4 of `conversations` is from the user, not the assistant; what a tool gave back is followed by the "
+        "message 4 of `conversations` is from the user, not the assistant; a tool's output is followed by the "
         "assistant",
     ),
     (
@@ -225,7 +226,7 @@ BAD_OPENAI = [
     ("kind", "row", "message"),
     [("sharegpt", *case) for case in BAD_TOOLS] + [("messages", *case) for case in BAD_OPENAI],
 )
-def test_tools_that_are_none(kind, row, message):
+def test_bad_tools(kind, row, message):
     assert refusal(row, kind) == message
 
 
@@ -243,10 +244,8 @@ def test_a_table_s_filler_nulls_are_no_arguments():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public files are not here")
 def test_all_of_a_public_file_of_tool_calls():
-    found = inspect_rows(
-        Source(path=str(SHARED / "glaive_toolcall_zh_demo.json"), format="sharegpt"), keep=(kept := []).append
-    )
-    assert (found.read, found.bad, found.problems) == (300, 0, [])
+    reading, kept = read_all(Source(path=str(SHARED / "glaive_toolcall_zh_demo.json"), format="sharegpt"))
+    assert (reading.read, reading.bad, reading.problems) == (300, 0, [])
     calls = [call for row in kept for said in row["messages"] for call in said.get("tool_calls", [])]
     assert (len(calls), sum("tools" in row for row in kept)) == (216, 200)
 
@@ -255,8 +254,9 @@ def test_all_of_a_public_file_of_tool_calls():
 
 ABSENT = "the row has no `{}`; {} rows need {} (map other names with `columns:`)"
 ASKED = {"role": "user", "content": "q"}
-EMPTY = "is empty; fill it in or leave the row out"
-ANSWERS = [  # the format, a row less its answer, where the answer stands, and the reason at null, blanks and nothing
+EMPTY = "is empty; fill it in or remove the row"
+# Format, a row without its answer, the answer's column; then the message for null, for blanks and for no such column.
+ANSWERS = [
     ("text", {}, "text", "`text` is null; it must be text", f"`text` {EMPTY}",
      ABSENT.format("text", "text", "`text`")),
     ("alpaca", {"instruction": "q"}, "output", "`output` is null; it must be text", f"`output` {EMPTY}",
@@ -280,9 +280,9 @@ def test_an_answer_that_is_missing(kind, row, name, null, blank, absent):
     good = {**row, name: {"messages": [ASKED, ANSWER], "sharegpt": [ASKED, ANSWER], "labelled": True}.get(kind, "a")}
     rows = [good, {**row, name: None}, {**row, name: " "}, row]
     Path("x.jsonl").write_text("\n".join(map(text, rows)), encoding="utf-8")
-    done = inspect_rows(Source(path="x.jsonl", format=kind), keep=(kept := []).append)
-    assert (done.read, done.bad, len(kept)) == (4, 3, 1)
-    assert done.problems == [f"x.jsonl:{line}: {why}" for line, why in enumerate([null, blank, absent], 2)]
+    reading, kept = read_all(Source(path="x.jsonl", format=kind))
+    assert (reading.read, reading.bad, len(kept)) == (4, 3, 1)
+    assert reading.problems == [f"x.jsonl:{line}: {why}" for line, why in enumerate([null, blank, absent], 2)]
 
 
 @pytest.mark.parametrize("kind", ["messages", "sharegpt"])
@@ -314,7 +314,7 @@ def test_a_pair_may_differ_in_its_calls():
     assert refusal({**row, "rejected": [CALLS]}, "preference") == message
 
 
-def test_a_pair_may_answer_what_a_tool_gave_back():
+def test_a_pair_may_answer_the_output_of_a_tool():
     row = {**PAIR, "prompt": [ASK, CALLS, OUTPUT]}
     assert of(row, "preference") == row
 
@@ -353,7 +353,7 @@ def test_labelled(row, expected):
          "`output`"),
     ],
 )  # fmt: skip
-def test_labels_that_are_none(row, message):
+def test_bad_labels(row, message):
     assert refusal(row, "labelled") == message
 
 
@@ -363,7 +363,7 @@ def test_a_table_has_labels_as_text():
     assert [row["label"] for row in found] == [True, False]
 
 
-# The file's own words
+# Names of the file's own
 
 
 def test_roles_and_keys_of_the_file_s_own():
@@ -392,23 +392,25 @@ def test_calls_and_results_of_the_file_s_own():
     assert [turn["role"] for turn in made["messages"]] == ["user", "assistant", "tool", "assistant"]
 
 
-THEIRS = "maps our names to the file's, and we have no"
+OURS = "is not one of ours"
+THEIRS = "maps our names to the file's, and"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"roles": {"human": "user"}},
-         f"`roles` {THEIRS} `human`; there is `assistant`, `function_call`, `system`, `tool`, `user`"),
-        ({"roles": {"user": "x", "system": "x"}}, "`roles` gives `x` twice; a role of the file is one of ours"),
-        ({"message_keys": {"from": "x"}}, f"`message_keys` {THEIRS} `from`; there is `content`, `role`"),
+         f"`roles` {THEIRS} `human` {OURS}; there is `assistant`, `function_call`, `system`, `tool`, `user`"),
+        ({"roles": {"user": "x", "system": "x"}},
+         "`roles` names `x` twice; a role of the file can be only one of our roles"),
+        ({"message_keys": {"from": "x"}}, f"`message_keys` {THEIRS} `from` {OURS}; there is `content`, `role`"),
         ({"columns": {"images": "images"}},
          "`columns` maps `images`, and images, video and audio are not supported; only text is"),
         ({"split": "train"},
          "`subset` and `split` are for a data set on the Hub, `org/name@commit`; name a file here"),
     ],
 )  # fmt: skip
-def test_wrong_words(settings, message):
+def test_wrong_names(settings, message):
     with pytest.raises(ValidationError) as error:
         Source(path="x.jsonl", format="messages", **settings)
     assert [problem["msg"] for problem in error.value.errors()] == [f"Value error, {message}"]
@@ -443,9 +445,9 @@ def test_placeholders_are_filled():
     [
         (None, "`x.jsonl`: 1 of 1 rows hold `{{author}}`, which a model would learn to say; fill it in with "
          "`fill: {author: …, name: …}`, or keep it with `fill: {}`"),
-        ({"name": "小医"}, "`{{author}}` is left, which `fill:` does not name; there is `name`"),
+        ({"name": "小医"}, "`{{author}}` is a placeholder that `fill:` does not name; there is `name`"),
         ({"name": "小医", "auther": "某某"},
-         "`{{author}}` is left, which `fill:` does not name; did you mean `auther`?"),
+         "`{{author}}` is a placeholder that `fill:` does not name; did you mean `auther`?"),
         ({"name": "a", "author": "b", "nama": "c"},
          "`x.jsonl`: no row holds `{{nama}}`, which `fill:` gives; did you mean `name`?"),
     ],

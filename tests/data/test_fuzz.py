@@ -1,4 +1,4 @@
-"""Broken rows and files, a few thousand of them; `make fuzz` tries a hundred thousand."""
+"""A few thousand broken rows and files; `make fuzz` tries a hundred thousand."""
 
 from fuzz_rows import run
 

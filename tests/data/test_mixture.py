@@ -1,4 +1,4 @@
-"""Data sets mixed by weights: exact shares, and the same rows whenever it is done again."""
+"""Data sets mixed by weights: exact shares, and the same rows every time."""
 
 import pytest
 

@@ -1,3 +1,5 @@
+"""What is read from files of each format: good rows, bad rows, columns, encodings, and the sentences about errors."""
+
 import json
 import subprocess
 import sys
@@ -5,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from readings import problems
 
 from stages.data import files
 from stages.data import source as source_module
-from stages.data.source import Source, problems, rows, rows_of
+from stages.data.files import read_file
+from stages.data.source import Source, rows_of
 from stages.runtime.errors import StageError
 
 
@@ -36,7 +40,7 @@ def say(*turns):
 
 
 def old(*turns):
-    """The same in sharegpt's words."""
+    """The same messages under ShareGPT's names."""
     names = {"s": "system", "u": "human", "a": "gpt", "f": "function_call"}
     return [{"from": names[turn[0]], "value": turn[2:]} for turn in turns]
 
@@ -116,14 +120,14 @@ CALL = '`{"name": …, "arguments": {…}}`'
 TOOL = '`{"name": …, "description": …, "parameters": {…}}`'
 BAD = [
     ("text", {"text": None}, "`text` is null; it must be text"),
-    ("text", {"text": " \n"}, "`text` is empty; fill it in or leave the row out"),
+    ("text", {"text": " \n"}, "`text` is empty; fill it in or remove the row"),
     (
         "text",
         {"text": "\0\ud800"},
         "`text` holds half a character (a lone surrogate); write the whole character",
     ),
     ("alpaca", {"instruction": "a", "output": 5}, "`output` is a number; it must be text"),
-    ("alpaca", {"instruction": "", "output": "b"}, "`instruction` is empty; fill it in or leave the row out"),
+    ("alpaca", {"instruction": "", "output": "b"}, "`instruction` is empty; fill it in or remove the row"),
     ("alpaca", {"instruction": "a", "output": "b", "input": ["x"]}, "`input` is a list; it must be text"),
     (
         "alpaca",
@@ -182,7 +186,7 @@ BAD = [
     (
         "messages",
         {"messages": say("u:hi", "a: ")},
-        "message 2 of `messages` is empty; fill it in or leave the row out",
+        "message 2 of `messages` is empty; fill it in or remove the row",
     ),
     (
         "messages",
@@ -269,17 +273,16 @@ def test_the_first_bad_rows_are_raised():
     with pytest.raises(StageError) as error:
         rows_of(of(path))
     assert str(error.value) == (
-        "x.jsonl:2: `text` is empty; fill it in or leave the row out; x.jsonl:3: `text` is null; it must be text"
+        "x.jsonl:2: `text` is empty; fill it in or remove the row; x.jsonl:3: `text` is null; it must be text"
     )
 
 
 def test_rows_are_as_the_file_has_them():
-    path = write("x.jsonl", '\n{"ask": 1, "id": 7}\n[1]\n')
-    found = rows(of(path, "alpaca", columns={"instruction": "ask"}), "questions")
-    assert next(found) == ("questions:2", {"id": 7, "instruction": 1})
-    with pytest.raises(StageError) as error:
-        next(found)
-    assert str(error.value) == "questions:3: the row is a list, not an object"
+    path = write("x.jsonl", '\n{"ask": 1, "id": 7}\n[1]\n{"ask": 2}\n')
+    first, (place, error), last = read_file(Path(path), None)
+    assert first == ("x.jsonl:2", {"ask": 1, "id": 7})
+    assert (place, str(error)) == ("x.jsonl:3", "the row is a list, not an object")
+    assert last == ("x.jsonl:4", {"ask": 2})
 
 
 # Columns
@@ -345,16 +348,16 @@ def test_a_rare_column_may_come_after_the_first_rows():
     [
         (
             {"columns": {"ask": "instruction"}},
-            "`columns` maps our names to the file's, and we have no `ask`; "
+            "`columns` maps our names to the file's, and `ask` is not one of ours; "
             "there is `history`, `input`, `instruction`, `output`, `system`, `tools`",
         ),
         (
             {"columns": {"ouput": "x"}},
-            "`columns` maps our names to the file's, and we have no `ouput`; did you mean `output`?",
+            "`columns` maps our names to the file's, and `ouput` is not one of ours; did you mean `output`?",
         ),
         (
             {"columns": {"system": "output"}},
-            "`columns` gives the file's `output` to `system`, and then nothing is left for `output`; map it too",
+            "`columns` maps `system` to the file's `output`, so no column is left for `output`; map `output` too",
         ),
         ({"encoding": "gbkk"}, "there is no encoding `gbkk`; try `gb18030`, `big5` or `utf-16`"),
         ({"encoding": "base64"}, "there is no encoding `base64`; try `gb18030`, `big5` or `utf-16`"),
@@ -371,7 +374,10 @@ def test_wrong_settings(settings, message):
 
 def test_documents():
     path = write("x.txt", "\r\n  一\r\n  二\r\n \t\r\n\r\n三\u2028四\0")
-    assert list(rows(of(path))) == [("x.txt:2", {"text": "一\n  二"}), ("x.txt:6", {"text": "三\u2028四\0"})]
+    assert list(read_file(Path(path), None)) == [
+        ("x.txt:2", {"text": "一\n  二"}),
+        ("x.txt:6", {"text": "三\u2028四\0"}),
+    ]
 
 
 def test_plain_text_has_no_questions():
@@ -441,7 +447,7 @@ def test_broken_files(name, content, count, message):
 
 def test_csv():
     path = write("x.csv", ' text ,n\r\n"a, ""b""\r\nc",1\r\n\r\n,\r\nd\0,2\r\n')
-    assert list(rows(of(path))) == [
+    assert list(read_file(Path(path), None)) == [
         ("x.csv:2", {"text": 'a, "b"\r\nc', "n": "1"}),
         ("x.csv:6", {"text": "d\0", "n": "2"}),
     ]
@@ -515,11 +521,11 @@ def test_max_samples(name):
     assert rows_of(of(path, max_samples=9)) == table
 
 
-def test_limit():
+def test_only_the_first_bad_rows_are_shown():
     path = write("x.jsonl", [{"text": ""}] * 5)
-    count, found = problems(of(path), limit=2)
+    count, found = problems(of(path), shown=2)
     assert (count, [line.split(":")[1] for line in found]) == (5, ["1", "2"])
-    assert found[1] == "x.jsonl:2: `text` is empty; fill it in or leave the row out — and 3 more bad rows"
+    assert found[1] == "x.jsonl:2: `text` is empty; fill it in or remove the row — and 3 more bad rows"
 
 
 # Encodings
@@ -567,7 +573,7 @@ def test_the_named_encoding_wins():
     assert rows_of(of(path, encoding="latin-1")) == [{"text": "¸ßÑªÑ¹"}]
 
 
-MEND = "mend it, or name the encoding with `encoding:`"
+FIX = "fix it, or name the encoding with `encoding:`"
 
 
 @pytest.mark.parametrize(
@@ -587,10 +593,10 @@ MEND = "mend it, or name the encoding with `encoding:`"
     ],
 )
 def test_undecodable(content, encoding, where):
-    path, message = write("x.txt", content), f"{where}; {MEND}"
+    path, message = write("x.txt", content), f"{where}; {FIX}"
     assert problems(of(path, encoding=encoding))[1] == [message]
     with pytest.raises(StageError) as error:
-        list(rows(of(path, encoding=encoding)))
+        list(read_file(Path(path), encoding))
     assert str(error.value) == message
 
 
@@ -600,7 +606,7 @@ def test_a_bad_byte_after_good_rows():
     count, found = problems(of(write("x.jsonl", b"\n".join(lines))))
     assert count > 2000
     offset = sum(len(line) + 1 for line in lines[:2500]) + 10
-    assert found == [f"x.jsonl:2501: byte {offset} of the file is not utf-8; {MEND}"]
+    assert found == [f"x.jsonl:2501: byte {offset} of the file is not utf-8; {FIX}"]
 
 
 def test_importing_costs_only_pydantic():

@@ -423,7 +423,7 @@ def test_a_folder_that_rotted_is_never_started_from(project):
             [
                 "4:3: data `consult`: consult.jsonl:2: the row has no `output`; alpaca rows need `instruction` and "
                 "`output` (map other names with `columns:`)",
-                "4:3: data `consult`: consult.jsonl:3: `output` is empty; fill it in or leave the row out",
+                "4:3: data `consult`: consult.jsonl:3: `output` is empty; fill it in or remove the row",
             ],
         ),
         (

@@ -99,7 +99,7 @@ def test_a_plan_does_not_download_and_a_run_does(project, hub):
     after = build(project, HUB, fetch=True)
     assert (set(hub), after.notes, after.rows) == ({"org/set"}, [], {"books": 2})
     assert [problem.split("`books`: ")[1] for problem in after.problems] == [
-        f"{project.folder}/cache/train.jsonl:2: `text` is empty; fill it in or leave the row out"
+        f"{project.folder}/cache/train.jsonl:2: `text` is empty; fill it in or remove the row"
     ]
     assert after.steps[0].fingerprint == before.steps[0].fingerprint
     assert list(after.steps[0].files) == [f"{project.folder}/cache/train.jsonl"]

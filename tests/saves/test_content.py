@@ -1,4 +1,4 @@
-"""What is remembered of files is never older than the files."""
+"""The caches of the content of files are never older than the files."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import os
 import pytest
 
 from pipeline.saves import content as content_module
-from pipeline.saves.content import Hashes, Look, Rows
+from pipeline.saves.content import Hashes, Inspection, Inspections
 from stages.data.source import Source
 
 
@@ -38,12 +38,12 @@ def cache_of(path, entry):
     return cache
 
 
-def test_a_hash_is_taken_from_the_cache_while_nothing_about_the_file_moved(data):
+def test_a_hash_is_taken_from_the_cache_while_nothing_about_the_file_changes(data):
     assert Hashes(cache_of(data, [*stamp(data), "known"])).one(data) == "known"
 
 
 @pytest.mark.parametrize("moved", range(3), ids=["size", "modification time", "change time"])
-def test_a_hash_is_made_anew_when_one_thing_about_the_file_moved(data, moved):
+def test_a_hash_is_computed_again_when_one_thing_about_the_file_changed(data, moved):
     old = stamp(data)
     old[moved] -= 1
     assert Hashes(cache_of(data, [*old, "known"])).one(data) == sha256(b"content")
@@ -76,7 +76,7 @@ def test_a_renamed_folder_is_not_read_again(data, tmp_path):
 
 
 @pytest.mark.parametrize(("later", "kept"), [(0, False), (1, True)])
-def test_only_what_was_read_after_the_clock_of_the_file_system_moved_on_is_remembered(data, later, kept):
+def test_only_a_file_read_after_the_clock_of_the_file_system_moved_on_is_cached(data, later, kept):
     cache = data.with_name("saves") / "hashes.json"
     hashes = Hashes(cache)
     hashes.one(data, clock=data.stat().st_ctime_ns + later)
@@ -87,7 +87,7 @@ def test_only_what_was_read_after_the_clock_of_the_file_system_moved_on_is_remem
 
 
 @pytest.mark.parametrize(("age", "kept"), [(2_000_000_000, False), (2_000_000_001, True)])
-def test_without_such_a_clock_a_file_must_rest_for_two_seconds(data, monkeypatch, age, kept):
+def test_without_such_a_clock_a_file_must_be_two_seconds_old(data, monkeypatch, age, kept):
     monkeypatch.setattr(content_module.time, "time_ns", lambda: data.stat().st_ctime_ns + age)
     hashes = Hashes(data.with_name("hashes.json"))
     hashes.one(data)
@@ -95,15 +95,15 @@ def test_without_such_a_clock_a_file_must_rest_for_two_seconds(data, monkeypatch
 
 
 @pytest.mark.parametrize(("later", "kept"), [(0, False), (1, True)])
-def test_a_file_older_than_the_cache_file_is_remembered(data, monkeypatch, later, kept):
+def test_a_file_older_than_the_cache_file_is_cached(data, monkeypatch, later, kept):
     hashes = Hashes(cache_of(data, [*stamp(data), "known"]))
     hashes.known, hashes.clock = {}, data.stat().st_ctime_ns + later
     hashes.one(data)
     assert hashes.changed == kept
 
 
-def test_a_file_from_the_future_is_not_remembered(data, monkeypatch):
-    """The clock was set back after it was written."""
+def test_a_file_from_the_future_is_not_cached(data, monkeypatch):
+    """The clock was set back after the file was written."""
     monkeypatch.setattr(content_module.time, "time_ns", lambda: data.stat().st_ctime_ns - 10**12)
     hashes = Hashes(data.with_name("hashes.json"))
     assert hashes.one(data) == sha256(b"content")
@@ -111,20 +111,20 @@ def test_a_file_from_the_future_is_not_remembered(data, monkeypatch):
 
 
 @pytest.mark.parametrize("torn", ['{"torn', "[1, 2]", "7"])
-def test_a_torn_cache_is_as_good_as_none(data, torn):
+def test_a_torn_cache_is_ignored(data, torn):
     cache = data.with_name("hashes.json")
     cache.write_text(torn, encoding="utf-8")
     assert Hashes(cache).one(data) == sha256(b"content")
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(data):
+def test_a_cache_that_cannot_be_written_is_ignored(data):
     hashes = Hashes(data / "below a file" / "hashes.json")
     hashes.one(data, clock=data.stat().st_ctime_ns + 1)
     hashes.save()
     assert hashes.changed
 
 
-def test_what_a_killed_process_left_does_not_stay(tmp_path):
+def test_half_written_files_of_killed_processes_are_deleted(tmp_path):
     kept, torn = (
         [".hashes.json", ".rows/ab", ".rows/ab-about.json"],
         [".hashes.json.12", ".rows/ab.7", ".rows/cd.json.81"],
@@ -145,7 +145,7 @@ def source(path, **settings):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Writes a file of texts and hands out its source and digest."""
+    """Writes a file of texts, and returns its source and digest."""
 
     def write(*texts, name="texts.jsonl", bad=False):
         path = tmp_path / name
@@ -161,39 +161,39 @@ def key(source, digest):
 
 
 def test_good_rows_are_parsed_once_whatever_the_file_is_called(texts, tmp_path, monkeypatch):
-    rows = Rows(tmp_path / "rows")
-    good = Look(rows=3, bad=0, first=[], tools=False, problems=[])
-    assert rows.look(*texts("a", "b", "c")) == good
+    inspections = Inspections(tmp_path / "rows")
+    good = Inspection(rows=3, bad=0, first=[], tools=False, problems=[])
+    assert inspections.of(*texts("a", "b", "c")) == good
     again = texts("a", "b", "c", name="moved.jsonl")
-    monkeypatch.setattr(content_module, "inspect_rows", lambda *_, **__: pytest.fail("parsed again"))
-    assert rows.look(*again) == good
+    monkeypatch.setattr(content_module, "Reading", lambda *_: pytest.fail("parsed again"))
+    assert inspections.of(*again) == good
 
 
 def test_other_settings_are_other_rows(texts, tmp_path):
-    rows = Rows(tmp_path / "rows")
+    inspections = Inspections(tmp_path / "rows")
     all_of_it, digest = texts("a", "b", "c")
-    assert rows.look(all_of_it, digest).rows == 3
-    assert rows.look(source(all_of_it.path, max_samples=2), digest).rows == 2
+    assert inspections.of(all_of_it, digest).rows == 3
+    assert inspections.of(source(all_of_it.path, max_samples=2), digest).rows == 2
 
 
-def test_bad_rows_that_stop_the_run_are_told_every_time(texts, tmp_path):
-    rows = Rows(tmp_path / "rows")
+def test_bad_rows_that_stop_the_run_are_reported_every_time(texts, tmp_path):
+    inspections = Inspections(tmp_path / "rows")
     bad = texts("a", bad=True)
-    first = rows.look(*bad)
-    assert first == rows.look(*bad)
+    first = inspections.of(*bad)
+    assert first == inspections.of(*bad)
     assert (first.rows, first.bad, len(first.problems)) == (2, 1, 1)
     assert not list(tmp_path.glob("rows/*"))
 
 
-def test_bad_rows_that_may_be_dropped_are_remembered_with_the_rest(texts, tmp_path, monkeypatch):
-    rows = Rows(tmp_path / "rows")
+def test_bad_rows_that_may_be_dropped_are_cached_with_the_rest(texts, tmp_path, monkeypatch):
+    inspections = Inspections(tmp_path / "rows")
     found, digest = texts("a", bad=True)
     lenient = source(found.path, max_dropped=0.5)
-    look = rows.look(lenient, digest)
-    assert (look.rows, look.bad, look.problems) == (2, 1, [])
-    assert look.first[0].startswith(f"{found.path}:2: not valid JSON")
-    monkeypatch.setattr(content_module, "inspect_rows", lambda *_, **__: pytest.fail("parsed again"))
-    assert rows.look(lenient, digest) == look
+    inspection = inspections.of(lenient, digest)
+    assert (inspection.rows, inspection.bad, inspection.problems) == (2, 1, [])
+    assert inspection.first[0].startswith(f"{found.path}:2: not valid JSON")
+    monkeypatch.setattr(content_module, "Reading", lambda *_: pytest.fail("parsed again"))
+    assert inspections.of(lenient, digest) == inspection
 
 
 @pytest.mark.parametrize(
@@ -208,15 +208,15 @@ def test_bad_rows_that_may_be_dropped_are_remembered_with_the_rest(texts, tmp_pa
     ],
 )
 def test_the_rows_that_changed_are_counted(texts, tmp_path, before, after, expected):
-    rows = Rows(tmp_path / "rows")
+    inspections = Inspections(tmp_path / "rows")
     keys = []
     for letters in (before, after):
         found = texts(*letters)
-        rows.look(*found)
+        inspections.of(*found)
         keys.append(key(*found))
-    assert rows.difference(*keys) == expected
+    assert inspections.difference(*keys) == expected
 
 
-def test_rows_that_nobody_remembers_are_not_counted(texts, tmp_path):
+def test_rows_that_are_not_cached_are_not_counted(texts, tmp_path):
     one, other = texts("a"), texts("b")
-    assert Rows(tmp_path / "rows").difference(key(*one), key(*other)) == ""
+    assert Inspections(tmp_path / "rows").difference(key(*one), key(*other)) == ""

@@ -16,7 +16,7 @@ from stages import sft
 from stages.chat import encoding, fast_tokens
 from stages.chat.template import template_text
 from stages.data import drawing
-from stages.data.source import Source, kept_rows
+from stages.data.source import Reading, Source
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError, explain
 from stages.runtime.processes import parallel_map
@@ -194,7 +194,7 @@ def test_rows_are_tokenized_while_they_are_read_where_all_are_taken(prepared, mo
     write(prepared.file, 64)
     monkeypatch.setattr(drawing, "_ROWS", 16)
     monkeypatch.setattr(preparation, "FEW", 0)
-    seen, kept, encode = [], kept_rows, encoding.encode
+    seen, kept, encode = [], Reading.kept, encoding.encode
 
     def read(*arguments):
         for placed in kept(*arguments):
@@ -205,7 +205,7 @@ def test_rows_are_tokenized_while_they_are_read_where_all_are_taken(prepared, mo
         seen.append("tokenized")
         return encode(*arguments)
 
-    monkeypatch.setattr(drawing, "kept_rows", read)
+    monkeypatch.setattr(Reading, "kept", read)
     monkeypatch.setattr(encoding, "encode", tokenized)
     prepared(processes=1, **settings)
     apart = [*["read"] * 64, *["tokenized"] * (5 if "eval_size" in settings else 4)]

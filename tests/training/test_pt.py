@@ -6,7 +6,7 @@ import pytest
 
 from stages import pt
 from stages.data import drawing
-from stages.data.source import load, rows_of
+from stages.data.source import Reading, rows_of
 from stages.training.sequences import sequences
 
 pytestmark = pytest.mark.train
@@ -30,7 +30,7 @@ def documents(tiny, rows):
 
 @pytest.mark.parametrize("room", [7, 64, 10_000, None])
 def test_documents_are_cut_into_pieces_and_none_is_lost(tiny, rows, documents, room):
-    placed = [drawing.DrawnRow(0, place, row) for place, row in load(rows("text", COUNT))[0]]
+    placed = [drawing.DrawnRow(0, place, row) for place, row in Reading(rows("text", COUNT)).kept()]
     made, (tokens,) = sequences(tokenizer_of(tiny("llama")), room, True, 1)(next(drawing.chunks(placed)))
     pieces = made["input_ids"].to_pylist()
     assert tokens.tokens == tokens.trained == sum(map(len, documents))

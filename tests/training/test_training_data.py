@@ -1,4 +1,4 @@
-"""What a stage makes of its data: mixed by weights, cleaned, apart from what is held out, and accounted for."""
+"""The rows of a training stage: mixed by weights, cleaned, separated from held-out rows, and accounted for."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def source(path: Path, texts: list[str], **settings) -> Source:
 
 
 def different(count: int, salt: int) -> list[str]:
-    """Texts that are no near duplicates of each other."""
+    """Texts that are not near duplicates of each other."""
     draw = random.Random(salt)
     return ["".join(draw.choices(WORDS, k=30)) for _ in range(count)]
 
@@ -50,7 +50,7 @@ def questions(rows):
     return [row["messages"][0]["content"] for row in rows]
 
 
-def test_rows_are_drawn_in_the_shares_that_were_asked_for(two, tmp_path):
+def test_rows_are_drawn_by_their_weights(two, tmp_path):
     found = read(two, tmp_path, weights=[1, 3])
     assert [entry["trained_rows"] for entry in found.account] == [20, 60]
     asked = questions(found.train)
@@ -60,7 +60,7 @@ def test_rows_are_drawn_in_the_shares_that_were_asked_for(two, tmp_path):
     assert asked != questions(read(two, tmp_path, weights=[1, 3], seed=7).train)
 
 
-def test_more_rows_than_there_are_repeat_each_as_often(two, tmp_path):
+def test_drawing_more_rows_than_there_are_repeats_them_evenly(two, tmp_path):
     found = read(two, tmp_path, weights=[1, 1], rows=200)
     asked = questions(found.train)
     assert [entry["trained_rows"] for entry in found.account] == [100, 100]
@@ -78,7 +78,7 @@ def test_without_weights_every_row_is_trained_on_in_its_order(two, tmp_path):
     assert questions(read(two, tmp_path).train) == different(20, 1) + different(100, 2)
 
 
-def test_no_row_to_train_on_is_like_a_held_out_one(tmp_path):
+def test_no_row_to_train_on_is_a_near_duplicate_of_a_held_out_row(tmp_path):
     texts = different(30, 3)
     data = source(tmp_path / "a.jsonl", texts)
     held = source(tmp_path / "held.jsonl", [texts[4], "完全不同的一个问题，关于旅行和天气"])
@@ -92,7 +92,7 @@ def test_no_row_to_train_on_is_like_a_held_out_one(tmp_path):
 
 def test_held_out_rows_that_leave_nothing_are_refused(tmp_path):
     data = source(tmp_path / "a.jsonl", different(3, 3))
-    with pytest.raises(StageError, match=r"^every row to train on is a near duplicate of a held-out one"):
+    with pytest.raises(StageError, match=r"^every row to train on is a near duplicate of a held-out row"):
         read([data], tmp_path, eval_data=[data])
 
 
@@ -105,7 +105,7 @@ def test_cleaning_that_leaves_nothing_says_so(tmp_path):
     )
 
 
-def test_cleaning_and_bad_rows_are_in_the_account_and_told(tmp_path):
+def test_cleaning_and_bad_rows_are_in_the_account_and_its_summary(tmp_path):
     texts = different(60, 4)
     path = tmp_path / "a.jsonl"
     clean = ["whitespace", "exact_duplicates", {"contamination": {"against": ["exam"]}}]
@@ -126,7 +126,7 @@ def test_cleaning_and_bad_rows_are_in_the_account_and_told(tmp_path):
         f"{path}:62: the row has no `output`; alpaca rows need `instruction` and `output` (map other names with "
         "`columns:`)"
     ]
-    assert drawing.told(entry).startswith(
+    assert drawing.summary(entry).startswith(
         f"{path}: 62 rows read, 59 to train on, 1 dropped (bad), 1 dropped (exact duplicate), "
     )
 
@@ -173,7 +173,7 @@ def test_data_as_json_has_the_same_figures_as_the_stage(config, capsys, tmp_path
     assert books["tokens"]["tokens"] == books["tokens"]["trained"]
 
 
-def test_data_that_nobody_declared_or_reads(config, capsys, tmp_path):
+def test_data_that_is_not_declared(config, capsys, tmp_path):
     assert cli.main(["data", str(config), "consul", "--saves", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "there is no data `consul`; did you mean `consult`?\n"
 

@@ -1,7 +1,7 @@
-"""What a row of each format becomes: one module a format, found by its name; the underscored ones are shared.
+"""The formats of rows: one module per format, found by its name. Modules that start with an underscore are shared.
 
-A format's module has `NEEDED` and `OPTIONAL`, the columns it reads, and `normal(row, words)`, which hands back the
-row in our one shape or raises RowError.
+A format's module has `NEEDED` and `OPTIONAL`, the columns it reads, and `normalise(row, names)`, which returns the
+normalised row or raises RowError.
 """
 
 import importlib
@@ -10,9 +10,10 @@ from types import ModuleType
 
 
 def names() -> list[str]:
-    """The formats there are: every module here without an underscore."""
+    """The names of all formats, sorted."""
     return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
 def module(name: str) -> ModuleType:
+    """The module of a format. Raises ModuleNotFoundError when there is none of that name."""
     return importlib.import_module(f"stages.data.formats.{name}")

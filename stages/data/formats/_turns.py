@@ -1,14 +1,15 @@
-"""Conversations: messages in any of the usual words in, messages with `role` and `content` out, in their due order."""
+"""Conversations: messages under any of the usual names in, messages with `role` and `content` in a valid order out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stages.data.formats._tools import calls, output
-from stages.data.formats._values import MEDIA, MEDIA_COLUMNS, kind, listed, optional, text
-from stages.data.row import Message, Messages, Row, RowError
+from stages.data.formats._values import MEDIA, MEDIA_COLUMNS, listed, optional, text, type_in_words
+from stages.data.row import FileRow, Message, Messages, RowError
 
-# What we call the parts of a conversation; `function_call` is the assistant's, as a message of its own.
+# Our roles. A `function_call` message is the assistant's and holds nothing but tool calls.
 ROLES = ("system", "user", "assistant", "function_call", "tool")
+# Usual names of roles → ours.
 _USUAL = {
     **{"system": "system", "developer": "system", "user": "user", "human": "user"},
     **{"assistant": "assistant", "gpt": "assistant"},
@@ -17,19 +18,20 @@ _USUAL = {
 }
 _SHAPE = "it must be an object with `role` and `content`"
 _TURNS = "after an optional system message user and assistant take turns"
-# After whom who may speak, the usual one first, and the rule; a `call` is an assistant's turn with tool calls.
-_DUE = {
+# The role of a message → the roles that may follow it, the usual one first, and the rule in words. `call` is an
+# assistant's message with tool calls; the empty role stands before the first message.
+_FOLLOWING = {
     "": (("user",), _TURNS),
     "user": (("assistant",), _TURNS),
     "assistant": (("user", "tool"), _TURNS),
-    "call": (("tool",), "a tool call is followed by what the tool gave back"),
-    "tool": (("assistant", "tool"), "what a tool gave back is followed by the assistant"),
+    "call": (("tool",), "a tool call is followed by the tool's output"),
+    "tool": (("assistant", "tool"), "a tool's output is followed by the assistant"),
 }
 
 
 @dataclass(frozen=True)
-class Words:
-    """What a file calls things inside its messages, where it has words of its own."""
+class FileNames:
+    """The names that a file has for the parts of a message, where they are not the usual ones."""
 
     roles: Mapping[str, str] = field(default_factory=dict)
     """The file's role → ours."""
@@ -37,114 +39,122 @@ class Words:
     """`role` and `content` → the file's keys."""
 
 
-def turns(value: object, name: str, words: Words, role: str = "") -> Messages:
-    """A list of messages, or one; or plain text, where `role` says whose."""
+def as_messages(value: object, name: str, names: FileNames, role: str = "") -> Messages:
+    """The messages in a value: a list of messages, or one message, or plain text of the given role.
+
+    `name` is the value's name for messages to people. Raises RowError.
+    """
     if role and not isinstance(value, (list, dict)):
-        return [say(role, value, f"`{name}`")]
+        return [plain_message(role, value, f"`{name}`")]
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list) or not items:
-        raise RowError(f"`{name}` is {kind(value)}; it must be a list of messages")
-    return [_message(item, f"message {number} of `{name}`", words) for number, item in enumerate(items, 1)]
+        raise RowError(f"`{name}` is {type_in_words(value)}; it must be a list of messages")
+    return [_message(item, f"message {number} of `{name}`", names) for number, item in enumerate(items, 1)]
 
 
-def _message(item: object, at: str, words: Words) -> Message:
+def _message(item: object, name: str, names: FileNames) -> Message:
     if not isinstance(item, dict):
-        raise RowError(f"{at} is {kind(item)}; {_SHAPE}")
+        raise RowError(f"{name} is {type_in_words(item)}; {_SHAPE}")
     usual = ("from", "value") if "from" in item else ("role", "content")
-    who, what = words.keys.get("role", usual[0]), words.keys.get("content", usual[1])
-    named = item.get(who)
-    if not isinstance(named, str):
-        raise RowError(f"{at} has no `{who}`; {_SHAPE} (map other names with `message_keys:`)")
-    role = words.roles.get(named) or _USUAL.get(named)
+    role_key, content_key = names.keys.get("role", usual[0]), names.keys.get("content", usual[1])
+    theirs = item.get(role_key)
+    if not isinstance(theirs, str):
+        raise RowError(f"{name} has no `{role_key}`; {_SHAPE} (map other names with `message_keys:`)")
+    role = names.roles.get(theirs) or _USUAL.get(theirs)
     if role is None:
         mapped = "map other names with `roles:`"
         raise RowError(
-            f"{at} has the role {listed([named])}; it must be `system`, `user`, `assistant` or `tool` ({mapped})"
+            f"{name} has the role {listed([theirs])}; it must be `system`, `user`, `assistant` or `tool` ({mapped})"
         )
-    content = _joined(item.get(what), at)
+    content = _joined(item.get(content_key), name)
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": calls(content, at)}
+        return {"role": "assistant", "content": "", "tool_calls": calls(content, name)}
     if role == "tool":
-        return {"role": "tool", "content": output(content, at)}
+        return {"role": "tool", "content": output(content, name)}
     if called := item.get("tool_calls") or item.get("function_call"):
         if role != "assistant":
-            raise RowError(f"{at} is a tool call from the {role}; only the assistant calls tools")
-        return {"role": role, "content": optional(content, at), "tool_calls": calls(called, at)}
-    return {"role": role, "content": optional(content, at) if role == "system" else text(content, at)}
+            raise RowError(f"{name} is a tool call from the {role}; only the assistant calls tools")
+        return {"role": role, "content": optional(content, name), "tool_calls": calls(called, name)}
+    return {"role": role, "content": optional(content, name) if role == "system" else text(content, name)}
 
 
-def _joined(content: object, at: str) -> object:
-    """The text of OpenAI's content parts; anything else as it is."""
+def _joined(content: object, name: str) -> object:
+    """The text of OpenAI's content parts; any other content unchanged."""
     if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
         return content
     for part in content:
         if str(part["type"]).startswith(MEDIA):
-            raise RowError(f"{at} holds {listed([str(part['type'])])}; only text can be trained on")
+            raise RowError(f"{name} holds {listed([str(part['type'])])}; only text can be trained on")
     if content and all(part["type"] == "text" and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
     return content
 
 
-def in_turn(said: Messages, name: str, last: str) -> Messages:
-    """The same turns, less an empty system message; RowError unless they are in their due order up to `last`."""
-    start = 1 if said[0]["role"] == "system" else 0
+def in_order(messages: Messages, name: str, last: str) -> Messages:
+    """The messages without an empty system message.
+
+    Raises:
+        RowError: their roles are not in a valid order, or the last role is not `last` (or a tool's output, where
+            `last` is the user).
+    """
+    start = 1 if messages[0]["role"] == "system" else 0
     before = ""
-    for number, turn in enumerate(said[start:], start + 1):
-        due, rule = _DUE[before]
-        if turn["role"] not in due:
-            raise RowError(f"message {number} of {name} is from the {turn['role']}, not the {due[0]}; {rule}")
-        before = "call" if turn.get("tool_calls") else turn["role"]
-    if said[-1]["role"] not in ((last, "tool") if last == "user" else (last,)):
-        raise RowError(f"{name} must end with a message from the {last}, not from the {said[-1]['role']}")
-    return said if said[0]["role"] != "system" or said[0]["content"] else said[1:]
+    for number, message in enumerate(messages[start:], start + 1):
+        following, rule = _FOLLOWING[before]
+        if message["role"] not in following:
+            raise RowError(f"message {number} of {name} is from the {message['role']}, not the {following[0]}; {rule}")
+        before = "call" if message.get("tool_calls") else message["role"]
+    if messages[-1]["role"] not in ((last, "tool") if last == "user" else (last,)):
+        raise RowError(f"{name} must end with a message from the {last}, not from the {messages[-1]['role']}")
+    return messages if messages[0]["role"] != "system" or messages[0]["content"] else messages[1:]
 
 
-def with_system(row: Row, said: Messages) -> Messages:
-    """The turns after the row's own system prompt, if it has one."""
+def with_system(row: FileRow, messages: Messages) -> Messages:
+    """The messages after the row's own system prompt, if it has one. Raises RowError for two system prompts."""
     system = optional(row.get("system"), "`system`")
-    if system and said[0]["role"] == "system":
+    if system and messages[0]["role"] == "system":
         raise RowError("`system` and the first message are both system prompts; keep one")
-    return [{"role": "system", "content": system}, *said] if system else said
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def say(role: str, value: object, name: str) -> Message:
-    """A message of plain text."""
-    words = text(value, name)
-    # A blank before an answer merges with the prompt's last token, which no server would then write.
-    return {"role": role, "content": words.strip() if role == "assistant" else words}
+def plain_message(role: str, value: object, name: str) -> Message:
+    """A message of plain text. Raises RowError when the value is not text or is blank."""
+    content = text(value, name)
+    # A blank before an answer merges with the prompt's last token into a token that no server would generate.
+    return {"role": role, "content": content.strip() if role == "assistant" else content}
 
 
-def asked(row: Row) -> Messages:
-    """The turns of an alpaca row up to what is asked."""
-    said: Messages = []
+def alpaca_prompt(row: FileRow) -> Messages:
+    """The messages of an alpaca row before its answer: `history`, then `instruction` with `input` below it."""
+    messages: Messages = []
     history = row.get("history") or []
     for number, pair in enumerate(history if isinstance(history, list) else [history], 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("`history` must be a list of question and answer pairs")
-        at = f"pair {number} of `history`"
-        said += [say("user", pair[0], at), say("assistant", pair[1], at)]
-    ask = say("user", row["instruction"], "`instruction`")
+        name = f"pair {number} of `history`"
+        messages += [plain_message("user", pair[0], name), plain_message("assistant", pair[1], name)]
+    question = plain_message("user", row["instruction"], "`instruction`")
     if more := optional(row.get("input"), "`input`"):
-        ask["content"] += "\n" + more
-    return [*said, ask]
+        question["content"] += "\n" + more
+    return [*messages, question]
 
 
-def prompt(row: Row, words: Words) -> Messages:
-    """What a row asks in `prompt`, `instruction` or `conversations`; empty when it has none of them."""
+def prompt(row: FileRow, names: FileNames) -> Messages:
+    """The prompt in `prompt`, `instruction` or `conversations`; empty when the row has none of these columns."""
     if row.get("prompt") is not None:
-        name, said = "prompt", turns(row["prompt"], "prompt", words, "user")
+        column, messages = "prompt", as_messages(row["prompt"], "prompt", names, "user")
     elif row.get("instruction") is not None:
-        name, said = "instruction", asked(row)
+        column, messages = "instruction", alpaca_prompt(row)
     elif row.get("conversations") is not None:
-        name, said = "conversations", turns(row["conversations"], "conversations", words)
+        column, messages = "conversations", as_messages(row["conversations"], "conversations", names)
     else:
         return []
-    return with_system(row, in_turn(said, f"`{name}`", "user"))
+    return with_system(row, in_order(messages, f"`{column}`", "user"))
 
 
-def talk(row: Row, name: str, words: Words) -> Messages:
-    """The whole conversation that a column holds, up to the assistant's last answer."""
+def conversation(row: FileRow, column: str, names: FileNames) -> Messages:
+    """The whole conversation in a column, which must end with the assistant's answer. Raises RowError."""
     for media in MEDIA_COLUMNS:
         if row.get(media):
             raise RowError(f"the row has `{media}`; only text can be trained on")
-    return with_system(row, in_turn(turns(row[name], name, words), f"`{name}`", "assistant"))
+    return with_system(row, in_order(as_messages(row[column], column, names), f"`{column}`", "assistant"))

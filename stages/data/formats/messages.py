@@ -1,12 +1,12 @@
-"""A conversation in OpenAI's words: `messages: [{role, content, tool_calls}, …]`, and `tools`."""
+"""A conversation under OpenAI's names: `messages: [{role, content, tool_calls}, …]`, and `tools`."""
 
 from stages.data.formats._tools import with_tools
-from stages.data.formats._turns import Words, talk
-from stages.data.row import Row
+from stages.data.formats._turns import FileNames, conversation
+from stages.data.row import FileRow, Row
 
 NEEDED = ("messages",)
 OPTIONAL = ("system", "tools")
 
 
-def normal(row: Row, words: Words) -> Row:
-    return with_tools(row, {"messages": talk(row, "messages", words)})
+def normalise(row: FileRow, names: FileNames) -> Row:
+    return with_tools(row, {"messages": conversation(row, "messages", names)})

@@ -1,12 +1,12 @@
-"""A conversation in ShareGPT's words: `conversations: [{from, value}, …]`, and `tools`."""
+"""A conversation under ShareGPT's names: `conversations: [{from, value}, …]`, and `tools`."""
 
 from stages.data.formats._tools import with_tools
-from stages.data.formats._turns import Words, talk
-from stages.data.row import Row
+from stages.data.formats._turns import FileNames, conversation
+from stages.data.row import FileRow, Row
 
 NEEDED = ("conversations",)
 OPTIONAL = ("system", "tools")
 
 
-def normal(row: Row, words: Words) -> Row:
-    return with_tools(row, {"messages": talk(row, "conversations", words)})
+def normalise(row: FileRow, names: FileNames) -> Row:
+    return with_tools(row, {"messages": conversation(row, "conversations", names)})

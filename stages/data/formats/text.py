@@ -1,12 +1,12 @@
 """Plain text: `text`."""
 
-from stages.data.formats._turns import Words
+from stages.data.formats._turns import FileNames
 from stages.data.formats._values import text
-from stages.data.row import Row
+from stages.data.row import FileRow, Row
 
 NEEDED = ("text",)
 OPTIONAL = ()
 
 
-def normal(row: Row, words: Words) -> Row:
+def normalise(row: FileRow, names: FileNames) -> Row:
     return {"text": text(row["text"], "`text`")}
