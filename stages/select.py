@@ -108,13 +108,13 @@ _EXAMPLES = {"keep": ", such as 0.1 or 1000", "scorer": ", the folder of a model
 
 
 def format_of_rows(config: Config) -> Format:
-    """The format of the rows that it leaves."""
+    """The format of the rows that the stage leaves."""
     first = config.data[0].format
     return first if first in ("text", "preference") else "messages"
 
 
 def reads_model(config: Config) -> bool:
-    """Whether it reads the model that it starts from."""
+    """Whether the stage reads the model that it starts from."""
     return config.method in ("ifd", "necessity") or (config.method != "quality" and config.embedder is None)
 
 
@@ -127,10 +127,10 @@ def check(config: Config) -> list[Problem]:
 
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
-    """Whether the model can score."""
+    """Whether the model that the stage starts from can score."""
     problems: list[Problem] = []
     if "quantization_config" in facts.config:
-        problems.append(("model", f"{facts.source} is quantized; score with the model before"))
+        problems.append(("model", f"{facts.source} is quantized; score with the model before its quantization"))
     if config.method in ("ifd", "necessity"):
         problems += check_template(config.template, facts)
     return problems
@@ -177,7 +177,7 @@ def _check_other(setting: str, model: str | None) -> list[Problem]:
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The stage's key figure for people."""
+    """How many rows are kept, and their lowest and highest score."""
     share = f"{metrics['kept']:,} of {metrics['rows']:,} rows kept"
     found = metrics.get("score_of_kept")
     return f"{share}, {metrics['measure']} {found['0%']:.4g} to {found['100%']:.4g}" if found else share
