@@ -1,7 +1,7 @@
-"""A small model made on the spot: an architecture, sizes and text in, an untrained model with its tokenizer out.
+"""A small model from nothing: an architecture, sizes and text in, an untrained model with its tokenizer out.
 
-It makes the demo and the tests independent of a model hub. The weights are random under `seed`; the tokenizer is
-a byte-level BPE trained on the named data.
+The demo and the tests use it, so they need no model hub. The weights are random, the same for the same `seed`; the
+tokenizer is a byte-level BPE trained on the named data.
 """
 
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
-# The marks of the built-in templates, one token each, so that every template works on these models.
+# Special tokens of the built-in templates; with them every template works on these models.
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
@@ -41,9 +41,9 @@ class Config(BaseModel):
     num_hidden_layers: int = Field(default=2, gt=0)
     num_attention_heads: int = Field(default=4, gt=0)
     num_key_value_heads: int | None = Field(default=None, gt=0)
-    """Not used by bloom; as many as attention heads unless said otherwise."""
+    """Not used by bloom. Default: `num_attention_heads`."""
     intermediate_size: int | None = None
-    """Not used by bloom, which takes 4 × hidden_size; 2 × hidden_size unless said otherwise."""
+    """Not used by bloom, which takes 4 × `hidden_size`. Default: 2 × `hidden_size`."""
     vocab_size: int = Field(default=2048, ge=300)
     max_position_embeddings: int = Field(default=1024, gt=0)
     tie_word_embeddings: bool = True
@@ -54,22 +54,24 @@ class Config(BaseModel):
     def _divides(self) -> "Config":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"`hidden_size` {self.hidden_size} is no multiple of `num_attention_heads` {self.num_attention_heads}"
+                f"`hidden_size` {self.hidden_size} is not a multiple of "
+                f"`num_attention_heads` {self.num_attention_heads}"
             )
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
-                f"`num_attention_heads` {self.num_attention_heads} is no multiple of "
+                f"`num_attention_heads` {self.num_attention_heads} is not a multiple of "
                 f"`num_key_value_heads` {self.num_key_value_heads}"
             )
         return self
 
     @property
     def ffn(self) -> int:
+        """The hidden size of the feed-forward layers."""
         return 4 * self.hidden_size if self.architecture == "bloom" else self.intermediate_size or 2 * self.hidden_size
 
 
 def facts(config: Config, _: Facts) -> Facts:
-    """What later stages can know of the model before it is made."""
+    """What later stages can know of the model before it is built."""
     embeddings = "transformer.word_embeddings" if config.architecture == "bloom" else "model.embed_tokens"
     weights = {f"{embeddings}.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_hidden_layers):
@@ -79,18 +81,18 @@ def facts(config: Config, _: Facts) -> Facts:
     shown = {"model_type": config.architecture, "hidden_size": config.hidden_size}
     tokenizer = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
     known = "".join(f'"{token}"' for token in SPECIAL + MARKS)
-    made = Facts("the model that `init` makes", shown, weights, known, tokenizer, config.template)
-    return replace(made, stored=4 * made.parameters)
+    built = Facts("the model that `init` makes", shown, weights, known, tokenizer, config.template)
+    return replace(built, stored=4 * built.parameters)
 
 
 def needs(config: Config, _: Facts) -> Needs:
-    """The matrices in float32, in memory and then on the disk; a text too short for `vocab_size` needs less."""
+    """Memory and disk: the matrices in float32; a text that is too short for `vocab_size` needs less."""
     size = facts(config, _).stored
     return Needs(size, size)
 
 
 def _layer(config: Config, layer: int) -> dict[str, tuple[int, int]]:
-    """The linear modules of a layer and their shapes, out × in."""
+    """Name → shape (outputs × inputs) of the linear modules of a layer."""
     hidden, ffn = config.hidden_size, config.ffn
     if config.architecture == "bloom":
         prefix = f"transformer.h.{layer}"
@@ -113,7 +115,7 @@ def _layer(config: Config, layer: int) -> dict[str, tuple[int, int]]:
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The stage's key figure for people."""
+    """The numbers of parameters and tokens."""
     return f"{metrics['parameters'] / 1e6:.2f}M parameters, {metrics['vocab_size']} tokens"
 
 
@@ -124,7 +126,7 @@ def describe(config: Config) -> list[str]:
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
-    """Make model and tokenizer and save both in `out`."""
+    """Build model and tokenizer, and save both in `out`."""
     from transformers import AutoModelForCausalLM, set_seed
 
     tokenizer = _tokenizer(config, [inputs.read(source) for source in config.data])
@@ -167,7 +169,7 @@ def _architecture(config: Config, tokenizer: "PreTrainedTokenizerFast") -> Any:
 
 
 def _tokenizer(config: Config, sources: Sequence[Source]) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE without a normalizer, so that decoding gives back every byte."""
+    """A byte-level BPE without a normalizer, so that decoding gives the text back byte for byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -193,6 +195,7 @@ def _tokenizer(config: Config, sources: Sequence[Source]) -> "PreTrainedTokenize
 
 
 def _texts(sources: Sequence[Source]) -> Iterator[str]:
+    """All text in the rows, to train the tokenizer on."""
     for source in sources:
         for row in rows_of(source):
             if "text" in row:

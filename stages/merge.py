@@ -1,7 +1,7 @@
 """LoRA merge: a base and its chain of adapters in, one plain model out, folded shard by shard.
 
-Only one shard of the base is in memory while it folds. Afterwards the written folder is loaded as a stranger
-would load it, and its logits are compared with those of the base under PEFT's own adapters, the last one unfolded.
+Only one shard of the base is in memory while adapters are folded in. The written folder is then loaded as any model
+folder, and its logits are compared with those of the base under PEFT's own adapters, the last adapter unfolded.
 """
 
 import json
@@ -35,22 +35,22 @@ class Config(BaseModel):
 
     model: ModelRef
     shard_size: str = Field(default="4GB", pattern=SIZE_PATTERN)
-    """Largest size of a weight file, such as `2GB`."""
+    """Size of a weight file at most, such as `2GB`."""
     verify: bool = True
     """Compare logits afterwards; needs memory for the whole model, twice."""
 
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
-    """What can be known to fail before anything is loaded."""
+    """Whether adapters can be folded into the model."""
     if "quantization_config" in facts.config:
         return [("model", f"{facts.source} is quantized, and adapters cannot be folded into it; put `merge` before")]
     return []
 
 
 def needs(config: Config, facts: Facts) -> Needs:
-    """Memory: a shard of the result, and for `verify` two models in float32. Disk: the result, as wide as the base.
+    """Memory: a shard of the result, and for `verify` two models in float32. Disk: the result, in the base's dtype.
 
-    Not in it: the adapters, and the float32 copy of the weight that is being folded.
+    Not counted: the adapters, and the float32 copy of the weight that is being folded.
     """
     if not facts.weights:
         return Needs(0, 0)
@@ -61,7 +61,7 @@ def needs(config: Config, facts: Facts) -> Needs:
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The stage's key figure for people."""
+    """The number of adapters, and the largest logit difference if it was measured."""
     folded = f"{metrics['adapters']} adapter{'s' if metrics['adapters'] != 1 else ''} folded"
     return (
         f"{folded}, largest logit difference {metrics['logit_difference']:.1e}"
@@ -71,7 +71,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """What merging measured."""
+    """The largest logit difference, if it was measured."""
     if "logit_difference" not in metrics:
         return []
     name = "largest logit difference to the unmerged adapters"
@@ -79,7 +79,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
-    """Write the merged model into `out`, shard by shard, with everything else that the last folder carries."""
+    """Write the merged model into `out`, shard by shard, and copy tokenizer and templates of the last folder."""
     base, adapters = Path(inputs.model[0]), list(inputs.model[1:])
     chain = AdapterChain(adapters)
     files = _write_shards(_folded(base, chain), out, parse_size(config.shard_size))
@@ -94,7 +94,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
         "bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")),
     }
     if config.verify:
-        emit(out, "note", text="compares the logits of the merged model with those of the chain")
+        emit(out, "note", text="compares the logits of the merged model with those of base and adapters")
         metrics |= logit_difference(inputs.model, out)
     return metrics
 
@@ -105,15 +105,15 @@ def _folded(base: Path, chain: AdapterChain) -> Iterator[tuple[str, "torch.Tenso
 
     for shard in weight_files(base):
         with safe_open(str(shard), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 weight = file.get_tensor(name)
                 folded = chain.fold(name, weight)
-                # Hub checkpoints of base models leave out the prefix that the language-model class adds.
+                # Weights of a base model on the Hub may lack the prefix that the language-model class adds.
                 yield name, folded if folded is not weight else chain.fold(f"transformer.{name}", weight)
 
 
 def _write_shards(weights: Iterator[tuple[str, "torch.Tensor"]], out: Path, limit: int) -> int:
-    """Write tensors as they come into files of at most `limit` bytes; the number of files."""
+    """Write tensors in their order into files of at most `limit` bytes each; returns the number of files."""
     from safetensors.torch import save_file
 
     shard: dict[str, torch.Tensor] = {}
@@ -138,7 +138,7 @@ def _write_shards(weights: Iterator[tuple[str, "torch.Tensor"]], out: Path, limi
 
 
 def _name_shards(out: Path, names: list[list[str]], total: int) -> None:
-    """Give the files transformers' names, and an index when there are several."""
+    """Rename the files as transformers expects, and write an index if there are several."""
     if len(names) == 1:
         (out / "part-00000.safetensors").rename(out / "model.safetensors")
         return
@@ -152,13 +152,18 @@ def _name_shards(out: Path, names: list[list[str]], total: int) -> None:
 
 
 def logit_difference(chain: Sequence[str], merged: Path) -> dict[str, float]:
-    """Largest |logits(merged) − logits(chain)| on probe tokens in float32, and the largest logit to compare it with.
+    """Compare the logits of the merged model with those of its chain on 64 tokens, in float32.
 
-    The chain is the base under PEFT's own adapters, the last one active and not folded, so this checks our folding
-    too. A base in 16 bits is compared before rounding, and the written weights must then be exactly the rounded ones.
+    The chain is the base under PEFT's own adapters, the last one active and not folded, so the comparison also checks
+    our folding. With a base in 16 bits, the folded weights are compared before they are rounded, and the written
+    weights must be exactly the rounded ones.
+
+    Returns:
+        `logit_difference`: the largest |logits(merged) − logits(chain)|; `largest_logit`: the largest |logit| of the
+        chain.
 
     Raises:
-        StageError: the merged model is not the chain.
+        StageError: the logits differ, or a written weight is not the folded one.
     """
     import torch
     from peft import PeftModel
@@ -179,7 +184,7 @@ def logit_difference(chain: Sequence[str], merged: Path) -> dict[str, float]:
         wrong = [name for name, weight in model.named_parameters() if not _same(written.get(name), weight)]
     largest = float(expected.abs().max())
     if wrong or not difference <= 1e-4 * max(1.0, largest / 10):
-        text = f"`{wrong[0]}` is not its fold" if wrong else f"its logits differ by up to {difference:.3g}"
+        text = f"`{wrong[0]}` is not the folded weight" if wrong else f"its logits differ by up to {difference:.3g}"
         raise StageError(f"the merged model is not the chain: {text}; please report this")
     return {"logit_difference": difference, "largest_logit": largest}
 

@@ -222,5 +222,7 @@ def test_in_bfloat16_a_lost_adapter_is_seen_and_the_stage_after_starts_from_the_
     assert all(weight.dtype == torch.bfloat16 for weight in written.values())
     assert all(torch.equal(started[name], weight.float()) for name, weight in written.items())
     merged(chain[:2], tmp_path / "lost", verify=False)
-    with pytest.raises(StageError, match=r"^the merged model is not the chain: `model\.layers\.0\..*` is not its fold"):
+    with pytest.raises(
+        StageError, match=r"^the merged model is not the chain: `model\.layers\.0\..*` is not the folded weight; "
+    ):
         merge.logit_difference(list(map(str, chain)), tmp_path / "lost")

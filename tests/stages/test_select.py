@@ -147,7 +147,10 @@ def test_what_names_rows_wrongly_is_refused(project, old, new, said):
             "{data: consult, method: quality, above: 0, scorer: a/b}",
             "`a/b` is not a folder here; for a model on the Hub pin",
         ),
-        ("{data: consult, method: ifd, keep: 9, model: q}", "`q` is quantized; score with the model before"),
+        (
+            "{data: consult, method: ifd, keep: 9, model: q}",
+            "`q` is quantized; score with the model before its quantization",
+        ),
         ("{data: consult, method: ifd, keep: 9, model: m, template: x}", "there is no template `x`"),
     ],
 )
