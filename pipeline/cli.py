@@ -335,16 +335,18 @@ def gc(
     from pipeline.saves.artifact import size_of
     from pipeline.views import survey
 
-    leftovers = survey.find_leftovers(saves)
+    leftovers, doubts = survey.find_leftovers(saves)
     rows = [{"folder": str(item.folder), "size": size_of(item.bytes), "why": item.why} for item in leftovers]
     if not as_json:
+        for doubt in doubts:
+            print(f"note: {doubt}, so it is not known what it needs; finished and unfinished stages are kept")
         if not leftovers:
             print(f"everything in {saves} is in use")
             return 0
         tables.print_rows(rows)
     agreed = yes or (not as_json and _agreed(len(leftovers), size_of(sum(item.bytes for item in leftovers))))
     # Asked again, because a run may have started meanwhile.
-    still = {item.folder for item in survey.find_leftovers(saves)} if agreed else set()
+    still = {item.folder for item in survey.find_leftovers(saves)[0]} if agreed else set()
     removed = [item for item in leftovers if item.folder in still and survey.remove(item)]
     if as_json:
         names = {str(item.folder) for item in removed}

@@ -29,19 +29,26 @@ def needed_folders(saves: Path) -> Needed:
     A config is known when it was run into `saves`, or when it is beside one that was: it may have been renamed.
     """
     needed = Needed()
-    owners = {links: owner for links in saves.glob("*") if (owner := belongs(links)) is not None}
+    folders = [folder for folder in saves.glob("*") if folder.is_dir() and not folder.is_symlink()]
+    owners = {links: owner for links in folders if (owner := belongs(links)) is not None}
     wanted = set[str]()
-    for links, owner in owners.items():
-        if not owner.exists():
-            continue
-        wanted |= set(last_run(links)) | {link.resolve().name for link in links.iterdir() if link.is_symlink()}
-        wanted |= set(_as_written(owner, saves, needed.doubts))
+    for links in folders:
+        owner = owners.get(links)
+        if owner is None or owner.exists():
+            wanted |= set(last_run(links)) | {link.resolve().name for link in links.iterdir() if link.is_symlink()}
+    for owner in owners.values():
+        if owner.exists():
+            wanted |= set(_as_written(owner, saves, needed.doubts))
     beside = {path for owner in owners.values() for path in owner.parent.glob("*.y*ml")}
     known = {owner.resolve() for owner in owners.values()}
     for path in sorted(beside):
         if path.resolve() not in known:
             wanted |= set(_as_written(path, saves, []))
-    wanted |= {part.name for part in saves.glob("*.part") if held(part) is not None}
+    named = {links.name for links in owners}
+    for part in saves.glob("*.part"):
+        config = (artifact.begun(part) or {}).get("of")
+        if held(part) is not None or (config is not None and config not in named):
+            wanted.add(part.name)
     needed.names = _with_sources(saves, wanted)
     return needed
 
@@ -57,6 +64,8 @@ def _as_written(config: Path, saves: Path, doubts: list[str]) -> Iterator[str]:
         doubts.append(f"`{config}` cannot be planned ({plan.problems[0]})")
     for step in plan.steps:
         yield from (step.folder.name, step.part.name)
+        if step.state != "done":  # unfinished work with other settings, which the user may go back to
+            yield from (part.name for part in step.left)
 
 
 def _with_sources(saves: Path, names: Iterable[str]) -> set[str]:

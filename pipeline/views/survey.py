@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import NewerRecord
+from pipeline.plan.keeping import needed_folders
 from pipeline.saves import artifact
 from pipeline.saves.content import HASHES, Hashes
 from pipeline.saves.links import belongs
-from pipeline.saves.locks import held, held_file
+from pipeline.saves.locks import held, held_file, reader_file
 from stages.runtime.events import read_events
 from stages.training import preparation
 from stages.training.checkpoint import reached_step
@@ -88,22 +89,26 @@ def _current_step(part: Path) -> str:
     return f"{last['step']} of {last['steps']}" if last.keys() >= {"step", "steps"} else ""
 
 
-def find_leftovers(saves: Path) -> list[Leftover]:
-    """Every folder that no config refers to, that no run works in, and that no folder which is kept was built from.
+def find_leftovers(saves: Path) -> tuple[list[Leftover], list[str]]:
+    """Every folder that no config and no run needs (see `keeping`), and why some of them might be needed after all.
 
-    All prepared rows are leftovers too: a stage that needs them prepares them again.
+    While there is such a doubt, only folders that were set aside and prepared rows are leftovers. All prepared rows
+    are: a stage that needs them prepares them again.
     """
     leftovers = []
     gone = {folder.name: owner for folder in saves.glob("*") if (owner := belongs(folder)) and not owner.exists()}
-    needed = _needed(saves, gone)
+    needed = needed_folders(saves)
     for folder in sorted(saves.glob("*")):
         match = artifact.FOLDER.match(folder.name)
         if folder.name in gone:
             leftovers.append(Leftover(folder, f"links of `{gone[folder.name]}`, which is gone", artifact.size(folder)))
-        elif match and not folder.is_symlink() and folder.name not in needed:
+            continue
+        removable = match and not folder.is_symlink() and folder.name not in needed.names
+        if match and removable and (not needed.doubts or "old" in match["end"]):
             leftovers.append(Leftover(folder, _why(folder, match["end"]), artifact.size(folder)))
     rows = sorted((saves / preparation.FOLDER).glob("*"))
-    return [*leftovers, *(Leftover(folder, "rows made ready for training", artifact.size(folder)) for folder in rows)]
+    prepared = [Leftover(folder, "rows made ready for training", artifact.size(folder)) for folder in rows]
+    return [*leftovers, *prepared], needed.doubts
 
 
 def _why(folder: Path, end: str) -> str:
@@ -112,38 +117,12 @@ def _why(folder: Path, end: str) -> str:
     return "unfinished, and no config resumes it" if end else "no config refers to it"
 
 
-def _needed(saves: Path, gone: dict[str, Path]) -> set[str]:
-    """Names of the folders that links point to, that a run works in or resumes, and that those were built from."""
-    wanted = [link.resolve() for link in _links(saves) if link.parent.name not in gone]
-    for part in saves.glob("*.part"):
-        spec = artifact.begun(part) or {}
-        if held(part) is not None or (spec.get("of") is not None and spec["of"] not in gone):
-            wanted.append(part)
-    needed: set[str] = set()
-    while wanted:
-        folder = wanted.pop()
-        if folder.name in needed or folder.parent.resolve() != saves.resolve():
-            continue
-        needed.add(folder.name)
-        wanted += [saves / name for name in _sources(folder)]
-    return needed
-
-
-def _sources(folder: Path) -> list[str]:
-    """Names of the folders in `saves` that a finished or unfinished stage reads."""
-    with contextlib.suppress(NewerRecord):
-        record, spec = artifact.read(folder) or {}, artifact.begun(folder) or {}
-        models = [*(record.get("model") or []), *(spec.get("inputs", {}).get("model") or [])]
-        return [Path(model).name for model in models] + [*record.get("stands_on", []), *spec.get("stands_on", [])]
-    return []
-
-
 def remove(leftover: Leftover) -> bool:
     """Delete a folder; False if a run has started to work in it meanwhile."""
     with contextlib.ExitStack() as locks:
         for file in _locks(leftover.folder):
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = locks.enter_context(open(file, "a", encoding="utf-8"))
+            lock = locks.enter_context(open(file, "a+", encoding="utf-8"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -155,7 +134,7 @@ def remove(leftover: Leftover) -> bool:
 def _locks(folder: Path) -> list[Path]:
     """The files that a run locks while it works in a folder."""
     if folder.parent.name == preparation.FOLDER:
-        return [preparation.lock(folder)]
+        return [preparation.lock(folder), preparation.reader_lock(folder)]
     match = artifact.FOLDER.match(folder.name)
     file = held_file(folder.with_name(folder.name.removesuffix(match["end"] if match else "") + ".part"))
-    return [file.with_suffix(".runner"), file]
+    return [file.with_suffix(".runner"), file, reader_file(folder)]
