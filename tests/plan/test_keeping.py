@@ -9,6 +9,7 @@ from planned import CHAIN, STAGES, pretend
 
 from pipeline.cli import main
 from pipeline.config.checker import load_config
+from pipeline.errors import Busy
 from pipeline.plan.keeping import needed_folders
 from pipeline.plan.placing import build_plan
 from pipeline.saves.links import claim, link, note_run
