@@ -21,8 +21,6 @@ NotFetched = hub.NotFetched
 is_on_hub = hub.is_name
 Format = Literal["text", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "labelled"]
 CONVERSATIONS: tuple[Format, ...] = ("alpaca", "prompt_completion", "messages", "sharegpt")
-"""Formats whose rows are conversations."""
-CONVERSATIONS: tuple[Format, ...] = ("alpaca", "prompt_completion", "messages", "sharegpt")
 """The formats whose rows become conversations."""
 ROWS_FILE = "rows.jsonl"  # the rows in the folder of a stage that leaves rows
 READER_VERSION = 2  # raise it when the same file would give other rows
