@@ -113,7 +113,7 @@ def check(config: Config) -> list[Problem]:
             problems.append(("data", f"`{name}` has format `labelled`, which nothing is measured on yet; remove it"))
     for name, source in config.prompts.items() if isinstance(config.prompts, dict) else ():
         if source.format not in CONVERSATIONS:
-            wanted = ", ".join(f"`{one}`" for one in CONVERSATIONS)
+            wanted = ", ".join(f"`{form}`" for form in CONVERSATIONS)
             problems.append(("prompts", f"`{name}` has format `{source.format}`; prompts are of {wanted}"))
     return problems + gate_problems(config.gates, list(config.compare), measured(config))
 
