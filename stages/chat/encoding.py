@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 _SHOWN = 3  # places of dropped rows that are named
 
 
-def encode(encoder: Encoder, rows: Sequence[Row]) -> list[list[Encoded]]:
+def encode(encoder: Encoder, rows: Sequence[Row], *, whole: bool = False) -> list[list[Encoded]]:
     """The sequences of each row; all rows are normalised and have the same columns.
 
-    A pair has two sequences, chosen and rejected, each after the prompt; every other row has one.
+    A pair has two sequences, chosen and rejected, each after the prompt; every other row has one. With `whole` those of
+    a pair are conversations as a reward model reads them: to the last token that the template writes, at which the
+    score is read, so that this token alone is in the loss.
 
     Raises:
         StageError: as `encode_chats`.
@@ -35,12 +37,15 @@ def encode(encoder: Encoder, rows: Sequence[Row]) -> list[list[Encoded]]:
         talks = [(row["messages"], row.get("tools")) for row in rows]
         return [[encoded] for encoded in encode_chats(encoder, talks)]
     answers = ("chosen", "rejected") if "chosen" in rows[0] else ("completion",)
-    prompts = [render(encoder.tokenizer, row["prompt"], prompt=True, tools=row.get("tools")) for row in rows]
-    starts = [len(ids) for ids in encoder.token_ids(prompts)]
     talks = [(row["prompt"] + row[answer], row.get("tools")) for row in rows for answer in answers]
     encoded, size = encode_chats(encoder, talks), len(answers)
+    if whole:
+        scored = [Encoded(ids, [(len(ids) - 1, len(ids))]) for ids, _ in encoded]
+        return [scored[start : start + size] for start in range(0, len(scored), size)]
+    prompts = [render(encoder.tokenizer, row["prompt"], prompt=True, tools=row.get("tools")) for row in rows]
+    starts = [len(ids) for ids in encoder.token_ids(prompts)]
     return [
-        [_answer_only(whole, start) for whole in encoded[number * size : (number + 1) * size]]
+        [_answer_only(talk, start) for talk in encoded[number * size : (number + 1) * size]]
         for number, start in enumerate(starts)
     ]
 

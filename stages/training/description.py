@@ -9,7 +9,8 @@ from stages.training.settings import TrainingConfig
 # The settings that a reader asks for first; all of them are in record.json.
 MAIN = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "max_length", "packing"),
-    *("beta", "loss_type", "optim", "weight_decay", "neftune_noise_alpha", "metric_for_best_model"),
+    *("beta", "loss_type", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
+    *("optim", "weight_decay", "neftune_noise_alpha", "metric_for_best_model"),
 )
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 HELD_OUT = (
@@ -62,8 +63,9 @@ def figures(metrics: Mapping[str, Any]) -> list[Figure]:
         found.append(Figure("training loss", number(metrics["loss_first"]), number(metrics["loss_last"])))
     for key, name in HELD_OUT:
         if key in metrics:
-            before = "a tie" if key.endswith("accuracies") else number(metrics.get(f"{key}_before"))
-            found.append(Figure(name, before, number(metrics[key])))
+            before = metrics.get(f"{key}_before")
+            tie = key.endswith("accuracies") and not before  # all pairs have a margin of 0
+            found.append(Figure(name, "a tie" if tie else number(before), number(metrics[key])))
     early = ", stopped early" if metrics.get("stopped_early") else ""
     found.append(Figure("steps", "", count(metrics["steps"]) + early))
     if "best_step" in metrics:

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -46,24 +47,33 @@ class Prepared:
 
     train: "Dataset"
     """Columns `input_ids` and, where they differ, `labels`; `seq_lengths` when packed. For pairs `prompt_ids`,
-    `chosen_ids` and `rejected_ids`."""
+    `chosen_ids` and `rejected_ids`, or the last two alone, after the prompt."""
     held: "Dataset | None"
     account: dict[str, Any]
     reader: TextIO
     """Holds a shared lock on the rows, so that `gc` does not remove them while they are in use."""
 
 
-def prepare(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool = False) -> Prepared:
+def prepare(
+    draw: Draw,
+    tokenizer: "PreTrainedTokenizerBase",
+    args: Any,
+    out: Path,
+    *,
+    cut: bool = False,
+    whole: bool = False,
+) -> Prepared:
     """The rows of a stage for the arguments of its trainer; rows that were prepared before are used again.
 
     With `cut`, a text longer than `max_length` is cut into pieces, and no token is lost. Otherwise a row keeps its
-    start, and a row without a token to train on is dropped and counted.
+    start, and a row without a token to train on is dropped and counted. With `whole`, pairs are conversations as a
+    reward model reads them, and a pair longer than `max_length` is dropped and counted.
 
     Raises:
         StageError: more rows are dropped than the data sets allow, nothing is left to train on, or a file changed
             while it was read.
     """
-    recipe = _recipe(draw, tokenizer, args, cut=cut)
+    recipe = _recipe(draw, tokenizer, args, cut=cut) | ({"whole": True} if whole else {})
     key = _key(recipe, draw)
     folder = out.parent / FOLDER / key
     with _alone(folder):
@@ -165,8 +175,8 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
     part.mkdir()
     processes = getattr(args, "dataset_num_proc", None) or usable_cores()
     with drawing.drawn(draw, part, processes) as rows:
-        limit, cut = recipe["max_length"], recipe["cut"]
-        made = parallel_map(sequences(tokenizer, limit, cut, len(draw.sources)), rows.chunks, processes, FEW)
+        encode = partial(sequences, tokenizer, cut=recipe["cut"], whole=recipe.get("whole", False))
+        made = parallel_map(encode(recipe["max_length"], data=len(draw.sources)), rows.chunks, processes, FEW)
         totals = _written(made, part / "train.arrow", len(draw.sources))
         whole = encoding.Tokens()
         for total in totals:
@@ -174,7 +184,7 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
         check_dropped(draw, whole, args.max_length)
         account = _account_of(rows, totals, whole)
         if rows.held:
-            made = map(sequences(tokenizer, recipe["held_max_length"], cut, 1), rows.held_chunks())
+            made = map(encode(recipe["held_max_length"], data=1), rows.held_chunks())
             account["held_out"] = _written(made, part / "held.arrow", 1)[0].rows
     if recipe["packing"]:
         account |= _pack(part / "train.arrow", args)

@@ -20,9 +20,12 @@ _COMPARED = 4000  # tokens of a vocabulary that the search goes through in the t
 
 
 def sequences(
-    tokenizer: Any, limit: int | None, cut: bool, data: int
+    tokenizer: Any, limit: int | None, cut: bool, data: int, *, whole: bool = False
 ) -> Callable[[drawing.Chunk], tuple["pa.RecordBatch | None", list[encoding.Tokens]]]:
-    """A function that turns a chunk of rows into a batch of sequences and the token counts of each data set."""
+    """A function that turns a chunk of rows into a batch of sequences and the token counts of each data set.
+
+    `whole`: pairs are conversations as a reward model reads them (`encoding.encode`).
+    """
     some = max(SOME, len(tokenizer) // _COMPARED)
     begun, encoder = 0, Encoder(tokenizer)
 
@@ -34,10 +37,10 @@ def sequences(
         totals = [encoding.Tokens() for _ in range(data)]
         columns: defaultdict[str, _Column] = defaultdict(_Column)
         trained = list(chunk.trained())
-        encoded = encoding.encode(encoder, [placed.row for _, placed, _ in trained])
+        encoded = encoding.encode(encoder, [placed.row for _, placed, _ in trained], whole=whole)
         for (_, placed, copies), row in zip(trained, encoded, strict=True):
             if totals[placed.data].count(row, limit, cut=cut, place=placed.place, copies=copies):
-                for example in examples(placed.row, row, limit, cut) * copies:
+                for example in examples(placed.row, row, limit, cut, whole=whole) * copies:
                     for name, values in example.items():
                         columns[name].add(values)
         return _batch(columns), totals
@@ -46,14 +49,17 @@ def sequences(
 
 
 def examples(
-    row: Row, encoded: Sequence[Encoded], limit: int | None, cut: bool
+    row: Row, encoded: Sequence[Encoded], limit: int | None, cut: bool, *, whole: bool = False
 ) -> "list[dict[str, array[int] | bool]]":
     """The sequences of a row, by column. All tokens of `cut` rows are in the loss, so they have no `labels`.
 
     A text or a conversation has `input_ids` and `labels`; a preference pair `prompt_ids`, `chosen_ids` and
-    `rejected_ids`; a labelled answer `prompt_ids`, `completion_ids` and `label`.
+    `rejected_ids`, or with `whole` only the last two, after the prompt; a labelled answer `prompt_ids`,
+    `completion_ids` and `label`.
     """
     ids, trained = _numbers(encoded[0].ids), encoded[0].trained
+    if whole:
+        return [{"chosen_ids": ids, "rejected_ids": _numbers(encoded[1].ids)}]
     if "chosen" in row:  # chosen and rejected, after the same prompt
         ((start, _),) = trained
         rejected = _numbers(encoded[1].ids[start:])
@@ -114,5 +120,5 @@ def lengths(rows: "pa.RecordBatch") -> list[int]:
     columns = {name: compute.list_value_length(rows[name]).to_pylist() for name in names}
     if "input_ids" in columns:
         return list(columns["input_ids"])
-    prompts = columns.pop("prompt_ids")
+    prompts = columns.pop("prompt_ids", [0] * rows.num_rows)
     return [prompt + answer for prompt, *answers in zip(prompts, *columns.values(), strict=True) for answer in answers]

@@ -63,6 +63,8 @@ class Training:
     """Tokens of a sequence; None for no limit."""
     cut: bool
     """Whether longer texts are cut into pieces, none lost. Otherwise a sequence keeps its start."""
+    whole: bool = False
+    """Whether pairs are conversations as a reward model reads them, of which longer ones are dropped."""
     batch: int
     """Sequences of a batch on one device."""
     inexact: str | None
@@ -112,12 +114,13 @@ class TrainingConfig(BaseModel):
             seed=self.seed,
         )
 
-    def training(self, *, cut: bool = False) -> Training:
-        """What the stage trains on; `cut` as in `Training`."""
+    def training(self, *, cut: bool = False, whole: bool = False) -> Training:
+        """What the stage trains on; `cut` and `whole` as in `Training`."""
         return Training(
             draw=self.draw(),
             max_length=self.trainer.get("max_length", MAX_LENGTH),
             cut=cut,
+            whole=whole,
             batch=self.trainer.get("per_device_train_batch_size", BATCH),
             inexact=inexact_resume(self),
         )
