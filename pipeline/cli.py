@@ -262,8 +262,11 @@ def status(
     """Show the state of each stage of one config, or of all configs."""
     from pipeline.config.pipeline import folder_name
     from pipeline.errors import ConfigError
+    from pipeline.saves.links import not_the_owner
     from pipeline.views import survey
 
+    if config is not None and (text := not_the_owner(saves / folder_name(config), config)) is not None:
+        raise ConfigError([text])
     statuses = survey.stage_statuses(saves, folder_name(config) if config is not None else None)
     rows = [{**asdict(status), "folder": str(status.folder)} for status in statuses]
     if as_json:

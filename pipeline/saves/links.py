@@ -48,6 +48,14 @@ def claim(links: Path, owner: Path) -> None:
     (links / BELONGS).write_text(json.dumps(content), encoding="utf-8")
 
 
+def not_the_owner(links: Path, config: Path) -> str | None:
+    """What is wrong with looking for the run of a config in a folder of links; None if it is the folder's owner."""
+    owner = belongs(links)
+    if owner is None or not owner.exists() or same_file(owner, config):
+        return None
+    return f"{config}: `{links}` holds the run of `{owner}`, a config of the same name; run it into a folder of its own with `--saves DIR`"
+
+
 def note_run(links: Path, folders: Sequence[str]) -> None:
     """Note the names of the folders of a run that begins, so that `gc` keeps them; the same names are not rewritten."""
     if last_run(links) != list(folders):

@@ -10,6 +10,7 @@ from pipeline import secret
 from pipeline.config.pipeline import folder_name
 from pipeline.errors import ConfigError
 from pipeline.saves import artifact
+from pipeline.saves.links import not_the_owner
 from pipeline.views.report import flatten
 from pipeline.views.tables import without_controls
 from stages.measuring.table import read_answers
@@ -73,7 +74,7 @@ def compare(a: str, b: str, saves: Path) -> Difference:
     difference = Difference(a, b, only)
     for stage in (name for name in first if name in second):
         (folder_a, record_a), (folder_b, record_b) = first[stage], second[stage]
-        difference.settings += _compare_values(stage, record_a.get("recipe", {}), record_b.get("recipe", {}))[0]
+        difference.settings += _compare_values(stage, _settings(record_a), _settings(record_b))[0]
         difference.versions += _compare_values(stage, record_a.get("versions", {}), record_b.get("versions", {}))[0]
         figures, same = _compare_values(stage, _figures(record_a), _figures(record_b))
         difference.figures += figures
@@ -86,11 +87,24 @@ def _links_folder(name: str, saves: Path, problems: list[str]) -> Path:
     """The folder of links of a run; a problem is added if it has no links."""
     given = Path(name)
     folder = given if given.is_dir() else saves / (folder_name(given) if given.suffix in (".yaml", ".yml") else name)
+    if given.is_file() and (text := not_the_owner(folder, given)) is not None:
+        problems.append(text)
+        return folder
     if not folder.is_dir() or not any(path.is_symlink() for path in folder.iterdir()):
         runs = {path.parent.name for path in saves.glob("*/*") if path.is_symlink()}
         close = nearest(folder.name, runs) or f"; `pipeline run CONFIG --saves {saves}` makes one"
         problems.append(f"{name}: there is no run of this name in {saves}{close}")
     return folder
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe, and the models that no stage made: a hash of their files, or a name on the Hub with its commit."""
+    models = {
+        f"model `{name}`" if name != "model" else "model": known
+        for name, known in record.get("inputs", {}).items()
+        if str(known).startswith(("folder:", "hub:"))
+    }
+    return {**record.get("recipe", {}), **models}
 
 
 def _records(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
