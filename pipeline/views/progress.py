@@ -146,7 +146,7 @@ class View:
         for name, stage in self.stages.items():
             mark, style = MARKS[stage.state]
             table.add_row(Text(mark, style), Text(name, style), self._progress_of(stage))
-        return table
+        return Group(table, "")  # a short last line: the echo of Ctrl-C at the end of a full one would scroll
 
     def _progress_of(self, stage: StageProgress) -> RenderableType:
         """One line for a stage that waits or is finished; a bar and a line for one that runs, or has failed."""

@@ -51,7 +51,9 @@ class Run:
         """What the terminal shows now, line by line, without styles."""
         with self.console.capture() as shown:
             self.console.print(self.view)
-        return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", shown.get()).splitlines()]
+        *lines, last = re.sub(r"\x1b\[[\d;]*m", "", shown.get()).splitlines()
+        assert last == ""  # the echo of Ctrl-C at the end of a full line would scroll the screen
+        return [line.rstrip() for line in lines]
 
 
 @pytest.fixture
