@@ -53,7 +53,8 @@ def not_the_owner(links: Path, config: Path) -> str | None:
     owner = belongs(links)
     if owner is None or not owner.exists() or same_file(owner, config):
         return None
-    return f"{config}: `{links}` holds the run of `{owner}`, a config of the same name; run it into a folder of its own with `--saves DIR`"
+    way = "run it into a folder of its own with `--saves DIR`"
+    return f"{config}: `{links}` holds the run of `{owner}`, a config of the same name; {way}"
 
 
 def note_run(links: Path, folders: Sequence[str]) -> None:
