@@ -1,0 +1,83 @@
+"""Tokenizers are refused when they are loaded, not in the middle of a stage."""
+
+import json
+import shutil
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+
+from stages.model.folder import load_tokenizer
+from stages.runtime.errors import StageError
+
+pytestmark = pytest.mark.train
+
+
+def refusal(folder):
+    with pytest.raises(StageError) as caught:
+        load_tokenizer([str(folder)])
+    return str(caught.value)
+
+
+def test_the_tokenizer_is_that_of_the_last_folder_and_pads_on_the_right(tiny):
+    loaded = load_tokenizer(["not a folder", str(tiny("llama"))])
+    assert (loaded.padding_side, loaded.is_fast) == ("right", True)
+
+
+def test_a_missing_pad_token_becomes_the_end_of_text(tiny, tmp_path):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("pad_token", None)
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    loaded = load_tokenizer([str(folder)])
+    assert loaded.pad_token == loaded.eos_token == "</s>"
+    settings.pop("eos_token")
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    assert refusal(folder) == f"the tokenizer of `{folder}` has no eos_token; set it in its tokenizer_config.json"
+
+
+@pytest.fixture
+def loaded(tiny, monkeypatch):
+    """Have transformers load a tokenizer that the test makes of the real one."""
+    from transformers import AutoTokenizer
+
+    real = load_tokenizer([str(tiny("llama"))])
+
+    def replace(change):
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: change(real))
+
+    return replace
+
+
+def without(owner, *names):
+    """An object with all attributes of another but these."""
+    kept = {name: getattr(owner, name, None) for name in dir(owner) if name not in names and not name.startswith("__")}
+    return type(type(owner).__name__, (SimpleNamespace,), {})(**kept)
+
+
+def test_a_tokenizer_of_python_is_refused(loaded):
+    loaded(lambda real: SimpleNamespace(is_fast=False))
+    assert refusal("model") == "the tokenizer of `model` is not a fast one; save it with its tokenizer.json"
+
+
+def test_another_transformers_without_the_tokenizer_inside_is_named(loaded):
+    loaded(lambda real: without(real, "backend_tokenizer"))
+    assert refusal("model") == (
+        f"transformers {version('transformers')} has no `TokenizersBackend.backend_tokenizer`, which this stage needs; "
+        "transformers 5.23.0 is known to work: `pip install transformers==5.23.0`"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["encode_batch_fast", "encode_special_tokens", "no_padding", "no_truncation", "to_str"]
+)
+def test_another_tokenizers_without_a_method_is_named(loaded, name):
+    def change(real):
+        return SimpleNamespace(is_fast=True, backend_tokenizer=without(real.backend_tokenizer, name))
+
+    loaded(change)
+    assert refusal("model") == (
+        f"tokenizers {version('tokenizers')} has no `Tokenizer.{name}`, which this stage needs; "
+        "tokenizers 0.23.3 is known to work: `pip install tokenizers==0.23.3`"
+    )
