@@ -27,7 +27,7 @@ READER_VERSION = 2  # raise it when the same file would give other rows
 
 _COMMON = 10  # a placeholder in at least one of ten rows is meant to be filled in
 # Settings added since the first fingerprints, and their defaults. See `Source._without_unused`.
-_ADDED_LATER: Mapping[str, Any] = {
+_CAME_LATER: Mapping[str, Any] = {
     "roles": {},
     "message_keys": {},
     "fill": None,
@@ -75,9 +75,7 @@ class Source(BaseModel):
     def _without_unused(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """The JSON without unused later settings: fingerprints of work done before they existed must not change."""
         return {
-            key: value
-            for key, value in serialize(self).items()
-            if key not in _ADDED_LATER or value != _ADDED_LATER[key]
+            key: value for key, value in serialize(self).items() if key not in _CAME_LATER or value != _CAME_LATER[key]
         }
 
     @field_validator("encoding")

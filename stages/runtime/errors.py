@@ -1,4 +1,4 @@
-"""Errors that a stage raises, and the sentence for any error that a user can fix."""
+"""Errors for users, and the sentence for any error that a user can fix."""
 
 import errno
 from collections.abc import Iterable, Mapping
@@ -9,13 +9,13 @@ Problem = tuple[str, str]
 
 
 class PipelineError(Exception):
-    """A message for the user, whole sentences, with no traceback."""
+    """An error whose message is for the user: whole sentences, shown without a traceback."""
 
     exit_code = 1
 
 
 class StageError(PipelineError):
-    """Raised by a stage for what the user can fix: the message says where, what, and what to do now."""
+    """An error in a stage that the user can fix. Its message says where, what, and what to do now."""
 
 
 class Interrupted(PipelineError):
@@ -25,9 +25,9 @@ class Interrupted(PipelineError):
 
 
 def nearest(word: str, known: Iterable[str], moved: Mapping[str, str] | None = None) -> str:
-    """A clause that names the nearest right word, or the words there are when none is near.
+    """The clause with the known word nearest to a word; with all known words when none is near and they are few.
 
-    `moved` maps names that other versions or tools use to today's name (or to advice).
+    `moved`: names in other versions or tools → today's name, or advice.
     """
     names = sorted(known)
     if moved and word in moved:
@@ -47,7 +47,7 @@ _NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
 
 
 def explain(error: BaseException) -> str | None:
-    """A sentence for an error that the user can fix; None for an internal error."""
+    """The sentence for an error that the user can fix; None for an internal error."""
     if isinstance(error, PipelineError):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
@@ -63,7 +63,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _disk_full(error: BaseException) -> bool:
-    """ENOSPC as Python says it, or as torch and safetensors put it into words."""
+    """Whether an error means ENOSPC: by its number, or by the words of torch and safetensors."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     words = ("No space left on device", "inline_container.cc", "os error 28")

@@ -1,7 +1,7 @@
-"""What a running stage tells the runner: one JSON object a line, appended to `events.jsonl` in its folder.
+"""Events from a running stage to the runner: one JSON object per line, appended to `events.jsonl` in its folder.
 
-A file and not a pipe, because it works the same for one process, for several started by a launcher and for
-several machines on one file system, and because the curves of a run can be read from it later.
+A file, not a pipe: it works alike for one process, for several processes of a launcher and for several machines on one
+file system, and the curves of a run can be read from it later.
 """
 
 import contextlib
@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"
-
-
-LAUNCHED = "PIPELINE_LAUNCHED"  # set for the processes of a launched group, whose `RANK` means something
+LAUNCHED = "PIPELINE_LAUNCHED"  # set in the processes that a launcher started; only there `RANK` counts
 
 
 def main_process() -> bool:
-    """True in the one process of a launched group that reports and writes files."""
+    """Whether this is the one process of a launched group that reports and writes files."""
     return LAUNCHED not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def read_events(out: Path) -> Iterator[dict[str, Any]]:
-    """What a stage told so far; a line that is torn, or being written, is left out."""
+    """The events of a stage so far; incomplete lines are skipped."""
     try:
         lines = (out / EVENTS_FILE).read_bytes().splitlines()
     except OSError:
@@ -40,7 +38,7 @@ def read_events(out: Path) -> Iterator[dict[str, Any]]:
 def emit(out: Path, kind: str, **values: object) -> None:
     """Append one event. `kind` is start, total, step, log, note, done, interrupted or error.
 
-    Only the main process is heard, except for errors: the first process to fail knows the cause.
+    Only the main process emits events, except errors: the process that fails first knows the cause.
     """
     if main_process() or kind == "error":
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, ensure_ascii=False)
@@ -61,12 +59,12 @@ class Attempts:
     """The peak memory of each attempt that reported it."""
 
     def most_memory(self, last: Mapping[str, int | None]) -> dict[str, int | None]:
-        """The largest value by kind of memory, over these attempts and the last one."""
-        found: dict[str, int | None] = dict(last)
+        """The largest value of `host` and of `gpu`, over these attempts and the last one."""
+        most: dict[str, int | None] = dict(last)
         for memory in self.memory:
-            for kind, value in memory.items():
-                found[kind] = max((one for one in (found.get(kind), value) if one is not None), default=None)
-        return found
+            for name, value in memory.items():
+                most[name] = max((known for known in (most.get(name), value) if known is not None), default=None)
+        return most
 
 
 def earlier_attempts(out: Path) -> Attempts:

@@ -14,17 +14,17 @@ class Figure:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; a dash for None."""
+    """A number with four significant digits; a dash for None."""
     return "–" if value is None else f"{value:.4g}"
 
 
 def count(value: int | None) -> str:
-    """With thousands separators; a dash for None."""
+    """A number with thousands separators; a dash for None."""
     return "–" if value is None else f"{value:,}"
 
 
 def word(value: Any) -> str:
-    """A setting as YAML would have it, lists without brackets."""
+    """A setting as in YAML, but a list without brackets."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""Files: their hashes, and writing them so that they survive a power cut."""
+"""Files: their hashes, and how they survive a power cut."""
 
 import hashlib
 import os
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content, in hex."""
+    """The SHA-256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or the names in a folder, outlast a power cut."""
+    """Flush a file's content, or the names in a folder, to the disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -42,7 +42,8 @@ def require_parameters(library: str, function: Any, *first: str, named: tuple[st
 
 
 def refuse(library: str, trouble: str) -> NoReturn:
-    """
+    """Stop because of a library. `trouble` continues a sentence that starts with its name and version.
+
     Raises:
         StageError: always; names the installed version of the library and the version that is known to work.
     """

@@ -1,4 +1,4 @@
-"""Work in several processes of one machine, none of which outlives the one that began it."""
+"""Work in several processes of one machine. A process ends with the process that started it."""
 
 import ctypes
 import json
@@ -14,88 +14,92 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Output = TypeVar("Output")
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded now: little is safe after a fork
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: after a fork loading is not safe
 
 
 def end_with_parent() -> None:
-    """On Linux, have the kernel end this process when the one that started it is gone (kill -9 of a runner)."""
+    """Let the kernel kill this process when its parent ends, even by kill -9. Does nothing outside Linux."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most bytes that were resident at one time in this process, or in a child of it that has ended (`host`), and
-    that this process's torch kept on GPUs (`gpu`; None without one)."""
+    """The peak memory in bytes: `host`, resident in this process or in an ended child; `gpu`, reserved by torch.
+
+    `gpu` is None without a GPU.
+    """
     scale = 1 if sys.platform == "darwin" else 1024
     used = [resource.getrusage(who).ru_maxrss * scale for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    status = Path("/proc/self/status")  # after a fork, getrusage's figure begins with the parent's
+    status = Path("/proc/self/status")  # after a fork its peak starts again; that of getrusage starts with the parent's
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     used[0] = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), used[0])
     torch: Any = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    kept = sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count()))) if on_gpu else None
-    return {"host": max(used), "gpu": kept}
+    reserved = sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count()))) if on_gpu else None
+    return {"host": max(used), "gpu": reserved}
 
 
-def parallel_map(work: Callable[[Item], Made], items: Iterable[Item], processes: int, few: int = 0) -> Iterator[Made]:
-    """`work` of each item, in order; at most some items are under way at one time, however many there are.
+def parallel_map(
+    work: Callable[[Item], Output], items: Iterable[Item], processes: int, few: int = 0
+) -> Iterator[Output]:
+    """The results of `work` for each item, in order. Only a few items are in memory at a time, however many there are.
 
-    `few` items are not worth another process: they are worked on in this one, as all are with one process or on a
-    system that cannot fork. `work` may be a closure: it is inherited. Items and results are pickled.
+    The work is done in this process if there are at most `few` items, if `processes` is 1, or if the system cannot
+    fork. `work` may be a closure, because the processes are forked. Items and results are pickled.
 
     Raises:
-        MemoryError: one of the processes was ended from outside.
+        MemoryError: a process was killed.
     """
     items = iter(items)
-    begun = list(islice(items, few + 1))
-    if processes == 1 or len(begun) <= few or not hasattr(os, "fork"):
-        yield from map(work, chain(begun, items))
+    first = list(islice(items, few + 1))
+    if processes == 1 or len(first) <= few or not hasattr(os, "fork"):
+        yield from map(work, chain(first, items))
         return
     from concurrent.futures import Future, ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    waiting: deque[Future[Made]] = deque()
+    waiting: deque[Future[Output]] = deque()
     try:
-        with ProcessPoolExecutor(processes, get_context("fork"), _begin, (work,)) as pool:
-            for item in chain(begun, items):
-                waiting.append(pool.submit(_do, item))
+        with ProcessPoolExecutor(processes, get_context("fork"), _start, (work,)) as pool:
+            for item in chain(first, items):
+                waiting.append(pool.submit(_apply, item))
                 if len(waiting) > 2 * processes:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise MemoryError("a process was ended from outside, as the kernel does when memory runs out") from None
+        raise MemoryError("a process was killed, as the kernel does when memory runs out") from None
 
 
 _work: Callable[[Any], Any] = NotImplemented
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
+def _start(work: Callable[[Any], Any]) -> None:
     global _work
     end_with_parent()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
     _work = work
 
 
-def _do(item: Any) -> Any:
+def _apply(item: Any) -> Any:
     return _work(item)
 
 
 def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What a module of ours answers to a request in a process of its own, where nothing of this one can help.
+    """The answer of one of our modules to a request, from a new process that shares no state with this one.
 
-    The module is run with `python -m` and calls `answer_request`.
+    The module is run with `python -m` and calls `answer_request`. Request and answer are JSON.
 
     Raises:
-        RuntimeError: the process failed; the message has the last lines of its stderr.
+        RuntimeError: the process failed. The message has the last lines of its stderr.
     """
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -107,13 +111,13 @@ def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
         check=False,
     )
     if done.returncode:
-        said = "\n".join(done.stderr.decode(errors="replace").splitlines()[-30:])
-        raise RuntimeError(f"a fresh process could not use {request['model']} (exit code {done.returncode}):\n{said}")
+        lines = "\n".join(done.stderr.decode(errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"a fresh process could not use {request['model']} (exit code {done.returncode}):\n{lines}")
     return dict(json.loads(done.stdout))
 
 
 def answer_request(respond: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Read one request from stdin and write the answer to stdout, both JSON; what libraries print goes to stderr."""
+    """Read one request from stdin and write its answer to stdout, both JSON. What libraries print goes to stderr."""
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +16,6 @@ from stages.data import drawing
 from stages.data.source import Reading, Source
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError, explain
-from stages.runtime.processes import parallel_map
 from stages.training import loop, preparation, sequences
 
 pytestmark = pytest.mark.train
@@ -261,35 +257,6 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(prepared, monkeypatch):
         prepared()
     assert str(caught.value) == "a data file changed while it was read; run again"
     assert not entries(prepared.saves)
-
-
-def test_processes_end_with_the_one_that_began_them(tmp_path):
-    code = (
-        "import os, sys, time\nfrom stages.runtime.processes import parallel_map\n"
-        "def work(item):\n    open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()\n    time.sleep(600)\n"
-        "list(parallel_map(work, range(8), 2))\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
-    while len(children := [int(file.name) for file in tmp_path.iterdir()]) < 2:
-        assert parent.poll() is None
-        time.sleep(0.05)
-    parent.kill()
-    parent.wait()
-    while any(Path(f"/proc/{child}").exists() and _runs(child) for child in children):
-        time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-def test_few_items_need_no_other_process():
-    assert list(parallel_map(lambda _: os.getpid(), range(3), 2, few=3)) == [os.getpid()] * 3
-    assert os.getpid() not in list(parallel_map(lambda _: os.getpid(), range(4), 2, few=3))
-    assert list(parallel_map(lambda item: item * 2, range(50), 2)) == [2 * item for item in range(50)]
 
 
 def test_shares_are_told_in_rows_and_tokens(prepared, tiny, tmp_path):

@@ -1,0 +1,54 @@
+"""The nearest known word, and the sentences for errors that a user can fix."""
+
+import errno
+
+import pytest
+
+from stages.runtime.errors import StageError, explain, nearest
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "clause"),
+    [
+        ("lerning_rate", ["learning_rate", "seed"], "; did you mean `learning_rate`?"),
+        ("LORA", ["lora"], "; did you mean `lora`?"),
+        ("quant", ["quantize_weights", "quantize"], "; did you mean `quantize`?"),
+        ("x", ["b", "a"], "; there is `a`, `b`"),
+        ("x", [], ""),
+        ("x", map(str, range(13)), ""),
+    ],
+)
+def test_the_nearest_known_word(word, known, clause):
+    assert nearest(word, known) == clause
+
+
+def test_a_name_that_moved():
+    assert nearest("max_seq_length", ["max_length"], {"max_seq_length": "`max_length`"}) == "; it is now `max_length`"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (StageError("x.jsonl:2: bad"), "x.jsonl:2: bad"),
+        (OSError(errno.ENOSPC, "No space"), "the disk is full; free space and run again, what was finished is kept"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:626]"),
+            "the disk is full; free space and run again, what was finished is kept",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/saves"),
+            "cannot write `/saves` (Permission denied); choose another folder with `--saves DIR`",
+        ),
+        (ValueError("x"), None),
+    ],
+)
+def test_the_sentence_for_an_error(error, sentence):
+    assert explain(error) == sentence
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes")])
+def test_too_little_memory(error):
+    assert explain(error) == (
+        "out of memory; halve `trainer.per_device_train_batch_size` and double `gradient_accumulation_steps`, "
+        "set `trainer.gradient_checkpointing: true`, or lower `trainer.max_length`"
+    )
