@@ -196,17 +196,17 @@ def test_a_mistake_in_a_stage_names_its_place_the_word_and_what_is_wanted(projec
         (
             "../x:",
             "8:3: there is no stage `../x` (a second of a kind is `../x: {use: KIND}`); "
-            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `select`, `sft`",
+            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, `sft`",
         ),
         (
             "_trainer:",
             "8:3: there is no stage `_trainer` (a second of a kind is `_trainer: {use: KIND}`); "
-            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `select`, `sft`",
+            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, `sft`",
         ),
         (
             "x: {use: ../x}",
             "8:12: there is no stage `../x`; "
-            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `select`, `sft`",
+            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, `sft`",
         ),
     ],
 )
