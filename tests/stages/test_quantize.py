@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -17,7 +16,6 @@ from stages.measuring.calibration import calibration_rows, split
 from stages.model import gptq
 from stages.model.facts import Facts, Needs, read_facts
 from stages.model.folder import carried_files
-from stages.model.generation import load_engine
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 
@@ -377,44 +375,6 @@ def test_settings_that_gptqmodel_refuses(models, worker, data, tmp_path):
     asked = config(models("bloom"), data, desc_act=True, act_group_aware=True)
     with pytest.raises(StageError, match="GPTQModel refuses the settings of `quantize`"):
         worker(run, asked, tmp_path)
-
-
-def adapt(folder, out):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    targets = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), targets).save_pretrained(out)
-    for path in carried_files(folder):
-        (out / path.name).write_bytes(path.read_bytes())
-    return out
-
-
-def respond(*folders):
-    asked = [{"role": "user", "content": "高血压患者第3天应该注意什么？"}]
-    return load_engine(list(map(str, folders))).answer(asked, 5)
-
-
-@pytest.mark.train
-def test_the_engine_folds_adapters(models, worker, tmp_path):
-    base, adapter = models("tied"), worker(adapt, models("tied"), tmp_path / "adapter")
-    # A fresh adapter changes nothing, so the chain answers as its base does.
-    assert worker(respond, base, adapter) == worker(respond, base) != ""
-
-
-def missing(folder):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return list(load_engine([str(folder)]).missing)
-
-
-@pytest.mark.train
-def test_weights_that_transformers_makes_up_are_named(models, worker, tmp_path):
-    shutil.copytree(models("untied"), tmp_path / "headless")
-    assert worker(missing, tmp_path / "headless") == ["lm_head.weight"]
 
 
 def test_the_size_of_the_result_is_told_before():
