@@ -8,7 +8,7 @@ FAULTS ?= pt,sft,dpo,merge,quantize
 
 .PHONY: demo test test-fast test-train faults fuzz check format clean $(STAGES)
 
-demo: .venv/ready  ## the whole chain on a tiny model made on the spot
+demo: .venv/ready  ## the whole chain on a new tiny model
 	$(BIN)/pipeline run configs/tiny.yaml --saves $(SAVES)
 
 $(STAGES): .venv/ready  ## every stage up to this one
@@ -22,7 +22,7 @@ test-fast: .venv/ready  ## no torch, seconds
 test-train: .venv/ready  ## trains, merges and quantizes tiny models, in two processes of one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m train -n 2 --dist loadfile --no-loadscope-reorder
 
-faults: .venv/ready  ## kill -9 at every change of a file, stage by stage; about an hour
+faults: .venv/ready  ## kills the run at every change of a file, stage by stage; about an hour
 	$(BIN)/python -m tests.faults.harness --stages $(FAULTS)
 
 fuzz: .venv/ready  ## reads a hundred thousand broken data files, minutes
@@ -41,5 +41,5 @@ format: .venv/ready
 	./install.sh $(PYTHON)
 	@touch $@
 
-clean:  ## what was built; outputs in saves/ stay
+clean:  ## removes what was built; outputs in saves/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
