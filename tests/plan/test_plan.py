@@ -134,12 +134,12 @@ def refused(*problems):
         ),
         (
             "sft: {data: consult, lora: {r: 8}}\n  quantize: {calibration: {data: consult}}",
-            ["9:3: stage `quantize`: an adapter cannot be quantized; put a `merge` stage before"],
+            ["9:3: stage `quantize`: an adapter cannot be quantized; put a `merge` stage above"],
         ),
         (
             "quantize: {calibration: {data: consult}, gptq: {lm_head: true}, group_size: 1024}",
             [
-                "8:60: stage `quantize`: plain transformers cannot load a model with `lm_head`; leave it out",
+                "8:60: stage `quantize`: plain transformers cannot load a model with `lm_head`; remove it",
                 "8:79: stage `quantize`: 1024 does not divide the 128 inputs of "
                 "`transformer.h.0.self_attention.query_key_value` and of 7 more, and vLLM needs that; "
                 "set `group_size: 128`",
