@@ -403,7 +403,7 @@ UNPROVEN = (
             [
                 (
                     "trainer.packing",
-                    "`dynamic` position embeddings follow the longest row of a batch, so rows packed together change "
+                    "`dynamic` position embeddings depend on the longest row of a batch, so packed rows would change "
                     "each other; set `packing: false`",
                 )
             ],

@@ -137,10 +137,10 @@ def test_several_processes_prepare_the_same_bytes(prepared, monkeypatch):
     monkeypatch.setattr(drawing, "_ROWS", 16)
     pids, real = prepared.saves / "pids", encoding.encode
 
-    def encode(*arguments):
+    def encode(*arguments, **settings):
         with open(pids, "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     monkeypatch.setattr(encoding, "encode", encode)
     together = prepared(processes=2, eval_size=5)
@@ -197,9 +197,9 @@ def test_rows_are_tokenized_while_they_are_read_where_all_are_taken(prepared, mo
             seen.append("read")
             yield placed
 
-    def tokenized(*arguments):
+    def tokenized(*arguments, **settings):
         seen.append("tokenized")
-        return encode(*arguments)
+        return encode(*arguments, **settings)
 
     monkeypatch.setattr(Reading, "kept", read)
     monkeypatch.setattr(encoding, "encode", tokenized)
@@ -231,7 +231,7 @@ def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch)
     monkeypatch.setattr(drawing, "_ROWS", 2)
     here = os.getpid()
 
-    def encode(*_):
+    def encode(*_, **__):
         assert os.getpid() != here, "the work is not done in another process"
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -248,9 +248,9 @@ def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch)
 def test_a_file_that_changes_while_it_is_read_is_noticed(prepared, monkeypatch):
     real = encoding.encode
 
-    def encode(*arguments):
+    def encode(*arguments, **settings):
         write(prepared.file, 6, salt="另")
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     monkeypatch.setattr(encoding, "encode", encode)
     with pytest.raises(StageError) as caught:
