@@ -92,7 +92,7 @@ def choose(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> 
 
 
 def _ifd(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
-    """Rows with an IFD of at most 1, and of these the highest; above 1 the question does not help."""
+    """Rows with an IFD of at most 1, and of them those with the highest; above 1 the question does not help."""
     choice = Choice(len(rows), "ifd")
     given, alone = answer_losses(config, inputs, rows, out)
     choice.scores = {"ifd": ifd(given, alone), "loss_given_question": given, "loss_alone": alone}
@@ -111,7 +111,7 @@ def ifd(given: Sequence[float | None], alone: Sequence[float | None]) -> list[fl
 
 
 def _quality(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
-    """Rows with a reward of more than `above`, and of these the highest (MoDS, Du et al., arXiv 2311.15653, step 1)."""
+    """Rows with a reward above `above`, and of them those with the highest (MoDS, arXiv 2311.15653, step 1)."""
     choice = Choice(len(rows), "quality")
     scores, choice.metrics["cut"] = rewards(config, inputs, rows, out)
     choice.scores = {"quality": scores}
@@ -124,7 +124,7 @@ def _quality(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -
 
 
 def _necessity(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
-    """Rows whose question the model answers with a reward below `below`, and of these the lowest (MoDS, step 3)."""
+    """Rows whose question the model answers with a reward below `below`, and of them the lowest (MoDS, step 3)."""
     choice = Choice(len(rows), "necessity")
     answers = own_answers(config, inputs, rows, out)
     answered = [index for index, answer in enumerate(answers) if answer is not None]

@@ -111,7 +111,7 @@ def figure_of(metric: str, measured: Measured, seed: int) -> dict[str, Any]:
 
 
 def _why(metric: str, measured: Measured) -> str | None:
-    """Why there is no figure; None if there is one."""
+    """Why there is no figure; None if there is a figure."""
     known = [row for row in measured.rows if row is not None]
     if measured.why is not None or not known:
         return measured.why or "no row has a value"
@@ -127,7 +127,7 @@ def compare_models(metric: str, one: Measured, other: Measured, seed: int) -> di
     Returns:
         `as`: `ratio` for perplexity, `difference` for other metrics. `change`, its confidence interval `ci`, the `p`
         and the name of the `test`, `n` rows. `better`: 1 if `one` is better beyond chance, 0 if `other` is, None if
-        neither is. `why` there is no comparison; None if there is one.
+        neither is. `why`: the reason if there is no comparison, or else None.
     """
     pairs = [(a, b) for a, b in zip(one.rows, other.rows, strict=False) if a is not None and b is not None]
     why = _why(metric, one) or _why(metric, other) or (None if pairs else "no row has a value for both")

@@ -62,8 +62,8 @@ def _distances(points: "Points", centre: "Points") -> "Points":
 def principal(points: "Points", share: float) -> "Points":
     """Project points on the fewest principal components that explain more than `share` of the variance.
 
-    The components are eigenvectors of the covariance matrix, by falling eigenvalue; the sign of each is the one that
-    makes its largest entry positive.
+    The components are eigenvectors of the covariance matrix, by falling eigenvalue; each has the sign with which
+    its largest entry is positive.
 
     Returns:
         An array of points × components.

@@ -22,8 +22,8 @@ class Prompt:
     tools: Tools | None = None
     reference: str | None = None
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Model → `answer`, `stopped` and the metrics of the answer; where there is none, `answer` is None and `why` says
-    why."""
+    """Model → `answer`, `stopped` and the metrics of the answer; without an answer, `answer` is None and `why` the
+    reason."""
 
     def as_json(self) -> dict[str, Any]:
         """A line of answers.jsonl."""
