@@ -85,8 +85,11 @@ def needs(config: Config, facts: Facts) -> Needs:
     scorer = replace(facts, weights=kept)
     scorer = replace(scorer, stored=facts.stored * scorer.parameters // facts.parameters)
     found = training_needs(config, scorer)
-    whole = 0 if config.lora is None else min(scorer.stored, 2 * scorer.parameters)
-    return replace(found, disk=found.disk + whole)
+    if config.lora is None:
+        return found
+    whole = min(scorer.stored, 2 * scorer.parameters)  # it takes the place of the adapter
+    checkpoints = found.disk - found.left
+    return replace(found, disk=checkpoints + max(found.left, whole), result=whole)
 
 
 # Training

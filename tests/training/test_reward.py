@@ -14,7 +14,7 @@ from stages import reward, select, sft
 from stages.chat.template import template_text
 from stages.data.source import Source, rows_of
 from stages.measuring.scores import rewards
-from stages.model.facts import Facts
+from stages.model.facts import Facts, read_facts
 from stages.model.folder import load_model, load_tokenizer
 from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted, StageError
@@ -133,6 +133,9 @@ def test_the_folder_is_one_whole_scorer(tuned, train, rows, lora):
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.chat_template == load_tokenizer([str(tuned[0])]).chat_template
     assert list(out.glob("adapter*")) == []
+    least = reward.needs(settings(lora=lora), read_facts(tuned[0])).left
+    width = 1 if lora is None else 2  # on a CPU an adapter is folded into 32 bits, and 16 are sure
+    assert least <= (out / "model.safetensors").stat().st_size <= 1.1 * width * least
     assert select.check(select.Config(model="", data=[UNREAD], method="quality", above=0.0, scorer=str(out))) == []
 
 
@@ -383,10 +386,15 @@ def test_an_architecture_without_a_scorer_is_refused(project):
 
 def test_what_it_takes_is_counted_without_the_old_head_and_with_the_whole_result():
     weights = {"model.layers.0.mlp.up_proj.weight": (100, 100), "lm_head.weight": (500, 100)}
-    facts = Facts("m", {}, weights, stored=120_000)
-    whole, lora = (reward.needs(settings(**more), facts) for more in ({}, {"lora": {"r": 1}}))
-    assert whole.memory == 4 * 40_000
-    assert lora.disk > 20_000
+    facts = Facts("m", {}, weights, stored=240_000)
+    saved = {"save_strategy": "no"}
+    whole, lora, large = (
+        reward.needs(settings(trainer=saved, **more), facts) for more in ({}, {"lora": {"r": 1}}, {"lora": {"r": 99}})
+    )
+    assert (whole.memory, whole.disk, whole.left) == (4 * 40_000, 40_000, 40_000)
+    assert (lora.disk, lora.left) == (20_000, 20_000)
+    adapter = 4 * 99 * 200  # it lies there until it is folded in
+    assert (large.disk, large.left) == (adapter, 20_000)
     assert reward.needs(settings(), Facts("m", {})).memory == 0
 
 
