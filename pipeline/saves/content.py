@@ -21,7 +21,7 @@ from stages.runtime.files import sha256
 HASHES = ".hashes.json"
 ROWS = ".rows"
 KEPT = 20_000  # the most hashes in the cache file
-REST_NS = 2_000_000_000  # the coarsest clock tick of a file system in use (FAT)
+COARSEST_TICK_NS = 2_000_000_000  # of the clock of a file system in use (FAT)
 
 
 class Hashes:
@@ -59,7 +59,7 @@ class Hashes:
         entry = self.known.get(key)
         if not read and entry is not None and entry[:3] == stamp:
             return str(entry[3])
-        now = max(clock or 0, self.ticked(before.st_dev))
+        now = max(clock or 0, self._passed(before.st_dev))
         digest = sha256(path)
         if entry is not None and entry != [*stamp, digest]:
             with self.lock:
@@ -70,9 +70,9 @@ class Hashes:
                 self.known[key], self.changed = [*stamp, digest], True
         return digest
 
-    def ticked(self, device: int) -> int:
+    def _passed(self, device: int) -> int:
         """A time in ns that the clock of a file system has passed for certain."""
-        return max(time.time_ns() - REST_NS, self.clock if device == self.device else 0)
+        return max(time.time_ns() - COARSEST_TICK_NS, self.clock if device == self.device else 0)
 
     def save(self) -> None:
         """Write the cache if it changed; a failed write is ignored."""

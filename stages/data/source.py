@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from stages.data import cleaning, formats, hub
 from stages.data.cleaning_steps import Steps
 from stages.data.files import FILE_TYPES, TABLES, ReadRow, did_you_mean, file_type, find_files, read_file
-from stages.data.formats._turns import ROLES, FileNames
+from stages.data.formats._turns import ROLES, MessageNames
 from stages.data.formats._values import MEDIA_COLUMNS, listed
 from stages.data.placeholders import Filler, placeholders
 from stages.data.row import FileRow, PlacedRow, Row, RowError
@@ -107,9 +107,9 @@ class Source(BaseModel):
         return self
 
     @property
-    def names(self) -> FileNames:
+    def message_names(self) -> MessageNames:
         """The file's names for roles and for the keys of messages."""
-        return FileNames({theirs: ours for ours, theirs in self.roles.items()}, self.message_keys)
+        return MessageNames({theirs: ours for ours, theirs in self.roles.items()}, self.message_keys)
 
 
 def _check_names(setting: str, mapping: Mapping[str, str], known: tuple[str, ...]) -> None:
@@ -244,7 +244,7 @@ class Reading:
 
     def _normaliser(self) -> Callable[[FileRow | RowError], Row]:
         """The function that normalises a row of the file, or raises RowError."""
-        source, form, names = self.source, formats.module(self.source.format), self.source.names
+        source, form, names = self.source, formats.module(self.source.format), self.source.message_names
         needed = [source.columns.get(name, name) for name in form.NEEDED]
         hint = f"{source.format} rows need " + " and ".join(f"`{name}`" for name in form.NEEDED)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from readings import problems
 from stages.data import files
 from stages.data import source as source_module
 from stages.data.files import read_file
-from stages.data.source import Source, rows_of
+from stages.data.source import Reading, Source, rows_of
 from stages.runtime.errors import StageError
 
 
@@ -275,6 +276,40 @@ def test_the_first_bad_rows_are_raised():
     assert str(error.value) == (
         "x.jsonl:2: `text` is empty; fill it in or remove the row; x.jsonl:3: `text` is null; it must be text"
     )
+
+
+def test_the_account_of_a_reading_has_every_row():
+    texts = ["<b>a</b>", "", "a", None, "b"]
+    path = write("x.jsonl", [{"text": text} for text in texts])
+    reading = Reading(of(path, max_dropped=0.4, clean=["html", "exact_duplicates"]))
+    assert list(reading.kept()) == [("x.jsonl:1", {"text": "a"}), ("x.jsonl:5", {"text": "b"})]
+    assert (reading.read, reading.bad, reading.problems) == (5, 2, [])
+    bad = [
+        "x.jsonl:2: `text` is empty; fill it in or remove the row",
+        "x.jsonl:4: `text` is null; it must be text",
+    ]
+    assert reading.first_bad == bad
+    assert asdict(reading.account) == {
+        "read": 5,
+        "kept": 2,
+        "changed": 1,
+        "dropped": {
+            "bad": {"rows": 2, "first": bad},
+            "exact duplicate": {"rows": 1, "first": ["x.jsonl:3, as x.jsonl:1"]},
+        },
+        "personal_data": {},
+    }
+
+
+@pytest.mark.parametrize(("check_after", "kept"), [(None, 10), (3, 2), (5, 4)])
+def test_too_many_bad_rows_stop_a_reading_at_its_end_or_earlier(check_after, kept):
+    path = write("x.jsonl", [{"text": ""}, *[{"text": "a"}] * 10])
+    rows = []
+    with pytest.raises(StageError) as error:
+        rows.extend(Reading(of(path)).kept(check_after))
+    bad = "x.jsonl:1: `text` is empty; fill it in or remove the row"
+    assert str(error.value) == (f"1 of the first {check_after} rows are bad: {bad}" if check_after else bad)
+    assert len(rows) == kept
 
 
 def test_rows_are_as_the_file_has_them():

@@ -470,7 +470,7 @@ def test_problems_of_model_data_and_settings_are_reported_at_once_in_the_order_o
 
 @pytest.mark.parametrize("saves", ["books.jsonl", "books.jsonl/saves/deep"])
 def test_saves_that_cannot_be_a_folder_are_refused(project, monkeypatch, saves):
-    monkeypatch.setattr("pipeline.saves.content.REST_NS", -(10**10))  # so that there are hashes to be saved
+    monkeypatch.setattr("pipeline.saves.content.COARSEST_TICK_NS", -(10**10))  # so that there are hashes to be saved
     assert project.validate(INIT, "--saves", saves) == refused(
         f"{saves}: cannot be written; choose another folder with `--saves DIR`"
     )
@@ -916,7 +916,7 @@ def test_a_folder_of_a_later_version_is_not_taken_for_damage(ran):
 
 
 def test_planning_writes_nothing_but_what_it_learnt_of_data(project, monkeypatch):
-    monkeypatch.setattr("pipeline.saves.content.REST_NS", -(10**10))
+    monkeypatch.setattr("pipeline.saves.content.COARSEST_TICK_NS", -(10**10))
     project.plan()
     written = sorted(path for path in Path("saves").rglob("*") if path.is_file())
     assert [str(path.parent) for path in written] == ["saves", *["saves/.rows"] * 6]

@@ -30,7 +30,7 @@ _FOLLOWING = {
 
 
 @dataclass(frozen=True)
-class FileNames:
+class MessageNames:
     """The names that a file has for the parts of a message, where they are not the usual ones."""
 
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class FileNames:
     """`role` and `content` → the file's keys."""
 
 
-def as_messages(value: object, name: str, names: FileNames, role: str = "") -> Messages:
+def as_messages(value: object, name: str, names: MessageNames, role: str = "") -> Messages:
     """The messages in a value: a list of messages, or one message, or plain text of the given role.
 
     `name` is the value's name for messages to people. Raises RowError.
@@ -52,7 +52,7 @@ def as_messages(value: object, name: str, names: FileNames, role: str = "") -> M
     return [_message(item, f"message {number} of `{name}`", names) for number, item in enumerate(items, 1)]
 
 
-def _message(item: object, name: str, names: FileNames) -> Message:
+def _message(item: object, name: str, names: MessageNames) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"{name} is {type_in_words(item)}; {_SHAPE}")
     usual = ("from", "value") if "from" in item else ("role", "content")
@@ -139,7 +139,7 @@ def alpaca_prompt(row: FileRow) -> Messages:
     return [*messages, question]
 
 
-def prompt(row: FileRow, names: FileNames) -> Messages:
+def prompt(row: FileRow, names: MessageNames) -> Messages:
     """The prompt in `prompt`, `instruction` or `conversations`; empty when the row has none of these columns."""
     if row.get("prompt") is not None:
         column, messages = "prompt", as_messages(row["prompt"], "prompt", names, "user")
@@ -152,7 +152,7 @@ def prompt(row: FileRow, names: FileNames) -> Messages:
     return with_system(row, in_order(messages, f"`{column}`", "user"))
 
 
-def conversation(row: FileRow, column: str, names: FileNames) -> Messages:
+def conversation(row: FileRow, column: str, names: MessageNames) -> Messages:
     """The whole conversation in a column, which must end with the assistant's answer. Raises RowError."""
     for media in MEDIA_COLUMNS:
         if row.get(media):

@@ -1,7 +1,7 @@
 """One answer that is good or bad, as KTO takes it: a conversation, or prompt and completion, and a `label`."""
 
 from stages.data.formats._tools import with_tools
-from stages.data.formats._turns import FileNames, alpaca_prompt, conversation, plain_message, with_system
+from stages.data.formats._turns import MessageNames, alpaca_prompt, conversation, plain_message, with_system
 from stages.data.formats._values import type_in_words
 from stages.data.formats.prompt_completion import joined
 from stages.data.row import FileRow, Messages, Row, RowError
@@ -14,12 +14,12 @@ OPTIONAL = (
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def normalise(row: FileRow, names: FileNames) -> Row:
+def normalise(row: FileRow, names: MessageNames) -> Row:
     messages = _messages(row, names)
     return with_tools(row, {"prompt": messages[:-1], "completion": messages[-1:], "label": _label(row["label"])})
 
 
-def _messages(row: FileRow, names: FileNames) -> Messages:
+def _messages(row: FileRow, names: MessageNames) -> Messages:
     """The conversation, from the first of the columns that can hold it. Raises RowError when no column does."""
     filled = {name for name in OPTIONAL if row.get(name) is not None}
     for name in ("messages", "conversations"):

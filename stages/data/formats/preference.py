@@ -1,14 +1,14 @@
 """A better and a worse answer to the same prompt: `chosen` and `rejected`, each text or messages."""
 
 from stages.data.formats._tools import with_tools
-from stages.data.formats._turns import FileNames, as_messages, in_order, prompt
+from stages.data.formats._turns import MessageNames, as_messages, in_order, prompt
 from stages.data.row import FileRow, Message, Messages, Row, RowError
 
 NEEDED = ("chosen", "rejected")
 OPTIONAL = ("prompt", "instruction", "input", "history", "conversations", "system", "tools")
 
 
-def normalise(row: FileRow, names: FileNames) -> Row:
+def normalise(row: FileRow, names: MessageNames) -> Row:
     before_chosen, chosen = _answer(row, "chosen", names)
     before_rejected, rejected = _answer(row, "rejected", names)
     if before_chosen and before_rejected and before_chosen != before_rejected:
@@ -19,7 +19,7 @@ def normalise(row: FileRow, names: FileNames) -> Row:
     return with_tools(row, {"prompt": asked, "chosen": [chosen], "rejected": [rejected]})
 
 
-def _answer(row: FileRow, column: str, names: FileNames) -> tuple[Messages, Message]:
+def _answer(row: FileRow, column: str, names: MessageNames) -> tuple[Messages, Message]:
     """The messages before the last one of `chosen` or `rejected`, and the last one. Raises RowError."""
     messages = as_messages(row[column], column, names, "assistant")
     if len(messages) != 1:

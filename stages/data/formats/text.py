@@ -1,6 +1,6 @@
 """Plain text: `text`."""
 
-from stages.data.formats._turns import FileNames
+from stages.data.formats._turns import MessageNames
 from stages.data.formats._values import text
 from stages.data.row import FileRow, Row
 
@@ -8,5 +8,5 @@ NEEDED = ("text",)
 OPTIONAL = ()
 
 
-def normalise(row: FileRow, names: FileNames) -> Row:
+def normalise(row: FileRow, names: MessageNames) -> Row:
     return {"text": text(row["text"], "`text`")}
