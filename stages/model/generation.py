@@ -68,7 +68,7 @@ class Engine:
         return inference.answers(self.model, self.tokenizer, prompts, tokens, report, settings=settings)
 
     def stopped(self, ids: Ids) -> bool:
-        """Whether the model ended an answer with a stop token; False for an answer that is cut at its longest."""
+        """Whether the model ended an answer with a stop token; False for one that reached `max_new_tokens`."""
         return bool(ids) and ids[-1] in inference.stop_tokens(self.model)
 
     def text(self, ids: Ids) -> str:

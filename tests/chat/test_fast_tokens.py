@@ -133,9 +133,9 @@ def test_every_letter_is_of_the_same_class(kind):
         assert twin(f"a{letter}", False) is None
 
 
-def change(told: dict, name: str) -> None:
+def change(described: dict, name: str) -> None:
     """Make a tokenizer one whose ids tiktoken could miss."""
-    model, added = told["model"], told["added_tokens"]
+    model, added = described["model"], described["added_tokens"]
     match name:
         case "an id that falls":
             model["merges"][5], model["merges"][900] = model["merges"][900], model["merges"][5]
@@ -147,26 +147,26 @@ def change(told: dict, name: str) -> None:
             vocabulary = {character: number for number, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
             model["vocab"] = vocabulary | {"ab": 256, "bc": 257, "abc": 258}
             model["merges"] = [["a", "b"], ["b", "c"], ["a", "bc"]]
-            told["added_tokens"], told["post_processor"] = [], None
+            described["added_tokens"], described["post_processor"] = [], None
         case "merges that are left out at random":
             model["dropout"] = 0.1
         case "another normalizer":
-            told["normalizer"] = {"type": "Lowercase"}
+            described["normalizer"] = {"type": "Lowercase"}
         case "another pattern":
-            told["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+|\S+"
+            described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+|\S+"
         case "a space before the text":
-            told["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+            described["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
         case "numbers that stay whole":
-            told["pre_tokenizer"]["pretokenizers"][0] = {"type": "Digits", "individual_digits": False}
-            told["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = True
+            described["pre_tokenizer"]["pretokenizers"][0] = {"type": "Digits", "individual_digits": False}
+            described["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = True
         case "words that are left out":
-            told["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"
+            described["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"
         case "what is between words":
-            told["pre_tokenizer"]["pretokenizers"][0]["invert"] = True
+            described["pre_tokenizer"]["pretokenizers"][0]["invert"] = True
         case "words of another kind":
-            told["pre_tokenizer"] = {"type": "Whitespace"}
+            described["pre_tokenizer"] = {"type": "Whitespace"}
         case "no words":
-            told["pre_tokenizer"] = None
+            described["pre_tokenizer"] = None
         case "an added token that takes the space before it":
             added[0]["lstrip"] = True
         case "an added token that takes the space after it":
@@ -182,7 +182,7 @@ def change(told: dict, name: str) -> None:
         case "an added token that begins another":
             added.append({**added[0], "content": MARKS[0][:-2], "id": 5000})
         case "another model":
-            told["model"] = {"type": "WordLevel", "vocab": model["vocab"], "unk_token": "a"}
+            described["model"] = {"type": "WordLevel", "vocab": model["vocab"], "unk_token": "a"}
 
 
 @pytest.mark.parametrize(
@@ -212,21 +212,21 @@ def change(told: dict, name: str) -> None:
     ],
 )
 def test_a_tokenizer_that_tiktoken_could_miss_is_left_alone(both, name):
-    told = json.loads(both("qwen")[0].to_str())
-    before = json.dumps(told)
-    change(told, name)
-    assert json.dumps(told) != before
-    assert fast_tokens.find_twin(Tokenizer.from_str(json.dumps(told))) is None
+    described = json.loads(both("qwen")[0].to_str())
+    before = json.dumps(described)
+    change(described, name)
+    assert json.dumps(described) != before
+    assert fast_tokens.find_twin(Tokenizer.from_str(json.dumps(described))) is None
 
 
 def test_it_does_miss_a_token_that_other_merges_come_before(both):
-    told = json.loads(both("gpt2")[0].to_str())
-    change(told, "a token that other merges come before")
-    vocabulary = told["model"]["vocab"]
+    described = json.loads(both("gpt2")[0].to_str())
+    change(described, "a token that other merges come before")
+    vocabulary = described["model"]["vocab"]
     ranks = {bytes(map(fast_tokens._BYTES.__getitem__, token)): number for token, number in vocabulary.items()}
     theirs = tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
     assert theirs.encode("abc") == [258]
-    assert Tokenizer.from_str(json.dumps(told)).encode("abc").ids == [256, vocabulary["c"]]
+    assert Tokenizer.from_str(json.dumps(described)).encode("abc").ids == [256, vocabulary["c"]]
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,8 @@ def test_the_loss_sees_the_answers_and_their_ends_and_nothing_else(tokenizer, te
             answers[-1].append(label)
         elif answers[-1]:
             answers.append([])
-    told = [message["content"] + ENDS[template] for message in messages if message["role"] == "assistant"]
-    assert [tokenizer.decode(answer) for answer in answers if answer] == told
+    expected = [message["content"] + ENDS[template] for message in messages if message["role"] == "assistant"]
+    assert [tokenizer.decode(answer) for answer in answers if answer] == expected
 
 
 @TEMPLATES
@@ -149,7 +149,7 @@ LLAMA = [
     "<|eot_id|>",
     "不要。<|eot_id|>",
 ]
-TOLD = {"chatml": HERMES, "qwen": HERMES, "llama3": LLAMA}
+EXPECTED = {"chatml": HERMES, "qwen": HERMES, "llama3": LLAMA}
 # Where a turn goes on, Qwen3's own template leaves out the empty thought that it wrote when the turn was the last.
 THINKING = """\
 {%- for message in messages -%}
@@ -178,14 +178,14 @@ def answers(tokenizer, ids, labels):
     return [tokenizer.decode(answer) for answer in found if answer]
 
 
-@pytest.mark.parametrize("template", TOLD)
+@pytest.mark.parametrize("template", EXPECTED)
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("before", [[], [SYSTEM]])
 def test_calls_and_answers_are_in_the_loss_and_what_tools_give_back_is_not(tokenizer, template, tools, before):
     messages = [*before, *CALLED]
     ids, labels = encode_chat(Encoder(tokenizer), messages, tools)
     assert ids == ids_of(tokenizer, messages, tools=tools)
-    assert answers(tokenizer, ids, labels) == TOLD[template]
+    assert answers(tokenizer, ids, labels) == EXPECTED[template]
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             asked = ids_of(tokenizer, messages[:number], tools=tools, add_generation_prompt=True)
@@ -197,11 +197,11 @@ def test_calls_and_answers_are_in_the_loss_and_what_tools_give_back_is_not(token
     [("chatml", "<|im_start|>system\n"), ("qwen", "<|im_start|>system\nYou are a helpful assistant.\n\n")],
 )
 def test_tools_stand_in_the_system_prompt(tokenizer, begin):
-    told = json.dumps(TOOLS[0], ensure_ascii=False)
+    expected = json.dumps(TOOLS[0], ensure_ascii=False)
     written = render(tokenizer, CALLED[:3], prompt=True, tools=TOOLS)
     assert written == (
         f"{begin}# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{told}\n</tools>\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{expected}\n</tools>\n\n"
         "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
         'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
         f"<|im_start|>user\n布洛芬吃多少？<|im_end|>\n<|im_start|>assistant\n{HERMES[0]}\n"
@@ -214,7 +214,7 @@ def test_tools_stand_in_the_system_prompt(tokenizer, begin):
 @pytest.mark.parametrize("template", ["llama3"])
 @pytest.mark.parametrize("before", [[], [SYSTEM]])
 def test_tools_stand_in_the_first_question_of_llama3(tokenizer, before):
-    told = json.dumps(TOOLS[0], ensure_ascii=False, indent=4)
+    expected = json.dumps(TOOLS[0], ensure_ascii=False, indent=4)
     system = f"\n\n{SYSTEM['content']}" * len(before)
     written = render(tokenizer, [*before, *CALLED[:3]], prompt=True, tools=TOOLS)
     assert written == (
@@ -222,7 +222,7 @@ def test_tools_stand_in_the_first_question_of_llama3(tokenizer, before):
         "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a "
         "function call with its proper arguments that best answers the given prompt.\n\nRespond in the format "
         '{"name": function name, "parameters": dictionary of argument name and its value}.Do not use variables.\n\n'
-        f"{told}\n\n布洛芬吃多少？<|eot_id|>"
+        f"{expected}\n\n布洛芬吃多少？<|eot_id|>"
         f"<|start_header_id|>assistant<|end_header_id|>\n\n{LLAMA[0]}"
         "<|start_header_id|>ipython<|end_header_id|>\n\n400 mg<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -281,9 +281,9 @@ def test_all_of_a_public_file_of_tool_calls_is_tokenized(tokenizer, template):
     for row in rows_of(Source(path=str(SHARED), format="sharegpt")):
         ids, labels = encode_chat(Encoder(tokenizer), row["messages"], row.get("tools"))
         said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
-        told = answers(tokenizer, ids, labels)
-        assert len(told) == len(said)
-        for text, turn in zip(told, said, strict=True):
+        expected = answers(tokenizer, ids, labels)
+        assert len(expected) == len(said)
+        for text, turn in zip(expected, said, strict=True):
             assert text.endswith(ENDS[template])
             assert turn["content"].strip() in text
             assert all(f'"name": "{call["function"]["name"]}"' in text for call in turn.get("tool_calls", []))

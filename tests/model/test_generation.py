@@ -244,8 +244,8 @@ def test_a_prompt_is_what_the_template_of_the_folder_writes(tiny):
 def test_a_template_that_is_given_replaces_the_one_of_the_folder(tiny):
     folder = tiny("llama", template="med")
     engine = load_engine([str(folder)], template_text("chatml"))
-    told = "<|im_start|>user\n感冒了要不要吃抗生素？<|im_end|>\n<|im_start|>assistant\n"
-    assert engine.tokenizer.decode(engine.prompt(ASKED)) == told
+    expected = "<|im_start|>user\n感冒了要不要吃抗生素？<|im_end|>\n<|im_start|>assistant\n"
+    assert engine.tokenizer.decode(engine.prompt(ASKED)) == expected
     stops = engine.tokenizer.convert_ids_to_tokens(engine.model.generation_config.eos_token_id)
     assert stops == ["<|im_end|>", "</s>"]
     assert template_text("med") == (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
