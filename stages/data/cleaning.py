@@ -31,7 +31,7 @@ from stages.data.cleaning_steps import (
 from stages.data.row import PlacedRow, Row
 from stages.runtime.errors import StageError, nearest
 
-_SHOWN = 3  # places shown for each reason
+SHOWN = 3  # rows shown for each reason
 _WITHOUT_TEXT = ("tools", "label")  # columns of a normalised row that are neither text nor messages
 
 
@@ -64,7 +64,7 @@ class Account:
         """Count a dropped row."""
         entry = self.dropped.setdefault(reason, Dropped())
         entry.rows += 1
-        if len(entry.first) < _SHOWN:
+        if len(entry.first) < SHOWN:
             entry.first.append(place)
 
 

@@ -161,9 +161,8 @@ class Reading:
     Bad rows are counted and skipped. One row is in memory at a time, unless `clean` compares rows.
     """
 
-    def __init__(self, source: Source, shown: int = 3) -> None:
-        """`shown`: the most bad rows in `first_bad`."""
-        self.source, self.shown = source, shown
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self.read = 0
         """Rows read, bad rows included."""
         self.bad = 0
@@ -189,7 +188,7 @@ class Reading:
                     normalised = normalise(row)
                 except (RowError, RecursionError) as error:
                     self.bad += 1
-                    if len(self.first_bad) < self.shown:
+                    if len(self.first_bad) < cleaning.SHOWN:
                         text = error if isinstance(error, RowError) else "the row is nested too deeply"
                         self.first_bad.append(f"{place}: {text}")
                     continue
@@ -203,7 +202,7 @@ class Reading:
             self.first_bad[-1] += f" — and {more:,} more bad row{'s' if more > 1 else ''}"
         bad = self.first_bad if self._too_many_bad() else []
         unfilled = [] if stopped else self._unfilled()
-        self.problems = self._missing_columns()[: self.shown] or bad + stopped + unfilled
+        self.problems = self._missing_columns()[: cleaning.SHOWN] or bad + stopped + unfilled
 
     def kept(self, check_after: int | None = None) -> Iterator[PlacedRow]:
         """The good rows that `clean` keeps.

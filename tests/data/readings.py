@@ -3,13 +3,13 @@
 from stages.data.source import Reading, Source
 
 
-def read_all(source: Source, shown: int = 3) -> tuple[Reading, list[dict]]:
+def read_all(source: Source) -> tuple[Reading, list[dict]]:
     """A reading after its last row, and its good rows."""
-    reading = Reading(source, shown)
+    reading = Reading(source)
     return reading, [row for _, row in reading.rows()]
 
 
-def problems(source: Source, shown: int = 3) -> tuple[int, list[str]]:
+def problems(source: Source) -> tuple[int, list[str]]:
     """The number of rows read, bad rows included, and the problems."""
-    reading, _ = read_all(source, shown)
+    reading, _ = read_all(source)
     return reading.read, reading.problems

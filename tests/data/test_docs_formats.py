@@ -4,13 +4,14 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from readings import read_all
 
 from stages.data import formats
-from stages.data.source import Source
+from stages.data.source import Format, Source
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 SAID = re.compile(r'(\w+)\(("(?:[^"\\]|\\.)*"|null)\)')
@@ -134,7 +135,7 @@ def test_a_row_that_is_left_out(section, settings, cells):
     assert second(section, settings, code(cells[0])) == ([], f"x.jsonl:2: {cells[1]}")
 
 
-@pytest.mark.parametrize("kind", formats.names())
+@pytest.mark.parametrize("kind", get_args(Format))
 @pytest.mark.parametrize("cells", [cells for *_, cells in rows("`x.jsonl` holds", "rows read", "the message")])
 def test_what_holds_for_every_format(kind, cells):
     row = first_row(kind)
@@ -166,7 +167,7 @@ def test_paths(cells):
     assert ([row["text"] for row in kept], problems) == (re.findall(r"`(.*?)`", cells[1]), cells[2])
 
 
-@pytest.mark.parametrize("kind", formats.names())
+@pytest.mark.parametrize("kind", get_args(Format))
 def test_every_format_has_its_columns_and_tables(kind):
     form = formats.module(kind)
     names = [", ".join(f"`{name}`" for name in columns) or "none" for columns in (form.NEEDED, form.OPTIONAL)]

@@ -558,9 +558,11 @@ def test_max_samples(name):
 
 def test_only_the_first_bad_rows_are_shown():
     path = write("x.jsonl", [{"text": ""}] * 5)
-    count, found = problems(of(path), shown=2)
-    assert (count, [line.split(":")[1] for line in found]) == (5, ["1", "2"])
-    assert found[1] == "x.jsonl:2: `text` is empty; fill it in or remove the row — and 3 more bad rows"
+    count, lines = problems(of(path))
+    assert (count, [line.split(":")[1] for line in lines]) == (5, ["1", "2", "3"])
+    assert lines[2] == "x.jsonl:3: `text` is empty; fill it in or remove the row — and 2 more bad rows"
+    path = write("x.jsonl", [{"text": ""}] * 4)
+    assert problems(of(path))[1][2].endswith(" — and 1 more bad row")
 
 
 # Encodings

@@ -5,13 +5,7 @@ normalised row or raises RowError.
 """
 
 import importlib
-from pathlib import Path
 from types import ModuleType
-
-
-def names() -> list[str]:
-    """The names of all formats, sorted."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
 def module(name: str) -> ModuleType:
