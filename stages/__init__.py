@@ -101,6 +101,11 @@ class Stage(Generic[C]):
     """Whether it reads the model that it starts from. One that does not need not run again when that model changes."""
     reads_files: Callable[[C], list[Path]] = lambda config: []
     """Files that it reads besides models and data."""
+    rehearse: Callable[[C, Inputs, Path], None] | None = None
+    """Whatever can fail before the work itself: build settings, prepare rows. It is called before earlier stages run.
+
+    `Inputs.model` is then one folder with the tokenizer that the stage will find, and need not hold the right weights.
+    """
     trains: Callable[[C], Training] | None = None
     """What a training stage trains on; None for other stages."""
     settings: Mapping[str, str] = field(default_factory=dict)

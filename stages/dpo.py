@@ -17,6 +17,7 @@ from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem, StageError
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
+from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_training
 
 LIVE_TOLERANCE = 1e-5  # the same forward pass twice, in the same process
@@ -49,10 +50,18 @@ def loss_at_zero(loss_type: str, beta: float) -> float | None:
     return {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * beta) ** 2}.get(loss_type)
 
 
+def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
+    """Build the settings and prepare the pairs."""
+    args = loop.arguments("DPOConfig", config, out)
+    check_libraries(config, args)
+    preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out)
+
+
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the pairs and leave the artifact in `out`."""
     tokenizer = loop.tokenizer(config, inputs)
     args = loop.arguments("DPOConfig", config, out)
+    check_libraries(config, args)
     rows = preparation.prepare(config.draw(inputs), tokenizer, args, out)
     trainer = loop.build(
         _trainer_class(),
@@ -134,6 +143,7 @@ STAGE = Stage(
     check_model=check_model,
     needs=needs,
     facts=facts_after_training,
+    rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
     parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # its cache lies in a temporary folder of each process

@@ -27,6 +27,7 @@ from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
+from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_training, is_named
 
 if TYPE_CHECKING:
@@ -186,6 +187,13 @@ def _collator(tokenizer: Any, args: Any, spare: Sequence[Ids], *, pairs: bool) -
 # Training
 
 
+def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
+    """Build the settings and prepare the labelled answers."""
+    args = loop.arguments("KTOConfig", config, out, train_sampling_strategy="random")
+    check_libraries(config, args)
+    preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out)
+
+
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the labelled answers and leave the artifact in `out`."""
     kind = _trainer_class()
@@ -337,6 +345,7 @@ STAGE = Stage(
     check_model=check_model,
     needs=needs,
     facts=facts_after_training,
+    rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.kto_config:KTOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
     parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # its cache lies in a temporary folder of each process

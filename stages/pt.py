@@ -10,6 +10,8 @@ from stages.training import description, packing, supervised
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.settings import check_training
 
+DEFAULTS = {"packing": True, "packing_strategy": "bfd_split"}  # of SFTConfig
+
 
 class Config(supervised.Config):
     """Settings of `pt`; `trainer:` takes TRL's SFTConfig. `packing: true` unless said otherwise."""
@@ -30,9 +32,14 @@ def check_model(config: Config, facts: Facts) -> list[Problem]:
     return problems + packing.check(config.trainer, facts, packing=True, wraps=True)
 
 
+def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
+    """Build the settings and prepare the texts."""
+    supervised.rehearse(config, inputs, out, cut=True, **DEFAULTS)
+
+
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the texts and leave the artifact in `out`."""
-    return supervised.run(config, inputs, out, cut=True, packing=True, packing_strategy="bfd_split")
+    return supervised.run(config, inputs, out, cut=True, **DEFAULTS)
 
 
 STAGE = Stage(
@@ -45,6 +52,7 @@ STAGE = Stage(
     check_model=check_model,
     needs=training_needs,
     facts=facts_after_training,
+    rehearse=rehearse,
     trains=lambda config: config.training(cut=True),
     settings={"trainer": "trl.trainer.sft_config:SFTConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
     parallel=Parallel(),

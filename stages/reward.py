@@ -28,6 +28,7 @@ from stages.runtime import interfaces
 from stages.runtime.errors import Problem, StageError
 from stages.training import description, loop, preparation
 from stages.training.needs import training_needs
+from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_training
 
 # What is measured on held-out rows, and `metric_for_best_model` can name; accuracy and margin are called as in `dpo`.
@@ -95,11 +96,19 @@ def needs(config: Config, facts: Facts) -> Needs:
 # Training
 
 
+def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
+    """Build the settings and prepare the pairs."""
+    args = loop.arguments("RewardConfig", config, out)
+    check_libraries(config, args)
+    preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out, whole=True)
+
+
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the pairs and leave the scorer in `out`."""
     kind = _trainer_class()
     tokenizer = loop.tokenizer(config, inputs)
     args = loop.arguments("RewardConfig", config, out)
+    check_libraries(config, args)
     rows = preparation.prepare(config.draw(inputs), tokenizer, args, out, whole=True)
     trainer = loop.build(
         kind,
@@ -225,6 +234,7 @@ STAGE = Stage(
     leaves=Scorer(),
     check_model=check_model,
     needs=needs,
+    rehearse=rehearse,
     trains=lambda config: config.training(whole=True),
     settings={"trainer": "trl.trainer.reward_config:RewardConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
     parallel=Parallel(),

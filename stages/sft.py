@@ -37,6 +37,7 @@ STAGE = Stage(
     check_model=check_model,
     needs=training_needs,
     facts=facts_after_training,
+    rehearse=supervised.rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.sft_config:SFTConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
     parallel=Parallel(),

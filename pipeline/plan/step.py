@@ -101,6 +101,12 @@ class Plan:
     """Name of a data set → its rows."""
     ignore_gates: bool = False
 
+    def tokenizer_folder(self, step: Step) -> Path | None:
+        """The last model folder up to a step that holds a tokenizer, which goes unchanged from stage to stage."""
+        above = self.steps[: self.steps.index(step) + 1]
+        folders = [Path(folder) for one in above for folder in one.inputs.model]
+        return next((folder for folder in reversed(folders) if (folder / "tokenizer.json").is_file()), None)
+
     @property
     def reports(self) -> Iterator[Step]:
         """The steps that leave figures about models."""

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,14 +66,14 @@ class Stop:
     count = 0
 
 
-def follow(step: Step, view: View, stop: Stop) -> dict[str, Any]:
-    """Start the process of a stage and pass its events to the view until it ends; returns the `done` event.
+def follow(step: Step, view: View, stop: Stop, folder: Path, start: Callable[[], Child]) -> dict[str, Any]:
+    """Start a process that works in `folder` and pass its events to the view until it ends; returns the `done` event.
 
     Raises:
         Interrupted, StageFailed: as `run`.
     """
-    events = Events(step.part / EVENTS_FILE)
-    child: Child = _Launched(step) if step.entry.launch.processes > 1 else _Forked(step.part)
+    events = Events(folder / EVENTS_FILE)
+    child = start()
     asked = 0
     while child.is_alive():
         child.wait(0.1)
@@ -82,7 +83,7 @@ def follow(step: Step, view: View, stop: Stop) -> dict[str, Any]:
             asked = stop.count
     for event in events.new():
         view.event(step, event)
-    return _result(step, child.exit_code(), events.last, asked > 0)
+    return _result(step, folder, child.exit_code(), events.last, asked > 0)
 
 
 def _ask_to_stop(child: Child, events: "Events", step: Step, view: View, *, hard: bool) -> bool:
@@ -99,11 +100,11 @@ def _ask_to_stop(child: Child, events: "Events", step: Step, view: View, *, hard
     return True
 
 
-def _result(step: Step, code: int | None, last: dict[str, dict[str, Any]], asked: bool) -> dict[str, Any]:
+def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str, Any]], asked: bool) -> dict[str, Any]:
     if code == 0 and "done" in last:
         return last["done"]
     last = json.loads(secret.mask(json.dumps(last, ensure_ascii=False)))
-    log = f"its log is {step.part / artifact.LOG}"
+    log = f"its log is {folder / artifact.LOG}"
     if "interrupted" in last or (asked and "error" not in last):
         how = last.get("interrupted", {}).get("text", "stopped")
         raise Interrupted(f"stage `{step.name}` {how}; run the same command again to go on")
@@ -163,13 +164,13 @@ def _event(line: bytes) -> dict[str, Any] | None:
     return event
 
 
-class _Forked:
+class Forked:
     """A stage forked from the warm server."""
 
-    def __init__(self, part: Path) -> None:
+    def __init__(self, part: Path, hook: worker.Hook = "run") -> None:
         warm(part / artifact.LOG)
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=worker.main, args=(str(part / SPEC),))
+        self.process = context.Process(target=worker.main, args=(str(part / SPEC), hook))
         self.process.start()
         self.pid = self.process.pid
 
@@ -210,7 +211,7 @@ def warm(log: Path) -> None:
             os.close(descriptor)
 
 
-class _Launched:
+class Launched:
     """A stage started by accelerate's launcher in several processes of one machine."""
 
     def __init__(self, step: Step) -> None:

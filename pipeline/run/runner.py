@@ -22,7 +22,8 @@ from pipeline.errors import Busy, GateClosed
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts
 from pipeline.run import card
-from pipeline.run.process import Stop, View, follow
+from pipeline.run.process import Child, Forked, Launched, Stop, View, follow
+from pipeline.run.rehearsal import Rehearsals
 from pipeline.saves import artifact
 from pipeline.saves import content as content_module
 from pipeline.saves.artifact import SPEC
@@ -53,6 +54,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
         if step.state == "done":  # linked before the first stage starts, so that `gc` knows that they are needed
             link(step.folder, step.link)
     with _signals() as stop:
+        rehearsals = Rehearsals(planned, view, stop)
         for step in planned.steps:
             record = artifact.read(step.folder)
             if record is not None and step.state == "done":
@@ -61,6 +63,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
             else:
                 there = zip(planned.steps, records, strict=False)
                 before = [card.FinishedStep(above, known.get("metrics", {})) for above, known in there]
+                rehearsals.below(step)
                 record = _run_step(step, planned, view, stop, gates, before)
             link(step.folder, step.link)
             records.append(record)
@@ -161,7 +164,7 @@ def _run_step(
         spec.replace(step.part / SPEC)
         view.step(step, "running")
         try:
-            done = follow(step, view, stop)
+            done = follow(step, view, stop, step.part, lambda: _child(step))
         finally:
             for name in (artifact.LOG, EVENTS_FILE):
                 secret.mask_file(step.part / name)
@@ -181,6 +184,11 @@ def _run_step(
         hashes.save()
     view.step(step, "ran")
     return record
+
+
+def _child(step: Step) -> Child:
+    """The process of a stage, or the launcher of several."""
+    return Launched(step) if step.entry.launch.processes > 1 else Forked(step.part)
 
 
 def _record(step: Step, done: dict[str, Any], versions: dict[str, str], ignored: Sequence[str]) -> dict[str, Any]:

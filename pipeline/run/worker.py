@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from pipeline import secret
 from pipeline.run import tracking
@@ -24,9 +24,11 @@ from stages.runtime.errors import Interrupted, explain
 from stages.runtime.events import LAUNCHED, emit
 from stages.runtime.processes import end_with_parent, peak_memory
 
+Hook = Literal["run", "rehearse"]
 
-def main(spec_file: str) -> None:
-    """Run the stage of a spec file and exit with 0, 1 or 75; never returns."""
+
+def main(spec_file: str, hook: Hook = "run") -> None:
+    """Run or rehearse the stage of a spec file and exit with 0, 1 or 75; never returns."""
     out = Path(spec_file).parent
     spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
     to_log(out / artifact.LOG)
@@ -43,7 +45,7 @@ def main(spec_file: str) -> None:
     for name in secret.HUB:  # a stage is offline and needs no token
         os.environ.pop(name, None)
     emit(out, "start", pid=os.getpid())
-    code = _run(spec, out)
+    code = _run(spec, out, hook)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only the trackers are still busy; a second Ctrl-C kills the process
     tracking.finish(spec, code)
     held.close()
@@ -57,11 +59,17 @@ def _hold(out: Path) -> TextIO:
     return file
 
 
-def _run(spec: dict[str, Any], out: Path) -> int:
+def _run(spec: dict[str, Any], out: Path, hook: Hook) -> int:
     try:
         stage = find(spec["use"])
         config = stage.config.model_validate(tracking.group(spec, out))
-        metrics = stage.run(config, Inputs(**spec["inputs"]), out)
+        inputs = Inputs(**spec["inputs"])
+        if hook == "run":
+            metrics = stage.run(config, inputs, out)
+        else:
+            assert stage.rehearse is not None
+            stage.rehearse(config, inputs, out)
+            metrics = {}
         emit(out, "done", metrics=metrics, memory=peak_memory())
         return 0
     except Interrupted as error:

@@ -49,20 +49,13 @@ def inspect_data(plan: Plan, name: str | None, rows: int) -> Iterator[DataView]:
     for data, step in pairs:
         training = step.entry.training
         assert training is not None  # `_trains_on` has checked it
-        yield _data_view(data, plan.pipeline.data[data], step, training, _tokenizer_folder(plan, step), rows)
+        yield _data_view(data, plan.pipeline.data[data], step, training, plan.tokenizer_folder(step), rows)
 
 
 def _trains_on(step: Step, source: Source) -> bool:
     """Whether a stage trains on a data set, or holds it out."""
     training = step.entry.training
     return training is not None and source in (*training.draw.sources, *training.draw.eval_data)
-
-
-def _tokenizer_folder(plan: Plan, step: Step) -> Path | None:
-    """The last model folder up to `step` that has a tokenizer; every stage passes it on unchanged."""
-    above = plan.steps[: plan.steps.index(step) + 1]
-    folders = [Path(folder) for stage in above for folder in stage.inputs.model]
-    return next((folder for folder in reversed(folders) if (folder / "tokenizer.json").is_file()), None)
 
 
 def _data_view(data: str, source: Source, step: Step, training: Training, folder: Path | None, rows: int) -> DataView:

@@ -87,7 +87,7 @@ def build(trainer: Any, **parts: Any) -> Any:
     """
     try:
         built = trainer(**parts)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise StageError(f"TRL refuses these settings: {error}") from None
     if parts.get("peft_config") is not None:
         for parameter in built.model.parameters():
@@ -97,12 +97,19 @@ def build(trainer: Any, **parts: Any) -> Any:
 
 
 def adapter(config: TrainingConfig) -> Any:
-    """PEFT's LoraConfig, or None when the whole model is trained."""
+    """PEFT's LoraConfig, or None when the whole model is trained.
+
+    Raises:
+        StageError: PEFT refuses the settings.
+    """
     if config.lora is None:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config.lora})
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config.lora})
+    except (ValueError, TypeError, ImportError) as error:
+        raise StageError(f"PEFT refuses the settings under `lora`: {error}") from None
 
 
 def train(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FOLDER = ".prepared"
 VERSION = 1  # raise it when the same rows would become other sequences
 _ACCOUNT = "account.json"  # written last: a folder without it is not whole
+MANY_CUT = 0.05  # the share of rows that lose their end which is worth a warning
 FEW = 8  # chunks that are not worth another process
 
 
@@ -90,6 +91,8 @@ def prepare(
     for entry in account["data"]:
         emit(out, "note", text=drawing.summary(entry))
     emit(out, "note", text=_told(account))
+    if not cut and account["truncated"] > MANY_CUT * account["rows"]:
+        emit(out, "note", text=cut_rows(account["truncated"], account["rows"], args.max_length), warning=True)
     train = _dataset(folder / "train.arrow")
     held = _dataset(folder / "held.arrow") if account["held_out"] else None
     if "packed" not in account:
@@ -269,6 +272,12 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
         "longest": whole.longest,
         "held_out": 0,
     }
+
+
+def cut_rows(truncated: int, rows: int, max_length: int | None) -> str:
+    """A warning about rows that lose their end."""
+    share = f"{truncated:,} of {rows:,} rows ({truncated / rows:.0%}) are longer than `max_length` {max_length}"
+    return f"{share} and lose their end, so the model would not learn to stop after them; raise `max_length`"
 
 
 def _told(account: dict[str, Any]) -> str:

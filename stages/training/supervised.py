@@ -11,6 +11,7 @@ from stages.runtime.errors import Problem
 from stages.runtime.events import emit
 from stages.training import loop, packing, preparation
 from stages.training import streaming as streaming_module
+from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
@@ -30,13 +31,28 @@ def check(config: Config) -> list[Problem]:
     return streaming_module.check(config) if config.streaming else []
 
 
+def arguments(config: Config, out: Path, **defaults: Any) -> Any:
+    """TRL's SFTConfig for prepared rows."""
+    args: Any = loop.arguments("SFTConfig", config, out, **defaults)
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    return args
+
+
+def rehearse(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> None:
+    """Build the settings and prepare the rows; the arguments are those of `run`."""
+    args = arguments(config, out, **defaults)
+    check_libraries(config, args)
+    if not config.streaming:
+        preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out, cut=cut)
+
+
 def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> dict[str, Any]:
     """Train and leave the artifact in `out`; `cut` as in `preparation.prepare`, `defaults` for SFTConfig."""
     from trl import SFTTrainer
 
     tokenizer = loop.tokenizer(config, inputs)
-    args: Any = loop.arguments("SFTConfig", config, out, **defaults)
-    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    args = arguments(config, out, **defaults)
+    check_libraries(config, args)
     seen, account = encoding.Tokens(), dict[str, Any]()
     if config.streaming:
         train: Any = streaming_module.rows(config.draw(inputs), tokenizer, args, seen, cut)

@@ -329,8 +329,9 @@ def test_a_terminal_that_closes_stops_the_run_like_sigterm(chain):
     shutil.rmtree((saves / "small" / "sft").resolve())
     words = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--saves", str(saves), "--until", "sft"]
     ours, theirs = os.openpty()
-    first = subprocess.Popen(words, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-                             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    own = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # noqa: E731 - makes it the terminal of the new session
+    first = subprocess.Popen(words, cwd=ROOT, preexec_fn=own, **terminal)
     os.close(theirs)
     reader = threading.Thread(target=read_all, args=(ours,))
     reader.start()
