@@ -188,20 +188,27 @@ def _collator(tokenizer: Any, args: Any, spare: Sequence[Ids], *, pairs: bool) -
 
 
 def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
-    """Build the settings and prepare the labelled answers."""
+    """Build the settings, prepare the labelled answers and look at their labels."""
+    _trainer_class()
+    _prepare(config, loop.tokenizer(config, inputs), inputs, out)
+
+
+def _prepare(config: Config, tokenizer: Any, inputs: Inputs, out: Path) -> tuple[Any, preparation.Prepared, list[bool]]:
+    """The trainer's settings, the rows, and the labels of those that are trained on."""
     args = loop.arguments("KTOConfig", config, out, train_sampling_strategy="random")
     check_libraries(config, args)
-    preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out)
+    rows = preparation.prepare(config.draw(inputs), tokenizer, args, out)
+    labels = _labels(rows.train)
+    _check_labels(config, labels, _labels(rows.held) if rows.held is not None else [])
+    return args, rows, labels
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the labelled answers and leave the artifact in `out`."""
     kind = _trainer_class()
     tokenizer = loop.tokenizer(config, inputs)
-    args: Any = loop.arguments("KTOConfig", config, out, train_sampling_strategy="random")
-    rows = preparation.prepare(config.draw(inputs), tokenizer, args, out)
-    train, held, labels = rows.train, rows.held, _labels(rows.train)
-    _check_labels(config, labels, _labels(held) if held is not None else [])
+    args, rows, labels = _prepare(config, tokenizer, inputs, out)
+    train, held = rows.train, rows.held
     counts = {"good": sum(labels), "bad": len(labels) - sum(labels)}
     if (text := balance(config, **counts)) is not None:
         emit(out, "note", text=text)
@@ -348,7 +355,7 @@ STAGE = Stage(
     rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.kto_config:KTOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
-    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # its cache lies in a temporary folder of each process
+    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # as in `dpo`: it is computed in one process
     describe=description.describe,
     figures=description.figures,
 )
