@@ -54,5 +54,5 @@ def test_a_text_file_with_a_secret_stops_the_stage(tmp_path):
         secret.forbid(tmp_path, "sft")
     assert str(error.value) == (
         f"stage `sft`: `{tmp_path}/config.json` holds the value of the environment variable HF_TOKEN; take it out of "
-        "the data or the settings, or `unset HF_TOKEN` if it is no secret, and run again"
+        "the data or the settings, or `unset HF_TOKEN` if it is not a secret, and run again"
     )

@@ -815,32 +815,32 @@ def test_only_a_stage_that_will_be_looked_at_can_be_started_over(project):
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_runs(project, monkeypatch):
-    """Full fine-tuning of 300M weights: two checkpoints and one being written, each of weights and two moments."""
-    weights = {"model.embed_tokens.weight": [30_000, 10_000]}
+    """Full fine-tuning of 30M weights: two checkpoints and one being written, each of weights and two moments."""
+    weights = {"model.embed_tokens.weight": [3_000, 10_000]}
     text = project.model() + SFT
     header = json.dumps(
-        {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * 3 * 10**8]} for name, shape in weights.items()}
+        {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * 3 * 10**7]} for name, shape in weights.items()}
     ).encode()
     with open("m/model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + 4 * 3 * 10**8)  # a hole: it takes no room
+        file.truncate(8 + len(header) + 4 * 3 * 10**7)  # a hole: it takes no room
     usage = shutil.disk_usage(".")
-    free = 10 * 10**9
+    free = 10 * 10**8
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     text = text.replace("lora: {r: 8}, ", "")
     (problem,) = problems(project, text)
     assert problem == (
-        "saves: stage `sft` takes at least 12.0 GB of disk, and 10.0 GB are free; free space, keep fewer checkpoints "
+        "saves: stage `sft` takes at least 1.2 GB of disk, and 1.0 GB are free; free space, keep fewer checkpoints "
         "with `trainer.save_total_limit: 1`, or choose another disk with `--saves DIR`"
     )
-    free = 13 * 10**9
+    free = 13 * 10**8
     assert problems(project, text) == []
     # What a stage leaves stays while the next one works; at that time it has no checkpoints any more.
     (problem,) = problems(project, text + "  more: {use: sft, data: consult, seed: 1}\n")
     assert problem.startswith(
-        "saves: stage `more` takes at least 12.0 GB of disk after 1.2 GB of the stages before it, and"
+        "saves: stage `more` takes at least 1.2 GB of disk after 120.0 MB of the stages before it, and"
     )
-    free = 14 * 10**9
+    free = 14 * 10**8
     assert problems(project, text + "  more: {use: sft, data: consult, seed: 1}\n") == []
 
 
