@@ -98,18 +98,22 @@ def needs(config: Config, facts: Facts) -> Needs:
 
 def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
     """Build the settings and prepare the pairs."""
+    _trainer_class()
+    _prepare(config, loop.tokenizer(config, inputs), inputs, out)
+
+
+def _prepare(config: Config, tokenizer: Any, inputs: Inputs, out: Path) -> tuple[Any, preparation.Prepared]:
+    """The trainer's settings, and the pairs."""
     args = loop.arguments("RewardConfig", config, out)
     check_libraries(config, args)
-    preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out, whole=True)
+    return args, preparation.prepare(config.draw(inputs), tokenizer, args, out, whole=True)
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the pairs and leave the scorer in `out`."""
     kind = _trainer_class()
     tokenizer = loop.tokenizer(config, inputs)
-    args = loop.arguments("RewardConfig", config, out)
-    check_libraries(config, args)
-    rows = preparation.prepare(config.draw(inputs), tokenizer, args, out, whole=True)
+    args, rows = _prepare(config, tokenizer, inputs, out)
     trainer = loop.build(
         kind,
         model=scorer(config, inputs, tokenizer),

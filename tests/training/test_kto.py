@@ -268,6 +268,9 @@ def test_rows_of_one_label_are_refused(tiny, train, answers, tmp_path, good, bad
     with pytest.raises(StageError) as caught:
         train(kto, [tiny("llama")], answers(good, bad), out=tmp_path, trainer=ONE)
     assert str(caught.value) == said + ("on them" if good else "")
+    config = kto.Config(model="m", data=[answers(good, bad)])
+    with pytest.raises(StageError, match=r"^all \d rows have `label: "):
+        kto.STAGE.rehearse(config, Inputs(model=[str(tiny("llama"))]), tmp_path)
 
 
 @trains
@@ -548,6 +551,7 @@ def test_a_second_model_is_counted_for_the_whole_model_alone():
     assert lora < ahead
 
 
+@pytest.mark.train
 def test_an_interface_that_trl_no_longer_has_is_named(monkeypatch):
     from trl import KTOTrainer
 

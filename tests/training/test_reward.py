@@ -249,6 +249,9 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(tuned, train, tmp_path)
     with pytest.raises(StageError) as caught:
         train(reward, tuned, rows, trainer={**ONE, "max_length": 8})
     assert str(caught.value) == "all 3 rows lose their answer at `max_length` 8; raise it"
+    config = reward.Config(model="m", data=[rows], trainer={"max_length": 8})
+    with pytest.raises(StageError, match=r"^all 3 rows lose their answer at `max_length` 8; raise it$"):
+        reward.STAGE.rehearse(config, Inputs(model=[str(tuned[0])]), tmp_path)
 
 
 @trains
@@ -398,6 +401,7 @@ def test_what_it_takes_is_counted_without_the_old_head_and_with_the_whole_result
     assert reward.needs(settings(), Facts("m", {})).memory == 0
 
 
+@pytest.mark.train
 def test_an_interface_that_trl_no_longer_has_is_named(monkeypatch):
     from trl import RewardTrainer
 
