@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stages.data import near_duplicates
 
 SIMILARITY = 0.8
-HASHES, BANDS, BAND = 126, 21, 6  # what `_near_duplicates` chooses for 0.8; the libraries get the same
+HASHES, BANDS, BAND = 126, 21, 6  # what `stages/data/near_duplicates.py` chooses for 0.8; the libraries get the same
 
 
 def made(rows: int) -> tuple[list[str], list[tuple[int, int]]]:
