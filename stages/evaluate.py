@@ -25,6 +25,7 @@ from stages.measuring.table import ANSWERS, SCHEMA, TABLE, figures_and_compariso
 from stages.measuring.tasks import check_tasks, measure_tasks, task_files, task_metrics
 from stages.model.device import free_memory
 from stages.model.facts import Facts, Needs, check_template
+from stages.model.folder import refuse_missing
 from stages.model.generation import load_engine
 from stages.model.inputs import Inputs
 from stages.model.references import Compared
@@ -244,8 +245,7 @@ def _loaded(name: str, folders: Sequence[str], config: Config, threads: int) -> 
     import torch
 
     engine = load_engine(folders, config.template)
-    if engine.missing:
-        raise StageError(f"`{name}` lacks weights ({', '.join(engine.missing[:3])}), so its figures would be random")
+    refuse_missing(folders[0], engine.missing)
     small = sum(weight.numel() for weight in engine.model.parameters()) < SMALL
     torch.set_num_threads(1 if small else threads)
     return Subject(name, engine, config.max_length, config.batch_tokens, config.seed)

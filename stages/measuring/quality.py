@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from stages.measuring.metrics import Measured, Ratio, compare_models
 from stages.model import inference
 from stages.model.device import free_memory
+from stages.model.folder import refuse_missing
 from stages.model.generation import load_engine
 from stages.model.gptq import round_to_nearest
 from stages.runtime.errors import StageError
@@ -40,9 +41,10 @@ def measure_original(folder: Path, texts: Sequence[Ids], file: Path) -> list[Rat
     """The losses of the original, as `reference` returns them; what the comparison needs is left in `file`.
 
     Raises:
-        StageError: its perplexity is not a number.
+        StageError: the folder lacks weights, or its perplexity is not a number.
     """
     engine = load_engine([str(folder)])
+    refuse_missing(str(folder), engine.missing)
     losses = reference(engine.model, texts, file)
     del engine
     free_memory()

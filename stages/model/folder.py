@@ -24,9 +24,25 @@ def load_model(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":
     the base, as `merge` does, and the weights are cast afterwards.
 
     Raises:
-        StageError: an adapter does not fit its base.
+        StageError: the base lacks weights, or an adapter does not fit it.
     """
-    return load_with_missing(folders, **settings)[0]
+    model, missing = load_with_missing(folders, **settings)
+    refuse_missing(folders[0], missing)
+    return model
+
+
+def refuse_missing(folder: str, missing: Sequence[str]) -> None:
+    """
+    Raises:
+        StageError: a model folder lacks weights, which transformers made up at random.
+    """
+    if missing:
+        named = ", ".join(f"`{name}`" for name in missing[:3])
+        more = f" and {len(missing) - 3} more" if missing[3:] else ""
+        raise StageError(
+            f"the model folder `{folder}` lacks weights, which would be random: {named}{more}; fetch it again, or save "
+            "the whole model again with `save_pretrained`"
+        )
 
 
 def load_with_missing(folders: Sequence[str], **settings: Any) -> tuple["PreTrainedModel", list[str]]:

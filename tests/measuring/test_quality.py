@@ -1,6 +1,7 @@
 """What quantization costs, computed beside plain torch."""
 
 import json
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -9,6 +10,7 @@ import pytest
 from stages.measuring import quality
 from stages.model.facts import read_facts
 from stages.model.generation import load_engine
+from stages.runtime.errors import StageError
 from stages.runtime.events import read_events
 
 
@@ -126,3 +128,15 @@ def test_rounding_to_nearest_that_is_better_is_reported(tmp_path):
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"^a fresh process could not use (.|\n)*config\.json"):
         quality.measure_quantized(tmp_path, tmp_path, tmp_path / "original.safetensors", [], "a question")
+
+
+@pytest.mark.train
+def test_an_original_that_lacks_weights_is_not_quantized(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny("llama"), tmp_path / "torn")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageError, match=r"lacks weights, which would be random: `model\.norm\.weight`;"):
+        quality.measure_original(folder, [[1, 2, 3]], tmp_path / "original.safetensors")

@@ -1,4 +1,4 @@
-"""Tokenizers are refused when they are loaded, not in the middle of a stage."""
+"""Models and tokenizers are refused when they are loaded, not in the middle of a stage."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.model.folder import load_tokenizer
+from stages.model.folder import load_model, load_tokenizer
 from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
@@ -81,3 +81,41 @@ def test_another_tokenizers_without_a_method_is_named(loaded, name):
         f"tokenizers {version('tokenizers')} has no `Tokenizer.{name}`, which this stage needs; "
         "tokenizers 0.23.3 is known to work: `pip install tokenizers==0.23.3`"
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_base_that_lacks_weights_is_refused(tiny, adapt, tmp_path, tied):
+    from safetensors.torch import load_file, save_file
+
+    base = tiny("llama", tied=tied)
+    folder = shutil.copytree(base, tmp_path / "torn")
+    kept = {name: w for name, w in load_file(folder / "model.safetensors").items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    for chain in ([str(folder)], [str(folder), str(adapt([base], target_modules=["q_proj"]))]):
+        with pytest.raises(StageError) as caught:
+            load_model(chain)
+        names = ", ".join(f"`model.layers.1.mlp.{name}_proj.weight`" for name in ("down", "gate", "up"))
+        assert str(caught.value) == (
+            f"the model folder `{folder}` lacks weights, which would be random: {names}; fetch it again, or save the "
+            "whole model again with `save_pretrained`"
+        )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_weight_for_both_embeddings_is_whole(tiny, architecture, tied):
+    model = load_model([str(tiny(architecture, tied=tied))])
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
+
+
+def test_the_first_three_weights_that_are_lacking_are_named(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny("bloom"), tmp_path / "torn")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if ".h.1." not in name}, folder / "model.safetensors")
+    lost = sorted(name for name in weights if ".h.1." in name)
+    with pytest.raises(StageError) as caught:
+        load_model([str(folder)])
+    named = ", ".join(f"`{name}`" for name in lost[:3])
+    assert f"random: {named} and {len(lost) - 3} more; fetch it again" in str(caught.value)
