@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from stages.chat import encoding
 from stages.data import drawing
@@ -44,15 +45,13 @@ FEW = 8  # chunks that are not worth another process
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows for a trainer, and their counts."""
+    """Rows for a trainer, and their counts. While it exists, `gc` does not remove the rows."""
 
     train: "Dataset"
     """Columns `input_ids` and, where they differ, `labels`; `seq_lengths` when packed. For pairs `prompt_ids`,
     `chosen_ids` and `rejected_ids`, or the last two alone, after the prompt."""
     held: "Dataset | None"
     account: dict[str, Any]
-    reader: TextIO
-    """Holds a shared lock on the rows, so that `gc` does not remove them while they are in use."""
 
 
 def prepare(
@@ -78,8 +77,6 @@ def prepare(
     key = _key(recipe, draw)
     folder = out.parent / FOLDER / key
     with _alone(folder):
-        reader = open(reader_lock(folder), "a+", encoding="utf-8")  # noqa: SIM115 - held while the rows are in use
-        fcntl.flock(reader, fcntl.LOCK_SH)
         account = _whole(folder)
         if account is None:
             account = _make(draw, tokenizer, recipe, args, folder)
@@ -88,6 +85,8 @@ def prepare(
                 raise StageError("a data file changed while it was read; run again")
         else:
             emit(out, "note", text=f"takes the rows that were prepared before, from {FOLDER}/{key}")
+        reader = open(reader_lock(folder), "a+", encoding="utf-8")  # noqa: SIM115 - held while the rows are in use
+        fcntl.flock(reader, fcntl.LOCK_SH)
     for entry in account["data"]:
         emit(out, "note", text=drawing.summary(entry))
     emit(out, "note", text=_told(account))
@@ -100,7 +99,9 @@ def prepare(
         for batch in train.data.to_batches():
             there.extend(lengths(batch))
         account["padding"] = encoding.padding(there, args.per_device_train_batch_size)
-    return Prepared(train, held, account, reader)
+    prepared = Prepared(train, held, account)
+    weakref.finalize(prepared, reader.close)
+    return prepared
 
 
 def _recipe(draw: Draw, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, Any]:

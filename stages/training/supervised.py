@@ -15,7 +15,6 @@ from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -56,7 +55,8 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
     seen, account = encoding.Tokens(), dict[str, Any]()
     if config.streaming:
         train: Any = streaming_module.rows(config.draw(inputs), tokenizer, args, seen, cut)
-        held = _held(config.draw(inputs), tokenizer, args, out, cut=cut) if config.eval_data else None
+        rows = _held(config.draw(inputs), tokenizer, args, out, cut=cut) if config.eval_data else None
+        held = rows.train if rows is not None else None
     else:
         rows = preparation.prepare(config.draw(inputs), tokenizer, args, out, cut=cut)
         train, held, account = rows.train, rows.held, rows.account
@@ -78,9 +78,9 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
     return {**account, **metrics}
 
 
-def _held(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool) -> "Dataset":
-    """The held-out rows of a stage that streams. They are prepared as without streaming."""
+def _held(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool) -> preparation.Prepared:
+    """The held-out rows of a stage that streams, as rows to train on. They are prepared as without streaming."""
     args = copy.copy(args)
     args.packing = args.packing if args.eval_packing is None else args.eval_packing
     alone = Draw(sources=draw.eval_data, seed=draw.seed)
-    return preparation.prepare(alone, tokenizer, args, out, cut=cut).train
+    return preparation.prepare(alone, tokenizer, args, out, cut=cut)

@@ -1,8 +1,11 @@
 """Prepared rows: made once, shared by what agrees, made again when anything is different or damaged."""
 
+import fcntl
+import gc
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,3 +279,18 @@ def test_gc_frees_prepared_rows(prepared, capsys):
     assert cli.main(["gc", "--saves", str(prepared.saves), "--json"]) == 0
     (told,) = [entry for entry in json.loads(capsys.readouterr().out) if ".prepared" in entry["folder"]]
     assert told["why"] == "rows made ready for training"
+
+
+def test_rows_are_locked_until_nobody_uses_them(prepared):
+    rows = prepared()
+    (lock,) = (prepared.saves / ".locks").glob("*.reader")
+    with open(lock, encoding="utf-8") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert rows.train.num_rows
+            del rows
+            gc.collect()
+        assert not [warning for warning in seen if issubclass(warning.category, ResourceWarning)]
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """Streamed rows: trained on as they are read, kept nowhere, and a stopped run ends with the same bytes."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -63,14 +64,27 @@ def test_weights_draw_without_end(tiny, train, tmp_path):
     assert 0.22 < drawn.count("甲") / 2000 < 0.28
 
 
-def test_held_out_rows_are_prepared_and_rows_like_them_are_not_trained_on(tiny, train, tmp_path):
+def test_held_out_rows_are_prepared_and_rows_like_them_are_not_trained_on(tiny, train, tmp_path, at):
     long = "头疼了三天，应该怎么办才好？请详细说明一下。"
     data, held = write(tmp_path / "a.jsonl", 20), tmp_path / "held.jsonl"
     with open(data.path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"instruction": long, "output": "多喝水，多休息。"}) + "\n")
     held.write_text(json.dumps({"instruction": long, "output": "多喝水，多休息！"}), encoding="utf-8")
     source = Source(path=str(held), format="alpaca")
-    done = train(sft, [tiny("llama")], data, streaming=True, eval_data=[source], trainer=ASKED)
+    locked = []
+
+    def try_lock(model):
+        (lock,) = tmp_path.glob("saves/.locks/*.reader")
+        with open(lock, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(lock)
+
+    asked = {"streaming": True, "eval_data": [source], "trainer": ASKED, "out": tmp_path / "saves" / "sft"}
+    asked["out"].parent.mkdir()
+    done = train(sft, [tiny("llama")], data, callback=at(1, "on_step_end", try_lock), **asked)
+    assert len(locked) == 1  # so `gc` leaves them alone
     assert "多喝水，多休息。" not in answers(done)
     assert len(answers(done)) == 20
     assert done.metrics["eval_loss"] > 0
