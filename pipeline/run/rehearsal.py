@@ -3,17 +3,18 @@
 So a setting that a library refuses, or rows that lose their answers, stop the run before hours are spent.
 """
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline import secret
+from pipeline.errors import Busy
 from pipeline.plan.step import Plan, Step, begin
 from pipeline.run.process import Forked, Stop, View, follow
 from pipeline.saves import artifact
-
-FOLDER = ".rehearsal"
+from pipeline.saves.locks import locked
 
 
 class Rehearsals:
@@ -36,11 +37,12 @@ class Rehearsals:
                 continue
             tokenizer = self.planned.tokenizer_folder(other)
             if tokenizer is not None and all(Path(file).is_file() for file in other.inputs.rows.values()):
-                self.done.add(other.name)
-                self._rehearse(other, tokenizer)
+                with contextlib.suppress(Busy), locked(other.part, other.name):  # another run is at work on it
+                    self._rehearse(other, tokenizer)
+                    self.done.add(other.name)
 
     def _rehearse(self, step: Step, tokenizer: Path) -> None:
-        out = self.planned.saves / FOLDER
+        out = step.folder.with_name(f"{step.folder.name}.rehearsal")
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         known = replace(step, inputs=replace(step.inputs, model=[str(tokenizer)]))

@@ -21,7 +21,7 @@ SPEC = "spec.json"  # settings and inputs that a stage was begun with
 TO_GO_ON = (SPEC, "checkpoints", "before.json")  # what an unfinished stage resumes from
 UMASK = os.umask(0)
 os.umask(UMASK)  # the one way to read it
-FOLDER = re.compile(r"(?P<use>[a-z][a-z0-9_]*)-[0-9a-f]{12}(?P<end>\.part|\.old-\d+|\.part\.old-\d+|)\Z")
+FOLDER = re.compile(r"(?P<use>[a-z][a-z0-9_]*)-[0-9a-f]{12}(?P<end>\.part|\.rehearsal|\.old-\d+|\.part\.old-\d+|)\Z")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

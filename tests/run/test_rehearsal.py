@@ -1,6 +1,7 @@
 """What a stage would find out after hours is found before the first one trains."""
 
 import json
+import shutil
 
 import pytest
 from test_run import write_config
@@ -47,7 +48,9 @@ def test_what_the_last_stage_cannot_do_stops_the_run_before_the_first_trains(mad
     code, out, err = run(made, capsys, assignment)
     assert code == 1
     assert err.startswith(f"error: stage `dpo`: {told}")
-    assert err.endswith(f"\nits log is {made[1]}/.rehearsal/log.txt\n")
+    (log,) = made[1].glob("dpo-*.rehearsal/log.txt")
+    assert err.endswith(f"\nits log is {log}\n")
+    shutil.rmtree(log.parent)
     assert "pt: starts" not in out
     assert not list(made[1].glob("pt-*"))
 
@@ -67,4 +70,15 @@ def test_rows_that_lose_their_end_are_told_before_training_and_when_it_begins(ma
     assert lines.index(warning) < lines.index("pt: starts; has not run yet")
     kept = [json.loads(line) for line in (made[1] / "small/sft/events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [event["warning"] for event in kept if event.get("text") == warning.removeprefix("sft: ")] == [True]
-    assert not (made[1] / ".rehearsal").exists()
+    assert not list(made[1].glob("*.rehearsal"))
+
+
+def test_the_first_run_of_all_is_rehearsed_too(made, tmp_path, capsys):
+    config, saves = made
+    base = shutil.copytree((saves / "small" / "init").resolve(), tmp_path / "base")
+    text = config.read_text(encoding="utf-8")
+    first = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("  init:"))
+    (tmp_path / "first.yaml").write_text(f"model: {base}\n{first}", encoding="utf-8")
+    code, out, err = run((tmp_path / "first.yaml", tmp_path / "saves"), capsys, "dpo.trainer.max_length=16")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: stage `dpo`: all 20 rows lose their answer at `max_length` 16; raise it")

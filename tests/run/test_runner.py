@@ -14,8 +14,12 @@ from planned import CHAIN, pretend
 
 from pipeline import secret
 from pipeline.cli import main
+from pipeline.config.checker import load_config
 from pipeline.errors import Busy
+from pipeline.plan.placing import build_plan
+from pipeline.run import rehearsal
 from pipeline.run.process import Events
+from pipeline.run.rehearsal import Rehearsals
 from pipeline.run.worker import _hold
 from pipeline.saves.locks import held, locked
 from stages.chat.template import template_text
@@ -115,6 +119,44 @@ with locked(Path(sys.argv[1]), "sft"):
     other.wait()
     with locked(part, "sft"):
         assert held(part) is not None
+
+
+# Rehearsals
+
+
+def test_runs_that_rehearse_at_the_same_time_leave_each_other_alone(project, monkeypatch):
+    base = project.model()
+    project.write("x.yaml", f"{base}  pt: {{data: books}}\n  sft: {{data: consult}}\n")
+    places = []
+
+    def follow(step, view, stop, out, start):
+        assert held(step.part) is not None
+        places.append(out.name)
+        if len(places) == 1:
+            rehearse()  # a run of the same config: this one is at work on the stage
+            rehearse("sft.trainer.learning_rate=1e-3")
+        assert (out / "spec.json").is_file()
+
+    def rehearse(*assignments):
+        planned = build_plan(load_config(Path("x.yaml"), assignments), Path("saves"))
+        Rehearsals(planned, view=None, stop=None).below(planned.steps[0])
+
+    Path("saves").mkdir()
+    monkeypatch.setattr(rehearsal, "follow", follow)
+    rehearse()
+    assert len(set(places)) == len(places) == 2
+    assert not list(Path("saves").glob("*.rehearsal"))
+
+
+def test_what_a_failed_rehearsal_left_is_removed_by_gc_and_not_while_it_is_at_work(project):
+    sft = project.plan()["sft"]
+    folder = Path(f"{sft.folder}.rehearsal")
+    folder.mkdir(parents=True)
+    with locked(sft.part, "sft"):
+        assert main(["gc", "--yes"]) == 0
+        assert folder.exists()
+    assert main(["gc", "--yes"]) == 0
+    assert not folder.exists()
 
 
 # Attempts
