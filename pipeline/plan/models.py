@@ -23,7 +23,7 @@ class PlacedModel:
     """A fingerprint, a hash of files, or a pinned name on the Hub: the same for the same content."""
     facts: Facts
     files: Mapping[str, str] = field(default_factory=dict)
-    """Path → sha256 of the files of a folder that no stage made."""
+    """Path → sha256 of its files in a folder that no stage made."""
 
 
 class Models:

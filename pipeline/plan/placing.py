@@ -204,7 +204,8 @@ class Placer:
             if start is not None:
                 template = step.entry.template or before.template
                 facts = replace(facts, source=f"the model of `{step.name}`", template=template)
-            self.models.made[step.name] = PlacedModel(step.produces, step.fingerprint, facts)
+            files = start.files if start is not None and step.entry.leaves_adapter else {}  # those of its base
+            self.models.made[step.name] = PlacedModel(step.produces, step.fingerprint, facts, files)
         elif isinstance(step.stage.leaves, Scorer):
             facts = replace(before, source=f"the reward model of `{step.name}`")
             self.models.made[step.name] = PlacedModel([str(step.folder)], step.fingerprint, facts)

@@ -375,6 +375,17 @@ def test_data_that_changes_while_the_run_goes_on_stops_the_stage_that_reads_it(p
     assert str(caught.value) == "stage `sft`: `consult.jsonl` changed while the run was going on; run again"
 
 
+def test_a_base_model_that_changes_stops_every_stage_that_starts_from_an_adapter_on_it(project):
+    step = project.plan(project.model() + "  pt: {data: books, lora: {r: 8}}\n  sft: {data: consult}\n")["sft"]
+    adapter = Path(step.inputs.model[-1])
+    adapter.mkdir(parents=True)
+    artifact.finish(adapter, adapter, {}, Hashes(None))
+    check_unchanged(step, Hashes(None))
+    project.model(hidden_size=8)
+    with pytest.raises(StageFailed, match=r"^stage `sft`: `m/config.json` changed while the run was going on"):
+        check_unchanged(step, Hashes(None))
+
+
 def pretend_to_start(step):
     """Leave the finished folders that the step starts from."""
     for folder in map(Path, step.inputs.model):
