@@ -12,6 +12,7 @@ from pipeline.run.process import warm
 from pipeline.run.worker import to_log
 from pipeline.saves import artifact
 from pipeline.saves.artifact import LOG
+from stages.runtime.processes import end_with_parent
 
 FILE = "answers.json"
 MAX_TOKENS = 64  # enough to see whether a model answers the question
@@ -99,13 +100,16 @@ def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict
         answers: dict[str, str] = receiver.recv()
     except EOFError:  # the process has died; its log says why, and the next run asks again
         answers = {}
-    child.join()
+    finally:  # also after Ctrl-C
+        child.kill()
+        child.join()
     return answers
 
 
 def _generate(
     models: dict[str, list[str]], question: str, folder: str, pipe: "multiprocessing.connection.Connection"
 ) -> None:
+    end_with_parent()
     from stages.model.generation import load_engine
 
     to_log(Path(folder, LOG))

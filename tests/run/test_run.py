@@ -397,6 +397,33 @@ def test_a_fault_of_ours_shows_its_traceback_and_leaves_the_runner_alive(chain, 
     assert "uniform_" in error
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_is_left_when_the_run_ends_at_the_final_question(chain, number):
+    config, saves = chain
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--saves", str(saves)]
+    runner = subprocess.Popen([*command, "--set", "question=why?"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    child = next(pid for _ in range(6000) for pid in grandchildren(runner.pid) if cpu_seconds(pid) > 0.5)
+    os.kill(child, signal.SIGSTOP)  # it cannot end by itself
+    runner.send_signal(number)
+    assert runner.wait(60) == (75 if number == signal.SIGINT else -number)
+    assert any(not alive(child) or time.sleep(0.02) for _ in range(500))
+
+
+def grandchildren(pid: int) -> list[int]:
+    """The processes whose parent's parent is `pid`; waits a little."""
+    time.sleep(0.01)
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return [process for process, parent in parents.items() if parents.get(parent) == pid]
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def flip_a_bit(path: Path) -> None:
     """In the middle of the file; size and modification time stay."""
     stat = path.stat()
