@@ -62,7 +62,8 @@ def held(part: Path) -> str | None:
     words = []
     for lock in (file.with_suffix(".runner"), file):
         try:
-            with open(lock, "r+", encoding="utf-8") as handle:
+            mode = "r+" if os.access(lock, os.W_OK) else "r"  # another user may look, too
+            with open(lock, mode, encoding="utf-8") as handle:
                 words.append(handle.read().strip())
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file releases it
                 if lock == file:
@@ -70,7 +71,7 @@ def held(part: Path) -> str | None:
         except FileNotFoundError:
             continue
         except OSError:
-            return words[0] or "by a process that does not say which"
+            return next(filter(None, words), "by a process that does not say which")
     return None
 
 

@@ -121,6 +121,29 @@ with locked(Path(sys.argv[1]), "sft"):
         assert held(part) is not None
 
 
+def test_another_user_sees_who_holds_a_stage(tmp_path):
+    """Who may read the folder and not write to it."""
+    code = """
+import os, sys
+from pathlib import Path
+from pipeline.saves import locks
+real = open
+def refusing(file, mode="r", **more):
+    if "+" in mode:
+        raise PermissionError(13, "Permission denied", str(file))
+    return real(file, mode, **more)
+locks.open, os.access = refusing, lambda path, mode: mode != os.W_OK
+print(locks.held(Path(sys.argv[1])))
+"""
+    part = tmp_path / "sft-0123456789ab.part"
+    seen = []
+    with locked(part, "sft"):
+        seen.append(subprocess.check_output([sys.executable, "-c", code, str(part)], text=True))
+    seen.append(subprocess.check_output([sys.executable, "-c", code, str(part)], text=True))
+    assert seen[0].startswith(f"pid {os.getpid()} on ")
+    assert seen[1] == "None\n"
+
+
 # Rehearsals
 
 
