@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.document import Document
-from stages import Model, Rows, Scorer, Stage, find
+from stages import Model, Rows, Stage, find
 from stages.data.source import Source
 from stages.model.references import Role
 from stages.training.settings import Training
@@ -68,10 +68,6 @@ class StageEntry:
     @property
     def leaves_rows(self) -> bool:
         return isinstance(self.stage.leaves, Rows)
-
-    @property
-    def leaves_scorer(self) -> bool:
-        return isinstance(self.stage.leaves, Scorer)
 
     @property
     def leaves_adapter(self) -> bool:

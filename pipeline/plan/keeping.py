@@ -69,7 +69,7 @@ def _as_written(config: Path, saves: Path, doubts: list[str]) -> Iterator[str]:
 
 
 def _with_sources(saves: Path, names: Iterable[str]) -> set[str]:
-    """The folders of these names, their unfinished twins, and all folders that they were built from."""
+    """The folders of these names, and all folders that they were built from."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
