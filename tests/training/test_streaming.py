@@ -3,13 +3,17 @@
 import fcntl
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stages import pt, sft
+from stages.chat import encoding
+from stages.data.cleaning_steps import Length
 from stages.data.source import Source
+from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted, StageError
-from stages.training import streaming
+from stages.training import loop, streaming
 
 pytestmark = pytest.mark.train
 
@@ -102,6 +106,38 @@ def test_too_many_bad_rows_stop_a_stream_early(tiny, train, tmp_path, monkeypatc
         f"1 of the first 10 rows are bad: {path}:1: the row has no `output`; alpaca rows need `instruction` and "
         "`output` (map other names with `columns:`)"
     )
+
+
+@pytest.mark.parametrize("weights", [[], [1]], ids=["in order", "by weights"])
+@pytest.mark.parametrize("why", ["cleaned", "held out", "too long"])
+def test_a_stream_without_a_row_to_train_on_ends(tiny, tmp_path, monkeypatch, weights, why):
+    monkeypatch.setattr(streaming, "_CHECKED", 40)
+    data = write(tmp_path / "a.jsonl", 30).model_copy(
+        update={"clean": [Length(step="length", min=500)] if why == "cleaned" else []}
+    )
+    asked = {"eval_data": [data]} if why == "held out" else {}
+    config = sft.Config(model="m", data={"sources": [data], "weights": weights}, streaming=True, **asked)
+    args = SimpleNamespace(max_length=5 if why == "too long" else 200, packing=False, seed=1)
+    tokenizer = loop.tokenizer(config, Inputs(model=[str(tiny("llama"))]))
+    with pytest.raises(StageError) as caught:
+        next(iter(streaming.rows(config.draw(), tokenizer, args, encoding.Tokens(), cut=False)))
+    read = 0 if why == "cleaned" else 256 if weights else 30
+    similar, long = (read if why == reason else 0 for reason in ("held out", "too long"))
+    if why == "cleaned" and weights:
+        assert str(caught.value) == f"`{data.path}` has no row left to draw; remove it from the mixture"
+    else:
+        assert str(caught.value) == (
+            f"no row is left to train on: of the {read} rows that `clean` keeps, {similar} are near duplicates of "
+            f"held-out rows, and {long} lose their answer at `max_length` {args.max_length}"
+        )
+
+
+def test_a_short_stream_drops_no_more_rows_than_is_allowed(tiny, train, tmp_path):
+    data = write(tmp_path / "a.jsonl", 20)
+    with open(data.path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"instruction": "问" * 300, "output": "多喝水。"}))
+    with pytest.raises(StageError, match=r"^1 of 21 rows lose their answer at `max_length` 200, the first at .*:21; "):
+        train(sft, [tiny("llama")], data, streaming=True, trainer=ASKED)
 
 
 def test_what_a_stream_cannot_do_is_said_before(tmp_path):
