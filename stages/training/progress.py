@@ -117,6 +117,8 @@ class Progress:
         return self.checkpoints / f"checkpoint-{state.global_step}"
 
     def log(self, state: Any, logs: Mapping[str, float]) -> None:
+        if "train_runtime" in logs and self.stopped and not self.no_better():
+            return  # the summary of an unfinished run is not a figure of its last step
         figures = {key: value for key, value in logs.items() if isinstance(value, int | float)}
         emit(self.out, "log", step=state.global_step, **figures)
         for key in ("loss", "grad_norm", "eval_loss"):

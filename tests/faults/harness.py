@@ -331,7 +331,7 @@ def import_everything() -> None:
     """What the runner's server imports, once; no thread may be started and no tensor made in this process."""
     import importlib
 
-    from pipeline.run import process, runner
+    from pipeline.run import process, rehearsal, runner, worker
     from pipeline.run.process import ENVIRONMENT, PRELOAD
     from pipeline.saves import artifact as artifact_module
 
@@ -339,16 +339,16 @@ def import_everything() -> None:
     for name in (*PRELOAD, "pipeline.cli", "pipeline.views.progress", *(f"stages.{name}" for name in STAGES)):
         importlib.import_module(name)
 
-    class Forked(process._Forked):
+    class Forked(process.Forked):
         """A stage forked from the runner itself, with the fresh process that `quantize` asks forked before it."""
 
-        def __init__(self, part: Path) -> None:
+        def __init__(self, part: Path, hook: worker.Hook = "run") -> None:
             os.close(os.open(part / artifact_module.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
             fork = multiprocessing.get_context("fork")
             ours, theirs = fork.Pipe()
             self.fresh = fork.Process(target=_be_fresh, args=(theirs, ours))
             self.fresh.start()
-            self.process = fork.Process(target=_be_stage, args=(str(part / runner.SPEC), ours, theirs))
+            self.process = fork.Process(target=_be_stage, args=(str(part / runner.SPEC), hook, ours, theirs))
             self.process.start()
             self.pid = self.process.pid
             ours.close()
@@ -358,7 +358,8 @@ def import_everything() -> None:
             self.fresh.join()  # it ends when nobody can ask it any more
             return super().exit_code()
 
-    process._Forked = Forked
+    for module in (runner, rehearsal):
+        module.Forked = Forked
 
 
 def _be_fresh(channel: Connection, other: Connection) -> None:
@@ -378,7 +379,7 @@ def _be_fresh(channel: Connection, other: Connection) -> None:
     channel.send(generation.respond(request))
 
 
-def _be_stage(spec: str, channel: Connection, other: Connection) -> None:
+def _be_stage(spec: str, hook: Any, channel: Connection, other: Connection) -> None:
     from pipeline.run import worker
     from stages.model import generation
 
@@ -389,7 +390,7 @@ def _be_stage(spec: str, channel: Connection, other: Connection) -> None:
         return channel.recv()
 
     generation.ask = ask
-    worker.main(spec)
+    worker.main(spec, hook)
 
 
 def enumerate_faults(

@@ -302,7 +302,7 @@ def test_a_resumed_stage_keeps_its_history(chain, capsys, tmp_path):
     whole = charts.history((saves / "small" / "sft").resolve())
     shutil.rmtree((saves / "small" / "sft").resolve())
     watcher = when_event(saves, "log", 8, lambda part, pid: os.kill(os.getpid(), signal.SIGTERM))
-    assert run(config, saves, "--until", "sft") == 75
+    assert run(config, saves, "--until", "sft") == 75  # often after step 9, of which no figure is logged
     watcher.join()
     (part,) = saves.glob("sft-*.part")
     first = [json.loads(line) for line in (part / "events.jsonl").read_text(encoding="utf-8").splitlines()]

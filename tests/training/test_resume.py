@@ -16,6 +16,7 @@ from stages.chat.template import template_text
 from stages.data.source import Source
 from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted
+from stages.runtime.events import read_events
 from stages.training.checkpoint import newest_whole
 from stages.training.settings import inexact_resume
 
@@ -205,6 +206,7 @@ def test_a_stop_at_any_step_leaves_no_trace(go, tmp_path, at, stop, name):
         with pytest.raises(Interrupted, match=rf"^stopped at step {step} of {asked}$"):
             go(name, out, at(step, "on_step_end", stop))
         assert newest_whole(out / "checkpoints")[0].name == f"checkpoint-{step}"
+        assert not [event for event in read_events(out) if "train_runtime" in event]  # the summary of a whole run
 
     for step in range(1, steps):
         once = folder(tmp_path, f"once-{step}")

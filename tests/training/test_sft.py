@@ -174,7 +174,11 @@ def test_rows_without_room_for_their_answer_are_dropped_and_counted(tiny, train,
     assert (
         notes(done.out)[0] == f"{source.path}: 3 rows read, 2 to train on, 1 dropped (no answer left at `max_length`)"
     )
-    assert notes(done.out)[1:] == [f"3 rows, 1 dropped, 1 truncated, {2 * room} tokens, {trained} in the loss"]
+    assert notes(done.out)[1:] == [
+        f"3 rows, 1 dropped, 1 truncated, {2 * room} tokens, {trained} in the loss",
+        f"1 of 3 rows (33%) are longer than `max_length` {room} and lose their end, so the model would not learn to "
+        "stop after them; raise `max_length`",
+    ]
 
 
 def tokenizer_of(folder):
