@@ -75,12 +75,16 @@ def follow(step: Step, view: View, stop: Stop, folder: Path, start: Callable[[],
     events = Events(folder / EVENTS_FILE)
     child = start()
     asked = 0
-    while child.is_alive():
-        child.wait(0.1)
-        for event in events.new():
-            view.event(step, event)
-        if stop.count > asked and _ask_to_stop(child, events, step, view, hard=stop.count > 1):
-            asked = stop.count
+    try:
+        while child.is_alive():
+            child.wait(0.1)
+            for event in events.new():
+                view.event(step, event)
+            if stop.count > asked and _ask_to_stop(child, events, step, view, hard=stop.count > 1):
+                asked = stop.count
+    finally:
+        if child.is_alive():  # the view has failed, as when its output was a pipe that is closed
+            child.kill()
     for event in events.new():
         view.event(step, event)
     return _result(step, folder, child.exit_code(), events.last, asked > 0)

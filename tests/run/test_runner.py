@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from planned import CHAIN, pretend
@@ -18,7 +19,7 @@ from pipeline.config.checker import load_config
 from pipeline.errors import Busy
 from pipeline.plan.placing import build_plan
 from pipeline.run import rehearsal
-from pipeline.run.process import Events
+from pipeline.run.process import Events, Stop, follow
 from pipeline.run.rehearsal import Rehearsals
 from pipeline.run.worker import _hold
 from pipeline.saves.locks import held, locked
@@ -180,6 +181,23 @@ def test_what_a_failed_rehearsal_left_is_removed_by_gc_and_not_while_it_is_at_wo
         assert folder.exists()
     assert main(["gc", "--yes"]) == 0
     assert not folder.exists()
+
+
+# Processes
+
+
+def test_a_stage_ends_when_its_progress_cannot_be_shown(tmp_path):
+    """As in `pipeline run x.yaml | head`: nobody would finish its work, and the runner would wait for it."""
+    child = SimpleNamespace(
+        pid=1, alive=True, is_alive=lambda: child.alive, wait=lambda seconds: emit(tmp_path, "step")
+    )
+    child.kill = lambda: vars(child).update(alive=False)
+    pipe = os.pipe()
+    os.close(pipe[0])
+    view = SimpleNamespace(event=lambda step, event: os.write(pipe[1], b"x"))
+    with pytest.raises(BrokenPipeError):
+        follow(None, view, Stop(), tmp_path, lambda: child)
+    assert not child.alive
 
 
 # Attempts
