@@ -39,7 +39,7 @@ class Command(TyperCommand):
     """One command. The next option is not taken as the missing value of an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        valued = {name for param in self.params for name in param.opts if not _is_flag(param)}
+        valued = {name for param in self.params for name in param.opts if name[0] == "-" and not _is_flag(param)}
         if not ctx.resilient_parsing and any(a in valued and b.startswith("--") for a, b in pairwise(args)):
             raise typer.BadParameter("a value is missing")
         return super().parse_args(ctx, args)

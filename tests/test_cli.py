@@ -299,6 +299,11 @@ def test_a_wrong_command_line_is_exit_code_2(project, words, expected):
     assert not Path("saves").exists()
 
 
+def test_a_run_or_data_may_be_called_like_an_argument(project):
+    assert project("diff", "x", "b", "--saves", "s")[2].splitlines()[0].startswith("x: there is no run of this name")
+    assert project("data", "x.yaml", "name", "--rows", "1")[2].startswith("there is no data `name`")
+
+
 @pytest.mark.parametrize("words", ["plan x.yaml --max_steps 3", "plan -c x.yaml", "plan x.yaml pt.seed=3 --bf16 --r 4"])
 def test_the_line_that_an_error_names_works(project, words):
     err = project(*words.split())[2]
