@@ -61,8 +61,8 @@ class _Warnings:
     def __init__(self, view: View) -> None:
         self.view = view
 
-    def step(self, step: Step, state: str, detail: str = "") -> None:
-        self.view.step(step, state, detail)
+    def step(self, step: Step, state: str) -> None:
+        self.view.step(step, state)
 
     def event(self, step: Step, event: dict[str, object]) -> None:
         if event["kind"] == "note" and event.get("warning"):

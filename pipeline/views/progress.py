@@ -85,7 +85,7 @@ class View:
         """Name of each stage → its state, a key of MARKS."""
         return {name: stage.state for name, stage in self.stages.items()}
 
-    def step(self, step: Step, state: str, detail: str = "") -> None:
+    def step(self, step: Step, state: str) -> None:
         """Show that a step starts (`running`), has been run (`ran`), or was finished before this run (`done`)."""
         stage = self.stages[step.name]
         stage.state = state
