@@ -189,7 +189,8 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
         account = _account_of(rows, totals, whole)
         if rows.held:
             made = map(encode(recipe["held_max_length"], data=1), rows.held_chunks())
-            account["held_out"] = _written(made, part / "held.arrow", 1)[0].rows
+            (total,) = _written(made, part / "held.arrow", 1)
+            account |= _account_of_held(total, args.max_length)
     if recipe["packing"]:
         account |= _pack(part / "train.arrow", args)
         if recipe["packs_held"] and account["held_out"]:
@@ -275,6 +276,19 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
     }
 
 
+def _account_of_held(total: encoding.Tokens, max_length: int | None) -> dict[str, int]:
+    """The counts of the held-out rows; those without an answer at `max_length` are not measured.
+
+    Raises:
+        StageError: none is left to measure.
+    """
+    if not total.rows:
+        raise StageError(
+            f"all {total.untrained:,} held-out rows lose their answer at `max_length` {max_length}; raise it"
+        )
+    return {"held_out": total.rows} | ({"held_out_dropped": total.untrained} if total.untrained else {})
+
+
 def cut_rows(truncated: int, rows: int, max_length: int | None) -> str:
     """A warning about rows that lose their end."""
     share = f"{truncated:,} of {rows:,} rows ({truncated / rows:.0%}) are longer than `max_length` {max_length}"
@@ -286,6 +300,8 @@ def _told(account: dict[str, Any]) -> str:
     words = [f"{account['rows']:,} rows", f"{account['dropped']:,} dropped", f"{account['truncated']:,} truncated"]
     words += [f"{account['tokens']:,} tokens", f"{account['trained_tokens']:,} in the loss"]
     words += [f"{account['held_out']:,} held out"] if account["held_out"] else []
+    if lost := account.get("held_out_dropped"):
+        words.append(f"{lost:,} more held-out rows lose their answer and are not measured")
     if "packed_into" in account:
         words.append(f"{account['packed']:,} sequences packed into {account['packed_into']:,}")
         words.append(f"{account['padding']:.1%} of their room is empty")

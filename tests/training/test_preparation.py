@@ -274,6 +274,23 @@ def test_shares_are_told_in_rows_and_tokens(prepared, tiny, tmp_path):
     assert account["longest"] == other["longest"] > short["longest"]
 
 
+def test_held_out_rows_that_lose_their_answer_are_told(prepared, tmp_path):
+    held = [{"instruction": "问" * length, "output": "多喝水。"} for length in (500, 600, 1)]
+    lines = [json.dumps(row) + "\n" for row in held]
+    file = tmp_path / "held.jsonl"
+    file.write_text("".join(lines), encoding="utf-8")
+    asked = {"eval_data": [Source(path=str(file), format="alpaca")]}
+    for _ in ("made", "used again"):
+        rows = prepared(**asked)
+        assert len(rows.held) == rows.account["held_out"] == 1
+        assert rows.account["held_out_dropped"] == 2
+        text = "1 held out, 2 more held-out rows lose their answer and are not measured"
+        assert notes(prepared.out)[-1].endswith(text)
+    file.write_text("".join(lines[:2]), encoding="utf-8")
+    with pytest.raises(StageError, match=r"^all 2 held-out rows lose their answer at `max_length` 200; raise it$"):
+        prepared(**asked)
+
+
 def test_gc_frees_prepared_rows(prepared, capsys):
     prepared()
     assert cli.main(["gc", "--saves", str(prepared.saves), "--json"]) == 0
