@@ -12,7 +12,6 @@ request: `{"model": folder, "original": folder, "reference": file, "texts": [[id
 answer:  `{"missing": […], "answer": …, "quantized": {…}, "rounded": {…}}`, the last two as `compared` returns them
 """
 
-import gc
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -262,7 +261,7 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     answer = engine.answer(request["messages"], request["max_new_tokens"])
     found = {"missing": [], "answer": answer, "quantized": compared(engine.model, texts, file)}
     del engine
-    gc.collect()
+    free_memory()
     model = load_engine([original]).model
     why = rounded(model, made)
     return {**found, "rounded": {"why": why} if why else compared(model, texts, file)}

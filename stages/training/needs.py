@@ -2,11 +2,11 @@
 
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from stages.model.device import has_gpu
 from stages.model.facts import Facts, Needs
 from stages.training.settings import TrainingConfig, is_named, saving
 
@@ -45,7 +45,7 @@ def _width(config: TrainingConfig, facts: Facts) -> int:
     if dtype == "auto":
         return max(1, facts.stored // facts.parameters)
     if dtype is None:
-        return 2 if config.lora is not None and shutil.which("nvidia-smi") else 4
+        return 2 if config.lora is not None and has_gpu() else 4
     return {"float32": 4, "float64": 8}.get(str(dtype), 2)
 
 
