@@ -109,6 +109,10 @@ class Tokens:
         self.longest = max(self.longest, other.longest)
         self.first = [*self.first, *other.first][:_SHOWN]
 
+    def clear(self) -> None:
+        """Count from 0 again."""
+        vars(self).update(vars(Tokens()))
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

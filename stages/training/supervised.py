@@ -71,6 +71,7 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
         processing_class=tokenizer,
         peft_config=loop.adapter(config),
     )
+    seen.clear()  # TRL has looked at the first row of the stream, for which it was read
     metrics = loop.train(trainer, config, inputs, out)
     if config.streaming:
         account = {"streamed": seen.as_dict()}

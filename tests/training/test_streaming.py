@@ -40,7 +40,7 @@ def test_every_row_streams_once_and_nothing_is_kept(tiny, train, tmp_path):
     assert answers(done) != [f"多休息{number}天。" for number in range(300)]
     assert not (done.out.parent / ".prepared").exists()
     assert done.metrics["steps"] == 6
-    assert done.metrics["streamed"]["rows"] >= 24
+    assert done.metrics["streamed"]["rows"] == 300  # all are in the buffer, and no row is counted twice
 
 
 @pytest.mark.parametrize("stage", [sft, pt], ids=["sft", "pt packed"])
