@@ -7,21 +7,19 @@ closed form; that is measured on the first batch, and anything else stops the st
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stages import Metrics, Model, Parallel, Stage
 from stages.model.facts import Facts, Needs
-from stages.model.folder import load_model
 from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem, StageError
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
+from stages.training.reference import check_reference, frozen_copy, measure, tolerance
 from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_training
-
-LIVE_TOLERANCE = 1e-5  # the same forward pass twice, in the same process
-STORED_TOLERANCE = 0.5  # nats, times beta: `precompute_ref_log_probs` pads its batches differently
 
 
 class Config(TrainingConfig):
@@ -36,7 +34,7 @@ def check_model(config: Config, facts: Facts) -> list[Problem]:
         why = "goes by the length of a row, which TRL does not know of pairs"
         advice = "leave it out, or write `sequential` to keep the order of the file"
         problems.append(("trainer.train_sampling_strategy", f"`{order}` {why}; {advice}"))
-    return problems
+    return problems + check_reference(config)
 
 
 def needs(config: Config, facts: Facts) -> Needs:
@@ -66,7 +64,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     trainer = loop.build(
         _trainer_class(),
         model=loop.start(config, inputs, tokenizer),
-        ref_model=_reference(config, inputs, args),
+        ref_model=frozen_copy(config, inputs, args),
         args=args,
         train_dataset=rows.train,
         eval_dataset=rows.held,
@@ -76,14 +74,6 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     metrics = loop.train(trainer, config, inputs, out)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
     return {**rows.account, **metrics, **start}
-
-
-def _reference(config: Config, inputs: Inputs, args: Any) -> Any:
-    """A frozen copy of the starting model for full fine-tuning; None where TRL takes it from the model itself."""
-    if config.lora is not None or args.precompute_ref_log_probs:
-        return None
-    settings = dict(config.trainer.get("model_init_kwargs") or {})
-    return load_model(inputs.model, **settings)
 
 
 def _trainer_class() -> Any:
@@ -100,32 +90,32 @@ def _trainer_class() -> Any:
             return dataset
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            first = model.training and self.state.global_step == 0 and not self.at_start
-            result = super().compute_loss(model, inputs, *args, **kwargs)
-            if first:
-                loss = result[0] if isinstance(result, tuple) else result
-                self.at_start = _proof(self, float(loss.detach()))
+            if model.training and self.state.global_step == 0 and not self.at_start:
+                loss_of = super().compute_loss
+                loss, recorded = measure(self, model, lambda: loss_of(model, inputs))
+                self.at_start = proof(self.args, loss, recorded, mixed=self.aux_loss_enabled)
                 self.state.log_history.append(self.at_start)  # goes into checkpoints, so a resumed run has it too
-            return result
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     return Trainer
 
 
-def _proof(trainer: Any, loss: float) -> dict[str, float]:
-    """Margin and loss of the first batch.
+def proof(args: Any, loss: float, recorded: Mapping[str, float], *, mixed: bool) -> dict[str, float]:
+    """The mean reward margin and the loss of the first batch.
+
+    `recorded` is what TRL recorded of the batch; `mixed`: another loss is added, so that there is no closed form.
 
     Raises:
         StageError: they are not those of a reference that equals the starting model.
     """
-    args, recorded = trainer.args, trainer._metrics["train"]
-    margin = max(abs(value) for value in recorded["rewards/margins"])
-    expected = loss_at_zero(args.loss_type[0], args.beta) if len(args.loss_type) == 1 else None
-    tolerance = STORED_TOLERANCE * args.beta if args.precompute_ref_log_probs else LIVE_TOLERANCE
-    plain = args.label_smoothing == 0 and not args.use_weighting and args.disable_dropout
-    wrong = margin > tolerance
-    if expected is not None and args.f_divergence_type == "reverse_kl":
-        wrong = wrong or abs(loss - expected) > tolerance * max(1.0, expected) * 2
-    if plain and wrong:
+    margin, allowed, expected = abs(recorded["rewards/margins"]), tolerance(args), None
+    closed = len(args.loss_type) == 1 and args.label_smoothing == 0 and not args.use_weighting
+    if closed and args.f_divergence_type == "reverse_kl" and not mixed:
+        expected = loss_at_zero(args.loss_type[0], args.beta)
+    wrong = not margin <= allowed  # also NaN
+    if expected is not None:
+        wrong = wrong or not abs(loss - expected) <= 2 * allowed * max(1.0, expected)
+    if wrong:
         due = "" if expected is None else f" and {expected:.6f}"
         raise StageError(
             f"at step 0 the reward margin is {margin:.2g} and the loss {loss:.6f}, not 0{due}: "

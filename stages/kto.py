@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from stages import Metrics, Model, Parallel, Stage
 from stages.model.facts import Facts, Needs
-from stages.model.folder import load_model
 from stages.model.inputs import Inputs
 from stages.runtime import interfaces
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
+from stages.training.reference import check_reference, frozen_copy, measure, tolerance
 from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_training, is_named
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-LIVE_TOLERANCE = 1e-5  # the same forward pass twice, in the same process
-STORED_TOLERANCE = 0.5  # nats, times beta: `precompute_ref_log_probs` pads its batches differently
 WITHOUT_KL = ("apo_zero_unpaired",)
 BALANCE = (1, 4 / 3)  # λ_good · good rows ÷ λ_bad · bad rows: equation 8 of the paper
 # What TRL measures on held-out rows, and `metric_for_best_model` can name.
@@ -73,22 +71,7 @@ def check(config: Config) -> list[Problem]:
     for name in ("desirable_weight", "undesirable_weight"):
         if isinstance(weight := trainer.get(name), int | float) and weight <= 0:
             problems.append((f"trainer.{name}", f"`{name}` is {weight}; it must be above 0"))
-    if trainer.get("sync_ref_model") and trainer.get("precompute_ref_log_probs"):
-        text = "the reference moves, so it cannot be computed ahead; remove one of the two"
-        problems.append(("trainer.sync_ref_model", text))
-    return problems + (_check_lora(config) if config.lora is not None else [])
-
-
-def _check_lora(config: Config) -> list[Problem]:
-    """With LoRA the reference is the same model with the adapter off."""
-    trainer, problems = config.trainer, list[Problem]()
-    if trainer.get("sync_ref_model"):
-        text = "with `lora` the reference is the base itself and cannot move; remove it, or `lora`"
-        problems.append(("trainer.sync_ref_model", text))
-    if trainer.get("neftune_noise_alpha"):
-        text = "with `lora` the noise would be in the reference too, which is the same model; remove it"
-        problems.append(("trainer.neftune_noise_alpha", text))
-    return problems
+    return problems + check_reference(config)
 
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
@@ -219,7 +202,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     trainer = loop.build(
         kind,
         model=loop.start(config, inputs, tokenizer),
-        ref_model=_reference(config, inputs, args),
+        ref_model=frozen_copy(config, inputs, args),
         args=args,
         data_collator=_collator(tokenizer, args, spare, pairs=config.estimates_kl),
         train_dataset=train,
@@ -232,16 +215,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     return {**rows.account, **counts, **metrics, **start}
 
 
-def _reference(config: Config, inputs: Inputs, args: Any) -> Any:
-    """A frozen copy of the starting model for full fine-tuning; None where TRL takes it from the model itself."""
-    if config.lora is not None or args.precompute_ref_log_probs:
-        return None
-    settings = dict(config.trainer.get("model_init_kwargs") or {})
-    return load_model(inputs.model, **settings)
-
-
 def _trainer_class() -> Any:
-    import torch
     from trl import KTOTrainer
     from trl.trainer import kto_trainer
 
@@ -258,7 +232,7 @@ def _trainer_class() -> Any:
                 super().__init__(args=args, **parts)  # refuses any other order, see the top of this file
             finally:
                 args.train_sampling_strategy = order
-            interfaces.require("trl", self, "_metrics", "aux_loss_enabled")
+            interfaces.require("trl", self, "aux_loss_enabled")
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
@@ -277,12 +251,8 @@ def _trainer_class() -> Any:
 
         def prove(self, model: Any, inputs: Any) -> dict[str, float]:
             """`proof` on a batch, without dropout and noise."""
-            model.eval()
-            with torch.no_grad():
-                loss = float(super().compute_loss(model, inputs))
-            model.train()
-            recorded = {name: values[-1] for name, values in self._metrics["eval"].items()}
-            self._metrics["eval"].clear()
+            loss_of = super().compute_loss
+            loss, recorded = measure(self, model, lambda: loss_of(model, inputs))
             return proof(self.args, loss, recorded, inputs["label"].tolist(), mixed=self.aux_loss_enabled)
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -312,10 +282,10 @@ def proof(
     rewards = [recorded.get("rewards/chosen", 0.0), recorded.get("rewards/rejected", 0.0), args.beta * recorded["kl"]]
     reward = max(map(abs, rewards))
     expected = None if mixed else loss_at_zero(args, labels)
-    tolerance = STORED_TOLERANCE * args.beta if args.precompute_ref_log_probs else LIVE_TOLERANCE
-    wrong = not reward <= tolerance  # also NaN
+    allowed = tolerance(args)
+    wrong = not reward <= allowed  # also NaN
     if expected is not None:
-        wrong = wrong or not abs(loss - expected) <= 2 * tolerance * max(1.0, expected)
+        wrong = wrong or not abs(loss - expected) <= 2 * allowed * max(1.0, expected)
     if wrong:
         due = "" if expected is None else f" and {expected:.6f}"
         raise StageError(

@@ -133,6 +133,15 @@ def refused(*problems):
             ],
         ),
         (
+            "dpo: {data: prefer, lora: {r: 8, init_lora_weights: false}, trainer: {neftune_noise_alpha: 5}}",
+            [
+                "8:55: stage `dpo`: `false` starts from a random adapter, so the model would not be its reference at "
+                "step 0; remove it",
+                "8:94: stage `dpo`: with `lora` the noise would be in the reference too, which is the same model; "
+                "remove it",
+            ],
+        ),
+        (
             "sft: {data: consult, lora: {r: 8}}\n  quantize: {calibration: {data: consult}}",
             ["9:3: stage `quantize`: an adapter cannot be quantized; put a `merge` stage above"],
         ),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,7 +69,7 @@ WRONG = re.compile(
 
 
 def test_a_reference_that_is_the_base_is_caught(tuned, train, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "_reference", lambda config, inputs, args: load_model([str(tuned[0])]))
+    monkeypatch.setattr(dpo, "frozen_copy", lambda config, inputs, args: load_model([str(tuned[0])]))
     with pytest.raises(StageError) as caught:
         train(dpo, tuned, rows("preference", 4), lora=None, out=tmp_path, trainer=ONE)
     assert WRONG.fullmatch(str(caught.value))
@@ -89,6 +90,31 @@ def test_a_wrong_reference_is_caught_where_the_loss_has_no_closed_form(tuned, tr
         StageError, match=r"^at step 0 the reward margin is [\d.e-]+ and the loss [\d.]+, not 0: the re"
     ):
         train(dpo, tuned, rows("preference", 4), lora=lora, trainer={**ONE, "loss_type": "apo_zero"})
+
+
+def test_dropout_and_noise_do_not_hide_a_wrong_reference_nor_accuse_a_right_one(tuned, train, rows, monkeypatch):
+    noisy = {**ONE, "disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.3}}
+    done = train(dpo, tuned, rows("preference", 4), lora=None, trainer={**noisy, "neftune_noise_alpha": 5})
+    assert (done.metrics["margin_at_start"], done.metrics["loss_at_start"]) == (0, pytest.approx(math.log(2)))
+    assert done.metrics["loss_first"] != pytest.approx(math.log(2), abs=1e-4)
+    monkeypatch.setattr(dpo, "frozen_copy", lambda config, inputs, args: load_model([str(tuned[0])]))
+    with pytest.raises(StageError, match=WRONG):
+        train(dpo, tuned, rows("preference", 4), lora=None, trainer=noisy)
+
+
+def test_another_loss_beside_it_leaves_the_margin_to_prove():
+    args = SimpleNamespace(
+        beta=0.1, loss_type=["sigmoid"], label_smoothing=0, use_weighting=False, f_divergence_type="reverse_kl"
+    )
+    args.precompute_ref_log_probs = False
+    assert dpo.proof(args, 0.695, {"rewards/margins": 0.0}, mixed=True) == {
+        "margin_at_start": 0.0,
+        "loss_at_start": 0.695,
+    }
+    with pytest.raises(StageError, match=r"^at step 0 the reward margin is 0\.001 and the loss 0\.695000, not 0: the"):
+        dpo.proof(args, 0.695, {"rewards/margins": 1e-3}, mixed=True)
+    with pytest.raises(StageError, match=r"^at step 0 the reward margin is 0 and the loss 0\.695000, not 0 and 0\.693"):
+        dpo.proof(args, 0.695, {"rewards/margins": 0.0}, mixed=False)
 
 
 @WAYS

@@ -129,7 +129,7 @@ WRONG = re.compile(
 @trains
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 def test_a_reference_that_is_the_base_is_caught(tuned, train, answers, tmp_path, monkeypatch, loss_type):
-    monkeypatch.setattr(kto, "_reference", lambda config, inputs, args: load_model([str(tuned[0])]))
+    monkeypatch.setattr(kto, "frozen_copy", lambda config, inputs, args: load_model([str(tuned[0])]))
     with pytest.raises(StageError) as caught:
         train(kto, tuned, answers(4, 4), lora=None, out=tmp_path, trainer={**ONE, "loss_type": loss_type})
     assert WRONG.fullmatch(str(caught.value))
@@ -154,7 +154,7 @@ def test_dropout_and_noise_do_not_hide_a_wrong_reference_nor_accuse_a_right_one(
     assert train(kto, tuned, answers(4, 4), lora={"r": 4, "lora_dropout": 0.3}, trainer=noisy).metrics[
         "loss_at_start"
     ] == pytest.approx(0.5)
-    monkeypatch.setattr(kto, "_reference", lambda config, inputs, args: load_model([str(tuned[0])]))
+    monkeypatch.setattr(kto, "frozen_copy", lambda config, inputs, args: load_model([str(tuned[0])]))
     with pytest.raises(StageError, match=WRONG):
         train(kto, tuned, answers(4, 4), lora=None, trainer=noisy)
 
