@@ -8,7 +8,7 @@ import multiprocessing
 from pathlib import Path
 
 from pipeline.plan.step import Plan, Step
-from pipeline.run.process import warm
+from pipeline.run.process import fork
 from pipeline.run.worker import to_log
 from pipeline.saves import artifact
 from pipeline.saves.artifact import LOG
@@ -90,11 +90,8 @@ def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict
     if not models:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    warm(folder / LOG)
-    context = multiprocessing.get_context("forkserver")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_generate, args=(models, question, str(folder), sender))
-    child.start()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = fork(folder / LOG, _generate, models, question, str(folder), sender)
     sender.close()
     try:
         answers: dict[str, str] = receiver.recv()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -172,10 +173,7 @@ class Forked:
     """A stage forked from the warm server."""
 
     def __init__(self, part: Path, hook: worker.Hook = "run") -> None:
-        warm(part / artifact.LOG)
-        context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=worker.main, args=(str(part / SPEC), hook))
-        self.process.start()
+        self.process = fork(part / artifact.LOG, worker.main, str(part / SPEC), hook)
         self.pid = self.process.pid
 
     def is_alive(self) -> bool:
@@ -191,7 +189,22 @@ class Forked:
         self.process.kill()
 
 
-def warm(log: Path) -> None:
+def fork(log: Path, work: Callable[..., object], *arguments: Any) -> BaseProcess:
+    """A process of the warm server that does some work; the server's own output goes to the log.
+
+    Raises:
+        StageFailed: the server has ended.
+    """
+    _warm(log)
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=arguments)
+    try:
+        process.start()
+    except (EOFError, ConnectionError):
+        raise StageFailed(f"the training libraries cannot be imported; {log} ends with the reason") from None
+    return process
+
+
+def _warm(log: Path) -> None:
     """Start the server that stages are forked from, unless it runs already; its output goes to the log."""
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
     preload = ["pipeline.run.worker"] if has_gpu() else PRELOAD

@@ -200,6 +200,26 @@ def test_a_stage_ends_when_its_progress_cannot_be_shown(tmp_path):
     assert not child.alive
 
 
+def test_a_library_that_cannot_be_imported_is_told(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from pipeline.errors import StageFailed
+from pipeline.run import process
+process.PRELOAD[:], process.has_gpu = ["broken"], lambda: False
+try:
+    process.fork(Path(sys.argv[1]), print)
+except StageFailed as error:
+    print(error)
+"""
+    (tmp_path / "broken.py").write_text("raise OSError('libcudart.so: cannot open')", encoding="utf-8")
+    paths = {"PYTHONPATH": os.pathsep.join((str(tmp_path), *sys.path))}
+    command = [sys.executable, "-c", code, str(tmp_path / "log.txt")]
+    told = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths}, check=True).stdout
+    assert told == f"the training libraries cannot be imported; {tmp_path}/log.txt ends with the reason\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("OSError: libcudart.so: cannot open\n")
+
+
 # Attempts
 
 
