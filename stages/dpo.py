@@ -14,10 +14,10 @@ from typing import Any
 from stages import Metrics, Model, Parallel, Stage
 from stages.model.facts import Facts, Needs
 from stages.model.inputs import Inputs
-from stages.runtime.errors import Problem, StageError
+from stages.runtime.errors import Problem
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
-from stages.training.reference import check_reference, frozen_copy, measure, tolerance
+from stages.training.reference import check_reference, frozen_copy, measure, prove
 from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_training
 
@@ -108,19 +108,11 @@ def proof(args: Any, loss: float, recorded: Mapping[str, float], *, mixed: bool)
     Raises:
         StageError: they are not those of a reference that equals the starting model.
     """
-    margin, allowed, expected = abs(recorded["rewards/margins"]), tolerance(args), None
+    margin, expected = abs(recorded["rewards/margins"]), None
     closed = len(args.loss_type) == 1 and args.label_smoothing == 0 and not args.use_weighting
     if closed and args.f_divergence_type == "reverse_kl" and not mixed:
         expected = loss_at_zero(args.loss_type[0], args.beta)
-    wrong = not margin <= allowed  # also NaN
-    if expected is not None:
-        wrong = wrong or not abs(loss - expected) <= 2 * allowed * max(1.0, expected)
-    if wrong:
-        due = "" if expected is None else f" and {expected:.6f}"
-        raise StageError(
-            f"at step 0 the reward margin is {margin:.2g} and the loss {loss:.6f}, not 0{due}: "
-            "the reference is not the model this stage started from"
-        )
+    prove(args, "reward margin", margin, loss, expected)
     return {"margin_at_start": margin, "loss_at_start": loss}
 
 

@@ -26,7 +26,7 @@ from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
-from stages.training.reference import check_reference, frozen_copy, measure, tolerance
+from stages.training.reference import check_reference, frozen_copy, measure, prove
 from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_training, is_named
 
@@ -282,16 +282,7 @@ def proof(
     rewards = [recorded.get("rewards/chosen", 0.0), recorded.get("rewards/rejected", 0.0), args.beta * recorded["kl"]]
     reward = max(map(abs, rewards))
     expected = None if mixed else loss_at_zero(args, labels)
-    allowed = tolerance(args)
-    wrong = not reward <= allowed  # also NaN
-    if expected is not None:
-        wrong = wrong or not abs(loss - expected) <= 2 * allowed * max(1.0, expected)
-    if wrong:
-        due = "" if expected is None else f" and {expected:.6f}"
-        raise StageError(
-            f"at step 0 the largest reward is {reward:.2g} and the loss {loss:.6f}, not 0{due}: "
-            "the reference is not the model this stage started from"
-        )
+    prove(args, "largest reward", reward, loss, expected)
     return {"reward_at_start": reward, "loss_at_start": loss}
 
 

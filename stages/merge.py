@@ -106,10 +106,11 @@ def _folded(base: Path, chain: AdapterChain) -> Iterator[tuple[str, "torch.Tenso
     for shard in weight_files(base):
         with safe_open(str(shard), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                weight = file.get_tensor(name)
-                folded = chain.fold(name, weight)
+                weight = folded = file.get_tensor(name)
                 # Weights of a base model on the Hub may lack the prefix that the language-model class adds.
-                yield name, folded if folded is not weight else chain.fold(f"transformer.{name}", weight)
+                for whole in (name, *(f"{part}.{name}" for part in chain.parts)):
+                    folded = chain.fold(whole, weight) if folded is weight else folded
+                yield name, folded
 
 
 def _write_shards(weights: Iterator[tuple[str, "torch.Tensor"]], out: Path, limit: int) -> int:

@@ -92,6 +92,9 @@ class AdapterChain:
 
     def __init__(self, folders: Sequence[str]) -> None:
         self.adapters = [Adapter(folder) for folder in folders]
+        names = {name.removeprefix(PREFIX) for adapter in self.adapters for name in adapter.unused}
+        self.parts = sorted({name.partition(".")[0] for name in names})
+        """The outermost modules that the adapters have tensors for, such as `model` or `transformer`."""
 
     def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
         """The parameter with every adapter folded in, in its own dtype; `weight` itself if no adapter has a part."""

@@ -6,7 +6,7 @@ from typing import Any
 from stages.model.folder import load_model
 from stages.model.inputs import Inputs
 from stages.runtime import interfaces
-from stages.runtime.errors import Problem
+from stages.runtime.errors import Problem, StageError
 from stages.training.settings import TrainingConfig
 
 LIVE_TOLERANCE = 1e-5  # the same forward pass twice, in the same process
@@ -55,6 +55,19 @@ def measure(trainer: Any, model: Any, loss_of: Callable[[], Any]) -> tuple[float
     return loss, recorded
 
 
-def tolerance(args: Any) -> float:
-    """How far a reward at step 0 may be from 0."""
-    return STORED_TOLERANCE * args.beta if args.precompute_ref_log_probs else LIVE_TOLERANCE
+def prove(args: Any, name: str, reward: float, loss: float, expected: float | None) -> None:
+    """Check the largest reward and the loss of the first batch; `expected` is its closed form, if there is one.
+
+    Raises:
+        StageError: they are not those of a reference that equals the starting model.
+    """
+    allowed = STORED_TOLERANCE * args.beta if args.precompute_ref_log_probs else LIVE_TOLERANCE
+    wrong = not reward <= allowed  # also NaN
+    if expected is not None:
+        wrong = wrong or not abs(loss - expected) <= 2 * allowed * max(1.0, expected)
+    if wrong:
+        due = "" if expected is None else f" and {expected:.6f}"
+        raise StageError(
+            f"at step 0 the {name} is {reward:.2g} and the loss {loss:.6f}, not 0{due}: "
+            "the reference is not the model this stage started from"
+        )
