@@ -134,14 +134,16 @@ def test_a_base_in_several_files_is_merged(tiny, adapt, tmp_path):
     assert (served(out) - trained(chain)).abs().max() <= 1e-4
 
 
-def test_a_base_whose_weights_lack_the_prefix_is_merged(tiny, adapt, tmp_path):
+@pytest.mark.parametrize(("architecture", "prefix"), [("bloom", "transformer."), ("llama", "model.")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_base_whose_weights_lack_the_prefix_is_merged(tiny, adapt, tmp_path, architecture, prefix, tied):
     """As bigscience's own BLOOM checkpoints on the Hub."""
     from safetensors.torch import load_file, save_file
 
-    base, out = shutil.copytree(tiny("bloom"), tmp_path / "base"), tmp_path / "out"
+    base, out = shutil.copytree(tiny(architecture, tied=tied), tmp_path / "base"), tmp_path / "out"
     out.mkdir()
     weights = load_file(base / "model.safetensors")
-    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    bare = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
     chain = [base, adapt([base])]
     merged(chain, out)
