@@ -70,9 +70,19 @@ class Stop:
 def follow(step: Step, view: View, stop: Stop, folder: Path, start: Callable[[], Child]) -> dict[str, Any]:
     """Start a process that works in `folder` and pass its events to the view until it ends; returns the `done` event.
 
+    Secrets of the environment are masked in what it has written.
+
     Raises:
         Interrupted, StageFailed: as `run`.
     """
+    try:
+        return _followed(step, view, stop, folder, start)
+    finally:
+        for name in (artifact.LOG, EVENTS_FILE):
+            secret.mask_file(folder / name)
+
+
+def _followed(step: Step, view: View, stop: Stop, folder: Path, start: Callable[[], Child]) -> dict[str, Any]:
     events = Events(folder / EVENTS_FILE)
     child = start()
     asked = 0

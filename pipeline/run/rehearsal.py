@@ -9,7 +9,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import secret
 from pipeline.errors import Busy
 from pipeline.plan.step import Plan, Step, begin
 from pipeline.run.process import Forked, Stop, View, follow
@@ -48,10 +47,7 @@ class Rehearsals:
         known = replace(step, inputs=replace(step.inputs, model=[str(tokenizer)]))
         spec = json.dumps(begin(known, self.planned), ensure_ascii=False)
         (out / artifact.SPEC).write_text(spec, encoding="utf-8")
-        try:
-            follow(step, _Warnings(self.view), self.stop, out, lambda: Forked(out, "rehearse"))
-        finally:
-            secret.mask_file(out / artifact.LOG)
+        follow(step, _Warnings(self.view), self.stop, out, lambda: Forked(out, "rehearse"))
         shutil.rmtree(out)
 
 

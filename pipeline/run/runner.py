@@ -163,11 +163,7 @@ def _run_step(
         spec.write_text(json.dumps(begin(step, planned), ensure_ascii=False, indent=1), encoding="utf-8")
         spec.replace(step.part / SPEC)
         view.step(step, "running")
-        try:
-            done = follow(step, view, stop, step.part, lambda: _child(step))
-        finally:
-            for name in (artifact.LOG, EVENTS_FILE):
-                secret.mask_file(step.part / name)
+        done = follow(step, view, stop, step.part, lambda: _child(step))
         check_unchanged(step, hashes)
         versions = installed_versions(step.use)
         if step.stage.card:

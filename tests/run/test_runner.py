@@ -16,7 +16,7 @@ from planned import CHAIN, pretend
 from pipeline import secret
 from pipeline.cli import main
 from pipeline.config.checker import load_config
-from pipeline.errors import Busy
+from pipeline.errors import Busy, StageFailed
 from pipeline.plan.placing import build_plan
 from pipeline.run import rehearsal
 from pipeline.run.process import Events, Stop, follow
@@ -198,6 +198,19 @@ def test_a_stage_ends_when_its_progress_cannot_be_shown(tmp_path):
     with pytest.raises(BrokenPipeError):
         follow(None, view, Stop(), tmp_path, lambda: child)
     assert not child.alive
+
+
+def test_secrets_are_masked_in_what_a_stage_or_its_rehearsal_wrote(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "canary-five")
+
+    def start():
+        (tmp_path / "log.txt").write_text("canary-five", encoding="utf-8")
+        emit(tmp_path, "error", text="no canary-five", traceback=None)
+        return SimpleNamespace(is_alive=lambda: False, exit_code=lambda: 1)
+
+    with pytest.raises(StageFailed, match=r"^stage `sft`: no <MY_SECRET>"):
+        follow(SimpleNamespace(name="sft"), SimpleNamespace(event=lambda *_: None), Stop(), tmp_path, start)
+    assert not [path for path in tmp_path.iterdir() if b"canary" in path.read_bytes()]
 
 
 def test_a_library_that_cannot_be_imported_is_told(tmp_path):
