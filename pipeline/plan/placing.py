@@ -105,6 +105,8 @@ def _check_place(plan: Plan) -> None:
     links = plan.saves / plan.pipeline.name
     if links.is_symlink():
         plan.problems.append(f"{links}: is a symbolic link, so results would be written elsewhere; remove it")
+    elif links.exists() and not links.is_dir():
+        plan.problems.append(f"{links}: is in the way of the folder with the links to the stages; move it")
     elif (other := belongs(links)) is not None and other.is_file() and not same_file(other, plan.pipeline.path):
         plan.problems.append(
             f"{plan.pipeline.path}: `{links}` holds the stages of `{other}`, a config of the same name; rename one of "

@@ -893,6 +893,11 @@ def test_what_is_in_the_way_of_a_link_is_not_replaced(project):
     assert problems(project) == ["saves/x/pt: is in the way of a link to the stage's folder; move it"]
 
 
+def test_a_file_in_the_way_of_the_links_is_not_replaced(project):
+    project.write("saves/x", "")
+    assert problems(project) == ["saves/x: is in the way of the folder with the links to the stages; move it"]
+
+
 def test_saves_may_be_a_link_itself(project):
     Path("disk").mkdir()
     Path("saves").symlink_to(Path("disk").resolve())
