@@ -191,12 +191,16 @@ def _hold_out(
 ) -> list[Row]:
     """The held-out rows. Neither they nor their near duplicates remain among the rows to train on.
 
-    `parts`: the indices of each data set's rows. Raises StageError when no row would be left to train on.
+    `parts`: the indices of each data set's rows. Raises StageError when no row would be left to train on, or none of a
+    data set to hold out.
     """
     numbers = _chosen_to_hold_out(draw, spool.rows)
     held = [row.row for chunk in spool for number, row, _ in chunk.trained() if number in numbers] if numbers else []
     for source in draw.eval_data:
-        held += rows_of(source)
+        whole = rows_of(source)
+        if not whole:
+            raise StageError(f"`clean` keeps no row of the held-out data `{source.path}`; loosen it")
+        held += whole
     for number in numbers:
         spool.copies[number] = 0
     similar = _near_duplicates_of(held, spool, processes)

@@ -96,6 +96,14 @@ def test_held_out_rows_that_leave_nothing_are_refused(tmp_path):
         read([data], tmp_path, eval_data=[data])
 
 
+def test_cleaning_that_leaves_nothing_to_hold_out_says_so(tmp_path):
+    data = source(tmp_path / "a.jsonl", different(3, 3))
+    held = source(tmp_path / "held.jsonl", different(3, 5), clean=[{"length": {"min": 5000}}])
+    with pytest.raises(StageError) as caught:
+        read([data], tmp_path, eval_data=[held])
+    assert str(caught.value) == f"`clean` keeps no row of the held-out data `{held.path}`; loosen it"
+
+
 def test_cleaning_that_leaves_nothing_says_so(tmp_path):
     data = source(tmp_path / "a.jsonl", different(3, 3), clean=[{"length": {"min": 5000}}])
     with pytest.raises(StageError) as caught:
