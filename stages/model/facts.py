@@ -185,12 +185,14 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files: those of the index; without an index `model.safetensors`, or else every .safetensors file.
 
     Raises:
-        StageError: the index names a file that is missing.
+        StageError: the index is damaged, or names a file that is missing.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        names = _json(index, "")["weight_map"].values()
-        files = sorted({folder / str(name) for name in names})
+        names = _json(index, "").get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise StageError(f"`{index}` names no weight files; fetch it again")
+        files = sorted({folder / str(name) for name in names.values()})
         for file in files:
             if not file.is_file():
                 raise StageError(

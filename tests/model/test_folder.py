@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from stages.model.facts import read_facts
 from stages.model.folder import load_model, load_tokenizer
 from stages.runtime.errors import StageError
 
@@ -119,3 +120,13 @@ def test_the_first_three_weights_that_are_lacking_are_named(tiny, tmp_path):
         load_model([str(folder)])
     named = ", ".join(f"`{name}`" for name in lost[:3])
     assert f"random: {named} and {len(lost) - 3} more; fetch it again" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["model.safetensors"]}], ids=str)
+def test_an_index_that_names_no_files_is_refused(tiny, tmp_path, content):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(StageError) as caught:
+        read_facts(folder)
+    assert str(caught.value) == f"`{index}` names no weight files; fetch it again"
