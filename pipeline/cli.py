@@ -183,7 +183,7 @@ def run(
         with View(planned, out) as view:
             records = runner.run(planned, view)
     except GateClosed:
-        tables.print_evaluations(out, planned)
+        tables.print_evaluations(out, planned, view.states)
         raise
     answers = ask_question(planned)
     if as_json:

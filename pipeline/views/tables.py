@@ -99,20 +99,20 @@ def print_run(
 
     out.print()
     out.print(result_table(planned, records, view.states))
-    print_evaluations(out, planned)
+    print_evaluations(out, planned, view.states)
     if answers:
         out.print(f"\nThe same question to each model: {planned.pipeline.question}", markup=False, highlight=False)
     for name, text in answers.items():
         print_plain(out, f"  {name}: {text.strip() or '(nothing)'}")
 
 
-def print_evaluations(out: "Console", planned: "Plan") -> None:
-    """Print the table of each finished evaluation."""
+def print_evaluations(out: "Console", planned: "Plan", states: Mapping[str, str]) -> None:
+    """Print the table of each evaluation that the run has come to; `states` are those of its view."""
     from pipeline.views.progress import evaluation_table, missing_figures
     from stages.measuring.table import read_table
 
     for step in planned.reports:
-        if step.folder.is_dir():
+        if states[step.name] in ("done", "ran"):
             evaluation = read_table(step.folder)
             out.print(f"\n{step.name}, all of it in {step.link}", markup=False, highlight=False)
             table = evaluation_table(evaluation)

@@ -77,6 +77,18 @@ def test_a_finished_run_with_gates_changes_no_file(project, done):
     assert stamps() != before  # what the file says has changed
 
 
+def test_a_closed_gate_shows_the_evaluations_up_to_it_and_not_what_is_left_of_those_below(project, done, capsys):
+    text = done.replace("max: 10", "max: 1") + "  second: {use: evaluate, data: held, compare: [sft]}\n"
+    step = project.plan(text)["second"]
+    pretend(step, seconds=1.0, metrics={})
+    (step.folder / "model.safetensors").unlink()  # it is damaged, and its figures are gone
+    assert main(["run", "x.yaml"]) == 3
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: gate failed: `evaluate`; nothing after it was run:\n")
+    assert "evaluate, all of it in saves/x/evaluate" in shown.out
+    assert "second, all of it" not in shown.out
+
+
 # Locks
 
 

@@ -208,7 +208,7 @@ def test_a_narrow_terminal_breaks_the_name_of_a_metric_only_after_an_underscore(
     ]
     project.write(folder / "evaluation.json", json.dumps({"models": ["init", "pt"], "figures": figures}))
     out = Console(file=io.StringIO(), width=width)
-    print_evaluations(out, planned)
+    print_evaluations(out, planned, {"evaluate": "done"})
     shown = [line.rstrip() for line in out.file.getvalue().partition(" all of it in ")[2].splitlines()[1:]]
     while shown[0] and not shown[0].startswith("metric"):  # a long path goes on below
         shown.pop(0)
