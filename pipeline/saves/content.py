@@ -137,8 +137,10 @@ class Inspections:
         settings = source.model_dump(mode="json", exclude={"path", "clean", "others"})
         file = self.folder / _key({**settings, **({"kind": file_types} if file_types else {}), "sha256": digest})
         about = file.with_name(f"{file.name}-about.json")
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return Inspection(**json.loads(about.read_text(encoding="utf-8")))
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            known = json.loads(about.read_text(encoding="utf-8"))
+            if known.pop("path") == source.path or not known["first"]:  # bad rows are named with their files
+                return Inspection(**known)
         digests, tools = bytearray(), False
         reading = Reading(source)
         for _, row in reading.rows():
@@ -146,7 +148,7 @@ class Inspections:
             tools = tools or has_tools(row)
         inspection = Inspection(reading.read, reading.bad, reading.first_bad, tools, reading.problems)
         if not reading.problems and _write(file, bytes(digests)):
-            _write(about, json.dumps(asdict(inspection), ensure_ascii=False).encode())
+            _write(about, json.dumps({"path": source.path, **asdict(inspection)}, ensure_ascii=False).encode())
         return inspection
 
     def difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

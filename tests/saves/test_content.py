@@ -192,6 +192,9 @@ def test_bad_rows_that_may_be_dropped_are_cached_with_the_rest(texts, tmp_path, 
     inspection = inspections.of(lenient, digest)
     assert (inspection.rows, inspection.bad, inspection.problems) == (2, 1, [])
     assert inspection.first[0].startswith(f"{found.path}:2: not valid JSON")
+    moved = source(texts("a", bad=True, name="moved.jsonl")[0].path, max_dropped=0.5)
+    assert inspections.of(moved, digest).first[0].startswith(f"{moved.path}:2: not valid JSON")
+    assert inspections.of(lenient, digest) == inspection
     monkeypatch.setattr(content_module, "Reading", lambda *_: pytest.fail("parsed again"))
     assert inspections.of(lenient, digest) == inspection
 
