@@ -13,7 +13,7 @@ from stages.chat.rendering import render
 from stages.chat.template import install_template
 from stages.data.row import Row
 from stages.model.device import compute_dtype, torch_device
-from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.model.folder import load_model, load_tokenizer, refuse_missing, set_stop_tokens
 from stages.model.generation import Engine
 from stages.model.inference import for_each_batch, losses, positions
 from stages.model.inputs import Inputs
@@ -285,7 +285,11 @@ def embeddings(
 
 
 def _encoder(config: Settings, inputs: Inputs) -> tuple[Any, Any]:
-    """The embedder, or the model that the stage starts from without its head; and its tokenizer."""
+    """The embedder, or the model that the stage starts from without its head; and its tokenizer.
+
+    Raises:
+        StageError: the embedder lacks weights.
+    """
     if "embedder" not in inputs.others:
         engine = _own(config, inputs)
         return engine.model.base_model, _padded(engine.tokenizer)
@@ -293,7 +297,11 @@ def _encoder(config: Settings, inputs: Inputs) -> tuple[Any, Any]:
 
     folder = inputs.others["embedder"]
     settings = {"local_files_only": True, "trust_remote_code": False}
-    encoder = AutoModel.from_pretrained(folder, dtype=compute_dtype(), use_safetensors=True, **settings)
+    encoder, info = AutoModel.from_pretrained(
+        folder, dtype=compute_dtype(), use_safetensors=True, output_loading_info=True, **settings
+    )
+    # Many encoders come without their pooler, which hidden states do not pass through.
+    refuse_missing(folder, sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")))
     return encoder.eval().to(torch_device()), _padded(AutoTokenizer.from_pretrained(folder, **settings))
 
 

@@ -151,3 +151,23 @@ def test_embeddings_are_means_of_hidden_states(scorer, tiny, rows, tmp_path):
 def test_a_model_without_a_scoring_head_is_refused(tiny, tmp_path):
     with pytest.raises(StageError, match=r"has no `score.weight`, so its scores would be random; choose a reward mod"):
         rewards(settings(), other(scorer=tiny("llama")), [talk("a", "b")], tmp_path)
+
+
+def test_an_embedder_that_lacks_weights_is_refused_and_one_without_a_pooler_is_not(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=600, **sizes)).save_pretrained(tmp_path)
+    for path in (path for path in tiny("llama").glob("*token*")):
+        shutil.copy(path, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+
+    def placed(without):
+        kept = {name: weight for name, weight in weights.items() if without not in name}
+        save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+        return embeddings(settings(), other(embedder=tmp_path), [talk("a", "b")], tmp_path, answer=False)[0]
+
+    assert placed("pooler").shape == (1, 8)
+    with pytest.raises(StageError, match=r"lacks weights, which would be random: `encoder\.layer\.0\.intermediate"):
+        placed("intermediate")
