@@ -38,11 +38,14 @@ def arguments(config: Config, out: Path, **defaults: Any) -> Any:
 
 
 def rehearse(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> None:
-    """Build the settings and prepare the rows; the arguments are those of `run`."""
+    """Build the settings and prepare the rows, of a stream those held out; the arguments are those of `run`."""
     args = arguments(config, out, **defaults)
     check_libraries(config, args)
+    tokenizer = loop.tokenizer(config, inputs)
     if not config.streaming:
-        preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out, cut=cut)
+        preparation.prepare(config.draw(inputs), tokenizer, args, out, cut=cut)
+    elif config.eval_data:
+        _held(config.draw(inputs), tokenizer, args, out, cut=cut)
 
 
 def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> dict[str, Any]:

@@ -94,6 +94,18 @@ def test_held_out_rows_are_prepared_and_rows_like_them_are_not_trained_on(tiny, 
     assert done.metrics["eval_loss"] > 0
 
 
+def test_held_out_rows_of_a_stream_are_rehearsed(tiny, tmp_path):
+    data, held = write(tmp_path / "a.jsonl", 20), write(tmp_path / "held.jsonl", 3)
+    asked = {"model": "m", "data": [data], "eval_data": [held], "streaming": True, "trainer": ASKED}
+    out = tmp_path / "saves" / "sft"
+    out.mkdir(parents=True)
+    sft.STAGE.rehearse(sft.Config(**asked), Inputs(model=[str(tiny("llama"))]), out)
+    assert len(list(tmp_path.glob("saves/.prepared/*/train.arrow"))) == 1
+    long = sft.Config(**{**asked, "trainer": {**ASKED, "max_length": 5}})
+    with pytest.raises(StageError, match=r"^all 3 rows lose their answer at `max_length` 5; raise it$"):
+        sft.STAGE.rehearse(long, Inputs(model=[str(tiny("llama"))]), out)
+
+
 def test_too_many_bad_rows_stop_a_stream_early(tiny, train, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_CHECKED", 10)
     data = write(tmp_path / "a.jsonl", 200)
