@@ -53,7 +53,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
     for step in planned.steps:
         if step.state == "done":  # linked before the first stage starts, so that `gc` knows that they are needed
             link(step.folder, step.link)
-    with _signals() as stop:
+    with _signals() as stop, gates.written():
         rehearsals = Rehearsals(planned, view, stop)
         for step in planned.steps:
             record = artifact.read(step.folder)
@@ -78,6 +78,18 @@ class _Gates:
         self.planned, self.verdicts = planned, []  # type: Plan, list[dict[str, Any]]
         self.ignored: list[str] = []
 
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """Write the verdicts when the run ends, however it ends; a finished run that runs again writes nothing."""
+        try:
+            yield
+        finally:
+            file = self.planned.saves / self.planned.pipeline.name / GATES
+            content = {"ignored": self.planned.ignore_gates, "gates": self.verdicts}
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            if self.verdicts and (not file.is_file() or file.read_text(encoding="utf-8") != text):
+                file.write_text(text, encoding="utf-8")
+
     def judge(self, step: Step) -> None:
         """Judge a finished step.
 
@@ -92,11 +104,6 @@ class _Gates:
             {"stage": step.name, "folder": step.folder.name, "passed": verdict.passed, "text": verdict.text}
             for verdict in verdicts
         ]
-        file = self.planned.saves / self.planned.pipeline.name / GATES
-        content = {"ignored": self.planned.ignore_gates, "gates": self.verdicts}
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:  # a finished run writes nothing
-            file.write_text(text, encoding="utf-8")
         if self.planned.ignore_gates:
             self.ignored += failed
         elif failed:

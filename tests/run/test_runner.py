@@ -77,6 +77,19 @@ def test_a_finished_run_with_gates_changes_no_file(project, done):
     assert stamps() != before  # what the file says has changed
 
 
+def test_a_finished_run_with_gates_in_two_stages_changes_no_file(project, done):
+    step = project.plan(done + "  second: {use: evaluate, data: held, gates: [{metric: perplexity, max: 10}]}\n")[
+        "second"
+    ]
+    pretend(step, seconds=1.0, metrics={"models": [], "figures": {}})
+    (step.folder / "evaluation.json").write_text(json.dumps(TABLE), encoding="utf-8")
+    assert main(["run", "x.yaml"]) == 0
+    before = stamps()
+    assert main(["run", "x.yaml"]) == 0
+    assert stamps() == before
+    assert len(json.loads(Path("saves/x/gates.json").read_text(encoding="utf-8"))["gates"]) > 1
+
+
 def test_a_closed_gate_shows_the_evaluations_up_to_it_and_not_what_is_left_of_those_below(project, done, capsys):
     text = done.replace("max: 10", "max: 1") + "  second: {use: evaluate, data: held, compare: [sft]}\n"
     step = project.plan(text)["second"]
