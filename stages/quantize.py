@@ -30,14 +30,14 @@ from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 from stages.runtime.figures import Figure, count, number, word
 
+CONV1D = ("gpt2", "openai-gpt")
 GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 # Entries of GPTQModel's `meta` that say how the weights were computed; the others are defaults and local paths.
 META = ("quantizer", "damp_percent", "damp_auto_increment", "act_group_aware", "true_sequential", "mse")
 OWN = ("bits", "group_size", "mse")  # settings of GPTQConfig that are settings of the stage
 # Settings of GPTQConfig with which plain transformers cannot load the folder, or gives random weights silently.
 UNREADABLE = ("lm_head", "rotation", "adapter", "activation")
-# Names of weights that GPTQ quantizes, with inputs as their second dimension; in GPT-2's c_* they are the first.
-LAYER = re.compile(r"\.\d+\.(?!.*(embed|\.c_attn|\.c_proj|\.c_fc)).*weight$")
+LAYER = re.compile(r"\.\d+\.(?!.*embed).*weight$")  # weights that GPTQ quantizes, outputs × inputs
 
 Ids = list[int]
 Losses = dict[str, float | None]  # module → its loss; None for a module that was only rounded
@@ -92,7 +92,21 @@ def check_model(config: Config, facts: Facts) -> list[Problem]:
         problems.append(("model", "an adapter cannot be quantized; put a `merge` stage above"))
     if "quantization_config" in facts.config:
         problems.append(("model", f"{facts.source} is quantized already; start from the model before its quantization"))
+    if why := _cannot_load(facts):
+        problems.append(
+            ("model", f"transformers cannot load a quantized `{facts.model_type}`: {why}; remove the stage")
+        )
+        return problems
     return problems + _check_groups(config.group_size, facts.weights)
+
+
+def _cannot_load(facts: Facts) -> str | None:
+    """Why transformers cannot load the quantized folder of this architecture; None if no reason is known."""
+    if facts.model_type in CONV1D:
+        return "its layers are Conv1D"
+    if facts.experts > 1:
+        return f"it has {facts.experts} experts, whose weights are one tensor"
+    return None
 
 
 def needs(config: Config, facts: Facts) -> Needs:

@@ -56,6 +56,12 @@ class Facts:
         """The number of parameters."""
         return sum(math.prod(shape) for shape in self.weights.values())
 
+    @property
+    def experts(self) -> int:
+        """The number of experts of a mixture of experts; 0 for a dense model."""
+        config = self.config.get("text_config") or self.config
+        return max(int(config.get(name) or 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
     def has_token(self, token: str) -> bool:
         """Whether the tokenizer knows a text as one token; True if the tokenizer is not known."""
         return not self.tokens or json.dumps(token, ensure_ascii=False) in self.tokens

@@ -434,6 +434,24 @@ def test_what_cannot_work_is_known_before_torch_is_loaded():
     ]
 
 
+@pytest.mark.parametrize(
+    ("known", "why"),
+    [
+        ({"model_type": "gpt2"}, "`gpt2`: its layers are Conv1D"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "`qwen3_moe`: it has 4 experts, whose weights are one tensor"),
+        (
+            {"model_type": "x", "text_config": {"n_routed_experts": 8}},
+            "`x`: it has 8 experts, whose weights are one tensor",
+        ),
+    ],
+)
+def test_an_architecture_that_transformers_cannot_load_quantized_is_refused_while_planning(known, why):
+    settings = config("base", {"path": "rows.jsonl", "format": "text"})
+    assert quantize.check_model(settings, Facts("the model", known)) == [
+        ("model", f"transformers cannot load a quantized {why}; remove the stage")
+    ]
+
+
 @pytest.mark.parametrize("wrong", [{"bits": 5}, {"group_size": 100}, {"shard_size": "4 GB"}])
 def test_values_that_the_format_does_not_have(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
