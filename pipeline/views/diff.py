@@ -86,15 +86,20 @@ def compare(a: str, b: str, saves: Path) -> Difference:
 def _links_folder(name: str, saves: Path, problems: list[str]) -> Path:
     """The folder of links of a run; a problem is added if it has no links."""
     given = Path(name)
-    folder = given if given.is_dir() else saves / (folder_name(given) if given.suffix in (".yaml", ".yml") else name)
+    named = saves / (folder_name(given) if given.suffix in (".yaml", ".yml") else name)
+    folder = given if _has_links(given) else named  # any other folder may be called like a run
     if given.is_file() and (text := not_the_owner(folder, given)) is not None:
         problems.append(text)
         return folder
-    if not folder.is_dir() or not any(path.is_symlink() for path in folder.iterdir()):
+    if not _has_links(folder):
         runs = {path.parent.name for path in saves.glob("*/*") if path.is_symlink()}
         close = nearest(folder.name, runs) or f"; `pipeline run CONFIG --saves {saves}` makes one"
         problems.append(f"{name}: there is no run of this name in {saves}{close}")
     return folder
+
+
+def _has_links(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_symlink() for path in folder.iterdir())
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,3 +54,10 @@ def test_a_config_in_another_folder_is_another_config(project):
     assert shown(project, "diff", "g.yaml", "other/g.yaml") == (2, "", problem)
     assert shown(project, "status", "other/g.yaml") == (2, "", problem)
     assert shown(project, "status", "g.yaml")[0] == 0
+
+
+def test_a_folder_of_the_user_called_like_a_run_is_not_taken_for_it(project):
+    project.write("g.yaml", project.model("m") + "  sft: {data: consult, lora: {r: 2}}\n")
+    project.write("g/notes.txt", "")
+    run("g.yaml", "saves")
+    assert shown(project, "diff", "g", "saves/g")[0] == 0
