@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import settings
 from pipeline.config.document import Document, Key, read
-from pipeline.config.pipeline import Card, Launch, Pipeline, StageEntry
+from pipeline.config.pipeline import TENSORBOARD, Card, Launch, Pipeline, StageEntry
 from pipeline.config.problems import Problems, in_order
 from pipeline.config.references import UNKNOWN, References
 from pipeline.config.shorthand import Above, write_out
@@ -173,6 +173,11 @@ class Checker:
         if use in kinds():
             if not NAME.match(name):
                 text = f"`{name}` is not a valid stage name; use small letters, digits, `_` and `-`"
+                self.problems.at_key(key, text)
+            if name == TENSORBOARD:
+                text = (
+                    f"`{name}` is the folder of TensorBoard's curves in `saves/<config>`; give the stage another name"
+                )
                 self.problems.at_key(key, text)
             return str(use)
         near = nearest(str(use), kinds())

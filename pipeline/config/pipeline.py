@@ -14,6 +14,8 @@ from stages.data.source import Source
 from stages.model.references import Role
 from stages.training.settings import Training
 
+TENSORBOARD = "tensorboard"  # a folder beside the links of the stages
+
 
 class Launch(BaseModel):
     """How the processes of a training stage are started."""

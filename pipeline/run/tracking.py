@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.pipeline import TENSORBOARD
+
 ENDS: dict[str, Callable[[Any, int], object]] = {  # of a tracker's module and the stage's exit code
     "wandb": lambda wandb, code: wandb.finish(exit_code=code),
     "mlflow": lambda mlflow, code: mlflow.end_run(status="FAILED" if code else "FINISHED"),
@@ -19,7 +21,6 @@ ENDS: dict[str, Callable[[Any, int], object]] = {  # of a tracker's module and t
     "trackio": lambda trackio, _: trackio.finish(),
 }
 PATIENCE = 60  # seconds
-TENSORBOARD = "tensorboard"  # the folder beside a config's links
 
 
 def environment(spec: Mapping[str, Any], out: Path) -> dict[str, str]:

@@ -187,6 +187,10 @@ def test_a_mistake_in_a_stage_names_its_place_the_word_and_what_is_wanted(projec
             "/tmp/x: {use: sft, data: consult}",
             "8:3: `/tmp/x` is not a valid stage name; use small letters, digits, `_` and `-`",
         ),
+        (
+            "tensorboard: {use: merge}",
+            "8:3: `tensorboard` is the folder of TensorBoard's curves in `saves/<config>`; give the stage another name",
+        ),
         ("..: {use: merge}", "8:3: `..` is not a valid stage name; use small letters, digits, `_` and `-`"),
         ('"x\\n": {use: merge}', "8:3: `x\n` is not a valid stage name; use small letters, digits, `_` and `-`"),
         (
