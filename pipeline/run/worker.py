@@ -38,10 +38,7 @@ def main(spec_file: str, hook: Hook = "run") -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if LAUNCHED not in os.environ:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # set by a launcher around this program
-            os.environ.pop(name, None)
-        # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        _alone()
     for name in secret.HUB:  # a stage is offline and needs no token
         os.environ.pop(name, None)
     emit(out, "start", pid=os.getpid())
@@ -50,6 +47,14 @@ def main(spec_file: str, hook: Hook = "run") -> None:
     tracking.finish(spec, code)
     held.close()
     sys.exit(code)
+
+
+def _alone() -> None:
+    """Forget what a launcher or a cluster around this program has set, and see the first of its GPUs."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def _hold(out: Path) -> TextIO:

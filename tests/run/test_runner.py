@@ -21,7 +21,7 @@ from pipeline.plan.placing import build_plan
 from pipeline.run import rehearsal
 from pipeline.run.process import Events, Stop, follow
 from pipeline.run.rehearsal import Rehearsals
-from pipeline.run.worker import _hold
+from pipeline.run.worker import _alone, _hold
 from pipeline.saves.locks import held, locked
 from stages.chat.template import template_text
 from stages.runtime.events import earlier_attempts, emit
@@ -223,6 +223,15 @@ def test_a_stage_ends_when_its_progress_cannot_be_shown(tmp_path):
     with pytest.raises(BrokenPipeError):
         follow(None, view, Stop(), tmp_path, lambda: child)
     assert not child.alive
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_one_process_sees_the_first_gpu_that_it_may_use(monkeypatch, given, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    _alone()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_secrets_are_masked_in_what_a_stage_or_its_rehearsal_wrote(tmp_path, monkeypatch):
