@@ -299,6 +299,19 @@ def test_a_wrong_command_line_is_exit_code_2(project, words, expected):
     assert not Path("saves").exists()
 
 
+@pytest.mark.parametrize(("dropped", "command"), [(0, "plan"), (0.5, "plan"), (0.5, "validate")])
+def test_a_row_cannot_send_escapes_to_the_terminal(project, dropped, command):
+    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    Path("rows.jsonl").write_text(good + '{"messages": [{"role": "\\u001b[31m"}]}\n', encoding="utf-8")
+    data = f"data: {{d: {{path: rows.jsonl, format: messages, max_dropped: {dropped}}}}}\n"
+    Path("e.yaml").write_text(
+        data + "template: plain\nstages:\n  init: {architecture: bloom, data: d}\n  sft: {data: d}\n", encoding="utf-8"
+    )
+    _, out, err = project(command, "e.yaml")
+    assert "\\x1b[31m" in out + err
+    assert "\x1b" not in out + err
+
+
 def test_a_run_or_data_may_be_called_like_an_argument(project):
     assert project("diff", "x", "b", "--saves", "s")[2].splitlines()[0].startswith("x: there is no run of this name")
     assert project("data", "x.yaml", "name", "--rows", "1")[2].startswith("there is no data `name`")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pipeline.plan.step import Plan, Step
 from pipeline.saves import artifact
+from pipeline.views.tables import without_controls
 from stages.runtime.errors import Interrupted
 
 MARKS = {
@@ -115,8 +116,8 @@ class View:
         elif kind == "log":
             self._log(step, stage, event)
         elif kind == "note":
-            stage.message = event["text"]
-            self.print_line(f"{step.name}: {event['text']}")
+            stage.message = without_controls(event["text"])
+            self.print_line(f"{step.name}: {stage.message}")
 
     def _advance(self, stage: StageProgress, step: int) -> None:
         self.progress.update(stage.task.id, completed=max(stage.task.completed, step))
