@@ -33,7 +33,7 @@ from stages.training.settings import TrainingConfig, check_training
 
 # What is measured on held-out rows, and `metric_for_best_model` can name; accuracy and margin are called as in `dpo`.
 MEASURED = ("loss", "rewards/accuracies", "rewards/margins", "min_reward", "mean_reward", "max_reward")
-NAMES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "mean_reward": "mean_reward"}
+PAIR = ("reward/chosen", "reward/rejected")  # of each pair, until they are summarized
 HEADS = ("lm_head", "embed_out")  # of language models; a scorer has none
 
 
@@ -190,14 +190,17 @@ def _trainer_class() -> Any:
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            result = super().compute_loss(model, inputs, *args, **kwargs)
-            self._metrics["train" if self.model.training else "eval"]["count"].append(len(inputs["input_ids"]) // 2)
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            rewards = outputs.logits.detach().float().squeeze(-1).chunk(2)
+            figures = self._metrics["train" if self.model.training else "eval"]
+            # Without the pairs that are repeated so that all processes have as many.
+            for name, values in zip(PAIR, self.accelerator.gather_for_metrics(rewards), strict=True):
+                figures[name] += values.tolist()
             if model.training and self.state.global_step == 0 and not self.at_start:
-                loss = result[0] if isinstance(result, tuple) else result
                 self.at_start = {"loss_at_start": float(loss.detach())}
                 self.state.log_history.append(self.at_start)  # goes into checkpoints, so a resumed run has it too
-            return result
+            return (loss, outputs) if return_outputs else loss
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             summarize(self._metrics["train" if self.model.training else "eval"])
@@ -209,16 +212,19 @@ def _trainer_class() -> Any:
 def summarize(figures: dict[str, list[float]]) -> None:
     """Replace figures of batches by those of all their pairs, under the names that `dpo` has for them.
 
-    TRL takes the mean over batches, of whatever size. `figures`: name → one value a batch; `count` is the number of
-    its pairs, and is removed.
+    TRL takes the mean over batches, of whatever size. `figures`: name → one value a batch; under the names of `PAIR`
+    one reward a pair, which are removed.
     """
-    counts = figures.pop("count", [])
-    if not counts:
+    chosen, rejected = (figures.pop(name, []) for name in PAIR)
+    if not chosen:
         return
-    for name, ours in NAMES.items():
-        values = figures.pop(name)
-        figures[ours] = [sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)]
-    figures["min_reward"], figures["max_reward"] = [min(figures["min_reward"])], [max(figures["max_reward"])]
+    del figures["accuracy"], figures["margin"]
+    margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
+    rewards = chosen + rejected
+    figures["rewards/accuracies"] = [sum(margin > 0 for margin in margins) / len(margins)]
+    figures["rewards/margins"] = [sum(margins) / len(margins)]
+    figures["mean_reward"] = [sum(rewards) / len(rewards)]
+    figures["min_reward"], figures["max_reward"] = [min(rewards)], [max(rewards)]
 
 
 def headline(metrics: Mapping[str, Any]) -> str:

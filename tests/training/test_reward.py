@@ -223,13 +223,14 @@ def test_the_headline_without_held_out_rows():
     assert reward.headline({"loss_first": 0.7, "loss_last": 0.1}) == "loss 0.700 → 0.100"
 
 
-def test_batches_weigh_as_many_pairs_as_they_hold():
+def test_figures_are_those_of_all_pairs_and_not_of_batches():
     figures = {"accuracy": [1.0, 0.0], "margin": [2.0, -2.0], "mean_reward": [1.0, 3.0], "min_reward": [-1.0, -2.0]}
-    figures |= {"max_reward": [4.0, 3.0], "num_tokens": [7], "count": [3, 1]}
+    figures |= {"max_reward": [4.0, 3.0], "num_tokens": [7]}
+    figures |= {"reward/chosen": [4.0, 2.0, 1.0, 0.0], "reward/rejected": [1.0, -1.0, 1.0, 3.0]}
     reward.summarize(figures)
     assert figures == {
-        **{"rewards/accuracies": [0.75], "rewards/margins": [1.0], "mean_reward": [1.5]},
-        **{"min_reward": [-2.0], "max_reward": [4.0], "num_tokens": [7]},
+        **{"rewards/accuracies": [0.5], "rewards/margins": [0.75], "mean_reward": [1.375]},
+        **{"min_reward": [-1.0], "max_reward": [4.0], "num_tokens": [7]},
     }
     reward.summarize(nothing := {})
     assert nothing == {}
