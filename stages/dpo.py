@@ -128,7 +128,7 @@ STAGE = Stage(
     rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
-    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # its cache lies in a temporary folder of each process
+    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # not tried with several processes
     describe=description.describe,
     figures=description.figures,
 )

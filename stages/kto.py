@@ -316,7 +316,7 @@ STAGE = Stage(
     rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.kto_config:KTOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
-    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # as in `dpo`: it is computed in one process
+    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # as in `dpo`
     describe=description.describe,
     figures=description.figures,
 )
