@@ -244,6 +244,8 @@ def _check_targets(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
     targets, modules = lora.get("target_modules", "all-linear"), facts.linear_modules()
     if broken := _no_patterns(lora):
         return broken
+    if facts.experts > 1 and modules:
+        return _check_experts(targets, modules)
     if not modules or targets in ("all-linear", None):
         return []
     kinds = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
@@ -259,6 +261,20 @@ def _check_targets(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
         for target in targets
         if not any(is_named(name, [target]) for name in modules)
     ]
+
+
+def _check_experts(targets: str | Sequence[str] | None, modules: Sequence[str]) -> list[Problem]:
+    """PEFT trains the experts, which transformers keep in one 3-D tensor, as `target_parameters`: see `UNFOLDABLE`."""
+    ends = {name: name.rsplit(".", 1)[-1] for name in modules}
+    routed = {end for name, end in ends.items() if ".experts." in name} | {"gate", "router"}
+    others = sorted({*ends.values()} - routed - {"lm_head"})
+    whole = targets in ("all-linear", None)
+    reached = routed if whole else {end for name, end in ends.items() if is_named(name, targets or [])} & routed
+    if not reached:
+        return []
+    clause = "an adapter on experts or their router cannot be folded into the base"
+    advice = f"write `target_modules: [{', '.join(others)}]`, or remove `lora` to train all weights"
+    return [("lora.target_modules" if not whole else "lora", f"{clause}; {advice}")]
 
 
 def _no_patterns(lora: Mapping[str, Any]) -> list[Problem]:
@@ -295,6 +311,12 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
         if name in ("lm_head", "embed_tokens", "word_embeddings", "wte"):
             clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"
             problems.append(("lora.modules_to_save", f"{clause}; {advice}"))
+    targets = lora.get("target_modules") or []
+    for name in facts.weights if tied else ():
+        module = name.removesuffix(".weight")
+        if any(word in module for word in ("embed", "wte")) and targets != "all-linear" and is_named(module, targets):
+            clause = f"input and output embeddings of {facts.source} are one weight, and an adapter on `{module}`"
+            problems.append(("lora.target_modules", f"{clause} would change both when it is folded; leave it out"))
     return problems
 
 

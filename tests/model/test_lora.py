@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from stages import sft
-from stages.model.facts import read_facts
+from stages.model.facts import Facts, read_facts
 from stages.model.folder import load_model
 from stages.model.lora import Adapter
 from stages.runtime.errors import StageError
@@ -109,8 +109,37 @@ def test_kinds_that_could_not_be_folded_are_refused_before_training(tiny, rows):
             "input and output embeddings of the base are one weight, and `lm_head` would train a copy; " + advice,
         )
     ]
+    both = "input and output embeddings of the base are one weight, and an adapter on `model.embed_tokens` would"
+    for targets in (".*(embed_tokens|q_proj)", ["q_proj", "embed_tokens"]):
+        told = ("lora.target_modules", f"{both} change both when it is folded; leave it out")
+        assert told in problems({"target_modules": targets})
+        assert told not in problems({"target_modules": targets}, tied=False)
     for start in (True, "gaussian", "orthogonal"):
         assert problems({"init_lora_weights": start, "use_qalora": False, "use_dora": True}) == []
+
+
+@pytest.mark.parametrize(
+    ("lora", "place"),
+    [
+        ({"r": 4}, "lora"),
+        ({"target_modules": "all-linear"}, "lora"),
+        ({"target_modules": ["q_proj", "gate_proj"]}, "lora.target_modules"),
+        ({"target_modules": r".*\.(q_proj|gate)"}, "lora.target_modules"),
+        ({"target_modules": ["q_proj", "v_proj"]}, None),
+        ({"target_modules": r".*self_attn\..*_proj"}, None),
+    ],
+)
+def test_an_adapter_on_experts_is_refused_before_training(rows, lora, place):
+    names = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.gate"]
+    names += [f"mlp.experts.{number}.{name}_proj" for number in (0, 1) for name in ("gate", "up", "down")]
+    weights = {f"model.layers.0.{name}.weight": (8, 8) for name in names} | {"lm_head.weight": (9, 8)}
+    facts = Facts("the base", {"model_type": "qwen3_moe", "num_experts": 2}, weights, tokenizer={"eos_token": "</s>"})
+    config = sft.Config(model="base", data=[rows("alpaca", 1)], lora=lora, template="plain")
+    told = (
+        "an adapter on experts or their router cannot be folded into the base; write `target_modules: [k_proj, o_proj, "
+        "q_proj, v_proj]`, or remove `lora` to train all weights"
+    )
+    assert sft.check_model(config, facts) == ([] if place is None else [(place, told)])
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
