@@ -13,6 +13,7 @@ from stages.chat.labels import IGNORED, encode_chat
 from stages.data.source import Source, rows_of
 from stages.model.generation import load_engine
 from stages.runtime.errors import Interrupted, StageError
+from stages.training import progress
 from stages.training.checkpoint import newest_whole, rotate, seal
 
 pytestmark = pytest.mark.train
@@ -247,6 +248,27 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(tiny, train, rows, t
     assert sha256(tmp_path / weights) == sha256(whole.out / weights)
     assert names(tmp_path) == (ADAPTER if lora else MODEL)
     assert again.metrics == whole.metrics
+
+
+@pytest.mark.parametrize(
+    ("trainer", "kept"),
+    [
+        ({"save_steps": 6}, ["checkpoint-3", "checkpoint-4"]),
+        ({"save_strategy": "no"}, []),
+        ({"save_steps": 6, "eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True}, []),
+    ],
+)
+def test_a_checkpoint_is_written_when_the_last_one_is_old(tiny, train, rows, tmp_path, at, monkeypatch, trainer, kept):
+    """Unless the user wants none, or the choice of the best model would depend on the clock."""
+
+    def killed(*_):
+        raise Interrupted("killed")
+
+    monkeypatch.setattr(progress, "SAVE_SECONDS", 0)
+    asked = {"trainer": {**RESUMED, **trainer}, "eval_size": 2, "lora": LORA, "out": tmp_path}
+    with pytest.raises(Interrupted, match=r"^killed$"):
+        train(sft, [tiny("llama")], rows("alpaca", 8), callback=at(4, "on_step_begin", killed), **asked)
+    assert checkpoints(tmp_path) == kept
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tiny, train, rows, tmp_path, at, stop):
