@@ -129,7 +129,8 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
         least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
         raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
     least = f"; {_least(step)}" if code == -signal.SIGKILL and step.needs.memory else ""
-    raise StageFailed(f"stage `{step.name}` {_death(code)}{least}; {log}; run again to go on from its last checkpoint")
+    go_on = " to go on from its last checkpoint" if (folder / artifact.CHECKPOINTS).is_dir() else ""
+    raise StageFailed(f"stage `{step.name}` {_death(code)}{least}; {log}; run again{go_on}")
 
 
 def _least(step: Step) -> str:

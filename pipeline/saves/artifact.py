@@ -18,7 +18,8 @@ RECORD = "record.json"
 SCHEMA = 1
 NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # about the stage itself; later stages do not read these
 SPEC = "spec.json"  # settings and inputs that a stage was begun with
-TO_GO_ON = (SPEC, "checkpoints", "before.json")  # what an unfinished stage resumes from
+CHECKPOINTS = "checkpoints"
+TO_GO_ON = (SPEC, CHECKPOINTS, "before.json")  # what an unfinished stage resumes from
 UMASK = os.umask(0)
 os.umask(UMASK)  # the one way to read it
 FOLDER = re.compile(r"(?P<use>[a-z][a-z0-9_]*)-[0-9a-f]{12}(?P<end>\.part|\.rehearsal|\.old-\d+|\.part\.old-\d+|)\Z")

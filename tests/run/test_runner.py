@@ -225,6 +225,19 @@ def test_a_stage_ends_when_its_progress_cannot_be_shown(tmp_path):
     assert not child.alive
 
 
+@pytest.mark.parametrize(("made", "way"), [([], ""), (["checkpoints"], " to go on from its last checkpoint")])
+def test_a_stage_that_died_without_a_checkpoint_is_not_said_to_have_one(tmp_path, made, way):
+    for name in made:
+        (tmp_path / name).mkdir()
+    child = SimpleNamespace(pid=1, is_alive=lambda: False, exit_code=lambda: -11)
+    with pytest.raises(StageFailed) as error:
+        follow(SimpleNamespace(name="sft"), SimpleNamespace(event=print), Stop(), tmp_path, lambda: child)
+    assert str(error.value) == (
+        "stage `sft` was ended by signal 11 SIGSEGV (a crash in native code); "
+        f"its log is {tmp_path}/log.txt; run again{way}"
+    )
+
+
 @pytest.mark.parametrize(("given", "seen"), [(None, "0"), ("2,3", "2"), ("", "")])
 def test_one_process_sees_the_first_gpu_that_it_may_use(monkeypatch, given, seen):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
