@@ -37,6 +37,8 @@ class Rehearsals:
             tokenizer = self.planned.tokenizer_folder(other)
             if tokenizer is not None and all(Path(file).is_file() for file in other.inputs.rows.values()):
                 with contextlib.suppress(Busy), locked(other.part, other.name):  # another run is at work on it
+                    text = f"checks its settings and prepares its rows, before `{step.name}` starts"
+                    self.view.event(other, {"kind": "note", "text": text})
                     self._rehearse(other, tokenizer)
                     self.done.add(other.name)
 

@@ -80,5 +80,6 @@ def test_the_first_run_of_all_is_rehearsed_too(made, tmp_path, capsys):
     first = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("  init:"))
     (tmp_path / "first.yaml").write_text(f"model: {base}\n{first}", encoding="utf-8")
     code, out, err = run((tmp_path / "first.yaml", tmp_path / "saves"), capsys, "dpo.trainer.max_length=16")
-    assert (code, out) == (1, "")
+    told = "checks its settings and prepares its rows, before `pt` starts"
+    assert (code, out) == (1, f"sft: {told}\ndpo: {told}\n")
     assert err.startswith("error: stage `dpo`: all 20 rows lose their answer at `max_length` 16; raise it")

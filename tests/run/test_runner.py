@@ -188,7 +188,7 @@ def test_runs_that_rehearse_at_the_same_time_leave_each_other_alone(project, mon
 
     def rehearse(*assignments):
         planned = build_plan(load_config(Path("x.yaml"), assignments), Path("saves"))
-        Rehearsals(planned, view=None, stop=None).below(planned.steps[0])
+        Rehearsals(planned, SimpleNamespace(event=lambda *_: None), stop=None).below(planned.steps[0])
 
     Path("saves").mkdir()
     monkeypatch.setattr(rehearsal, "follow", follow)
