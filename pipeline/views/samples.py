@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.plan.step import Plan, Step
 from stages.chat import encoding
 from stages.chat.encoder import Encoder
+from stages.chat.labels import Encoded
 from stages.data import cleaning, drawing
 from stages.data.row import Row
 from stages.data.source import Reading, Source
@@ -22,6 +23,16 @@ from stages.training.settings import Training
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A sequence as the model sees it."""
+
+    parts: list[tuple[str, bool]]
+    """Parts of its text; True: the part is in the loss."""
+    rest: str = ""
+    """What becomes of the tokens after `max_length`."""
+
+
+@dataclass(frozen=True)
 class DataView:
     """A data set as a stage reads it."""
 
@@ -30,8 +41,10 @@ class DataView:
     account: cleaning.Account
     tokens: encoding.Tokens | None
     """None while the model with the stage's tokenizer does not exist yet."""
-    samples: list[list[tuple[str, bool]]]
-    """The first sequences; each is a list of (part of its text, whether this part is in the loss)."""
+    samples: list[Sample]
+    """The first sequences."""
+    warning: str | None = None
+    """Many rows lose their end."""
 
 
 def inspect_data(plan: Plan, name: str | None, rows: int) -> Iterator[DataView]:
@@ -79,8 +92,28 @@ def _data_view(data: str, source: Source, step: Step, training: Training, folder
         first += chunk_rows[: rows - len(first)]
     total.padding = encoding.padding(sizes, training.batch)
     encoded = encoding.encode(Encoder(tokenizer), first, whole=training.whole)
-    samples = [encoding.pieces(tokenizer, sequence) for row in encoded for sequence in row]
-    return DataView(data, step.name, reading.account, total, samples)
+    samples = [_sample(tokenizer, sequence, training) for row in encoded for sequence in row]
+    warning = (
+        None
+        if training.cut
+        else preparation.many_cut(total.truncated, total.rows + total.untrained, training.max_length)
+    )
+    return DataView(data, step.name, reading.account, total, samples, warning)
+
+
+def _sample(tokenizer: Any, sequence: Encoded, training: Training) -> Sample:
+    """A sequence up to `max_length`."""
+    limit = training.max_length or len(sequence.ids)
+    more = len(sequence.ids) - limit
+    if more <= 0:
+        return Sample(encoding.pieces(tokenizer, sequence))
+    trained = [(begin, min(end, limit)) for begin, end in sequence.trained if begin < limit]
+    if training.whole:
+        rest = "; the pair is dropped"
+    else:
+        rest = " go into further sequences" if training.cut else " are cut off"
+    parts = encoding.pieces(tokenizer, Encoded(sequence.ids[:limit], trained))
+    return Sample(parts, f"{more:,} more tokens than `max_length` {limit:,}{rest}")
 
 
 def _tokenizer(step: Step, folder: Path) -> Any:

@@ -64,10 +64,12 @@ def print_data(out: "Console", view: "DataView") -> None:
         out.print(Text(f"  {line}"), soft_wrap=True)
     for number, sample in enumerate(view.samples, 1):
         text = Text(f"  sequence {number}\n", style="dim")
-        for part, in_loss in sample:
+        for part, in_loss in sample.parts:
             shown = without_controls(part)
             marked = shown if out.is_terminal else f"⟦{shown}⟧"
             text.append(marked if in_loss else shown, style="not dim green" if in_loss else "not dim")
+        if sample.rest:
+            text.append(f"\n  … {sample.rest}", style="yellow")
         out.print(text, soft_wrap=True)
     out.print()
 
@@ -89,6 +91,8 @@ def _data_summary(view: "DataView") -> Iterator[str]:
         f"longest {tokens.longest:,} tokens, {tokens.truncated:,} cut off at max_length, "
         f"{tokens.untrained:,} dropped because nothing to train is left, {tokens.padding:.1%} padding if not packed"
     )
+    if view.warning:
+        yield f"warning: {view.warning}"
 
 
 def print_run(

@@ -90,8 +90,8 @@ def prepare(
     for entry in account["data"]:
         emit(out, "note", text=drawing.summary(entry))
     emit(out, "note", text=_told(account))
-    if not cut and account["truncated"] > MANY_CUT * account["rows"]:
-        emit(out, "note", text=cut_rows(account["truncated"], account["rows"], args.max_length), warning=True)
+    if not cut and (text := many_cut(account["truncated"], account["rows"], args.max_length)):
+        emit(out, "note", text=text, warning=True)
     train = _dataset(folder / "train.arrow")
     held = _dataset(folder / "held.arrow") if account["held_out"] else None
     if "packed" not in account:
@@ -289,8 +289,10 @@ def _account_of_held(total: encoding.Tokens, max_length: int | None) -> dict[str
     return {"held_out": total.rows} | ({"held_out_dropped": total.untrained} if total.untrained else {})
 
 
-def cut_rows(truncated: int, rows: int, max_length: int | None) -> str:
-    """A warning about rows that lose their end."""
+def many_cut(truncated: int, rows: int, max_length: int | None) -> str | None:
+    """A warning about rows that lose their end; None where they are few."""
+    if truncated <= MANY_CUT * rows:
+        return None
     share = f"{truncated:,} of {rows:,} rows ({truncated / rows:.0%}) are longer than `max_length` {max_length}"
     return f"{share} and lose their end, so the model would not learn to stop after them; raise `max_length`"
 

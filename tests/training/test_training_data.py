@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +166,22 @@ def test_data_shows_the_account_and_what_is_in_the_loss(config, capsys, tmp_path
     assert "1 cut off at max_length" in lines[3]
     assert lines[-2].endswith("⟦多休息。</s>⟧")
     assert not list(tmp_path.glob("*-*"))
+
+
+def test_data_shows_sequences_as_long_as_they_are_trained_on(config, capsys, tmp_path):
+    assert cli.main(["data", str(config), "--rows", "3", "--saves", str(tmp_path)]) == 0
+    consult, books = capsys.readouterr().out.split("\nbooks, as")
+    warning = (
+        "  warning: 1 of 4 rows (25%) are longer than `max_length` 150 and lose their end, so the model would not "
+    )
+    assert f"{warning}learn to stop after them; raise `max_length`\n" in consult
+    assert "warning" not in books
+    third = consult.partition("sequence 3\n")[2]
+    text, _, more = third.partition("\n  … ")
+    assert text.endswith("⟧")
+    assert not text.endswith("</s>⟧")  # the end of turn is not trained on
+    assert re.fullmatch(r"\d+ more tokens than `max_length` 150 are cut off\n*", more)
+    assert re.search(r"\n  … \d+ more tokens than `max_length` 150 go into further sequences\n", books)
 
 
 def test_data_as_json_has_the_same_figures_as_the_stage(config, capsys, tmp_path, tiny):
