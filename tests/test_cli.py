@@ -203,6 +203,10 @@ def test_version(project):
         ("run -- x.yaml z.yaml", "`z.yaml` is one argument too many: write `pipeline run x.yaml`"),
         ("run x.yaml pt", "`pt` is a stage: write `pipeline run x.yaml --until pt`"),
         ("run x.yaml --set", "`--set` needs a value: write `pipeline run x.yaml --set KEY.PATH=VALUE`"),
+        (
+            "run x.yaml --set sft.seed 7",
+            "`--set sft.seed` needs `=` before `7`: write `pipeline run x.yaml --set sft.seed=7`",
+        ),
         ("run x.yaml --saves --json", "`--saves` needs a value: write `pipeline run x.yaml --saves DIR --json`"),
         ("plan x.yaml --json=yes", "`--json` takes no value: write `pipeline plan x.yaml --json`"),
         # the config as an option

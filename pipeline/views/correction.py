@@ -128,6 +128,9 @@ class Correction:
                 known.append(name)
             elif name in options and equals:
                 known.append(word)
+            elif name == "--set" and len(words) > 1 and _is_pair(*words[:2]):
+                known += [name, f"{words[0]}={words[1]}"]
+                self.reasons.append(f"`--set {words.pop(0)}` needs `=` before `{words.pop(0)}`")
             elif name in options and words and not words[0].startswith("--"):
                 known += [word, words.pop(0)]
             elif name in options:
@@ -228,6 +231,13 @@ def _paths(name: str, config: str | None) -> list[str]:
         else:
             found += [f"{stage}.{name}"] if contract and name in contract.config.model_fields else []
     return found
+
+
+def _is_pair(name: str, value: str) -> bool:
+    """Whether two words are a setting and its value, without the `=` between them."""
+    return (
+        "." in name and "=" not in name + value and not value.startswith("-") and not value.endswith((".yaml", ".yml"))
+    )
 
 
 def _setting_hint(name: str) -> str | None:
