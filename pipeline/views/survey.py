@@ -28,6 +28,7 @@ class StageStatus:
     stage: str
     state: str
     since: str
+    """When a finished stage was started."""
     folder: Path
 
 
@@ -41,11 +42,11 @@ class Leftover:
 
 
 def stage_statuses(saves: Path, config: str | None = None) -> Iterator[StageStatus]:
-    """The state of each stage of one config, or of all configs; finished stages first."""
+    """The state of each stage of one config, or of all configs; finished stages first, as they were started."""
     hashes = Hashes(saves / HASHES)
-    for link in _links(saves):
-        if config in (None, link.parent.name):
-            yield _finished_status(link, hashes)
+    links = [link for link in _links(saves) if config in (None, link.parent.name)]
+    finished = [_finished_status(link, hashes) for link in links]
+    yield from sorted(finished, key=lambda status: (status.config, not status.since, status.since))
     for part in sorted(saves.glob("*.part")):
         spec = artifact.begun(part) or {}
         if artifact.FOLDER.match(part.name) and (config is None or spec.get("of") == config):
@@ -65,7 +66,7 @@ def _finished_status(link: Path, hashes: Hashes) -> StageStatus:
     except NewerRecord:
         return StageStatus(link.parent.name, link.name, "made by a later version", "", folder)
     if record is not None:
-        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started"]))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["started"]))
         damage = artifact.damage(folder, record, hashes)
         state = "done" if damage is None else f"damaged: {damage}"
     else:
