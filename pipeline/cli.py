@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from pipeline.views import correction, tables
+from pipeline.views.controls import without_controls
 from pipeline.views.correction import EXAMPLE
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Commands(TyperGroup):
             code, lines = tables.error_message(error, self.commands, self.words)
             if not lines:
                 raise
-            print(*map(tables.without_controls, lines), sep="\n", file=sys.stderr)
+            print(*map(without_controls, lines), sep="\n", file=sys.stderr)
             raise typer.Exit(code) from None
 
 
@@ -209,7 +210,7 @@ def plan(
         return _print_json(tables.plan_as_json(planned))
     tables.console().print(plan_table(planned))
     for note in planned.notes:
-        print(tables.without_controls(f"note: {note}"))
+        print(without_controls(f"note: {note}"))
     return 0
 
 
@@ -223,7 +224,7 @@ def validate(
     if as_json:
         return _print_json({"stages": stages, "rows": planned.rows, "notes": planned.notes}, indent=None)
     for note in planned.notes:
-        print(tables.without_controls(f"note: {note}"))
+        print(without_controls(f"note: {note}"))
     rows = ", ".join(f"{name} {count} rows" for name, count in planned.rows.items())
     print(f"{config}: {len(stages)} stages ({' → '.join(stages)}); {rows or 'no data'}; no problem found")
     return 0

@@ -11,8 +11,8 @@ from pipeline.config.pipeline import folder_name
 from pipeline.errors import ConfigError
 from pipeline.saves import artifact
 from pipeline.saves.links import not_the_owner
+from pipeline.views.controls import without_controls
 from pipeline.views.report import flatten
-from pipeline.views.tables import without_controls
 from stages.measuring.table import read_answers
 from stages.runtime.errors import nearest
 

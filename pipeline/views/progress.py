@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pipeline.plan.step import Plan, Step
 from pipeline.saves import artifact
-from pipeline.views.tables import without_controls
+from pipeline.views.controls import without_controls
 from stages.runtime.errors import Interrupted
 
 MARKS = {

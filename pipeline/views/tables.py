@@ -1,12 +1,13 @@
 """What the command line prints: tables, coloured text, JSON and errors."""
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from typer import TyperException
+
+from pipeline.views.controls import without_controls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,15 +27,6 @@ def console(*, silent: bool = False) -> "Console":
     if silent:
         return Console(file=StringIO(), width=160)
     return Console(width=None if sys.stdout.isatty() else 160)
-
-
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters that a terminal would obey: all but tab and newline."""
-
-
-def without_controls(text: str) -> str:
-    """The text with escapes such as `\\x1b` in place of control characters."""
-    return CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def print_plain(out: "Console", text: str) -> None:

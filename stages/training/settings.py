@@ -311,10 +311,11 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
         if name in ("lm_head", "embed_tokens", "word_embeddings", "wte"):
             clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"
             problems.append(("lora.modules_to_save", f"{clause}; {advice}"))
-    targets = lora.get("target_modules") or []
-    for name in facts.weights if tied else ():
+    targets, excluded = lora.get("target_modules") or [], lora.get("exclude_modules") or []
+    for name in facts.weights if tied and targets != "all-linear" else ():
         module = name.removesuffix(".weight")
-        if any(word in module for word in ("embed", "wte")) and targets != "all-linear" and is_named(module, targets):
+        embeds = any(word in module for word in ("embed", "wte"))
+        if embeds and is_named(module, targets) and not is_named(module, excluded):
             clause = f"input and output embeddings of {facts.source} are one weight, and an adapter on `{module}`"
             problems.append(("lora.target_modules", f"{clause} would change both when it is folded; leave it out"))
     return problems
