@@ -19,7 +19,7 @@ from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, measure, prove
 from stages.training.rehearsal import check_libraries
-from stages.training.settings import TrainingConfig, check_training
+from stages.training.settings import TrainingConfig, check_sampling, check_training
 
 
 class Config(TrainingConfig):
@@ -29,12 +29,7 @@ class Config(TrainingConfig):
 def check_model(config: Config, facts: Facts) -> list[Problem]:
     """Problems that are known before the first stage starts."""
     problems = check_training(config, facts, ["preference"], chat=True)
-    order = config.trainer.get("train_sampling_strategy")
-    if order in ("group_by_length", "batch_rebalance"):
-        why = "goes by the length of a row, which TRL does not know of pairs"
-        advice = "leave it out, or write `sequential` to keep the order of the file"
-        problems.append(("trainer.train_sampling_strategy", f"`{order}` {why}; {advice}"))
-    return problems + check_reference(config)
+    return problems + check_sampling(config, "pairs") + check_reference(config)
 
 
 def needs(config: Config, facts: Facts) -> Needs:

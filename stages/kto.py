@@ -28,7 +28,7 @@ from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, measure, prove
 from stages.training.rehearsal import check_libraries
-from stages.training.settings import TrainingConfig, check_training, is_named
+from stages.training.settings import TrainingConfig, check_sampling, check_training, is_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,11 +59,7 @@ class Config(TrainingConfig):
 
 def check(config: Config) -> list[Problem]:
     """Problems of the settings alone."""
-    trainer, problems = config.trainer, list[Problem]()
-    if trainer.get("train_sampling_strategy") == "group_by_length":
-        why = "goes by the length of a row, which TRL does not know of labelled answers"
-        advice = "leave it out, or write `sequential` to keep the order of the file"
-        problems.append(("trainer.train_sampling_strategy", f"`group_by_length` {why}; {advice}"))
+    trainer, problems = config.trainer, check_sampling(config, "labelled answers")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if config.estimates_kl and trainer.get(name) == 1:
             why = "the KL term of this loss is estimated from the answers of other rows of a batch"

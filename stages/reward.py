@@ -29,7 +29,7 @@ from stages.runtime.errors import Problem, StageError
 from stages.training import description, loop, preparation
 from stages.training.needs import training_needs
 from stages.training.rehearsal import check_libraries
-from stages.training.settings import TrainingConfig, check_training
+from stages.training.settings import TrainingConfig, check_sampling, check_training
 
 # What is measured on held-out rows, and `metric_for_best_model` can name; accuracy and margin are called as in `dpo`.
 MEASURED = ("loss", "rewards/accuracies", "rewards/margins", "min_reward", "mean_reward", "max_reward")
@@ -47,11 +47,7 @@ class Config(TrainingConfig):
 def check_model(config: Config, facts: Facts) -> list[Problem]:
     """Problems with the model that the stage starts from, and settings that do not work with it."""
     problems = check_training(config, facts, ["preference"], chat=True, measured=MEASURED)
-    order = config.trainer.get("train_sampling_strategy")
-    if order in ("group_by_length", "batch_rebalance"):
-        why = "goes by the length of a row, which TRL does not know of pairs"
-        advice = "leave it out, or write `sequential` to keep the order of the file"
-        problems.append(("trainer.train_sampling_strategy", f"`{order}` {why}; {advice}"))
+    problems += check_sampling(config, "pairs")
     for name in ("target_modules", "modules_to_save"):
         given = (config.lora or {}).get(name) or []
         for head in HEADS if not isinstance(given, str) else ():

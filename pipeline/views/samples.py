@@ -93,11 +93,9 @@ def _data_view(data: str, source: Source, step: Step, training: Training, folder
     total.padding = encoding.padding(sizes, training.batch)
     encoded = encoding.encode(Encoder(tokenizer), first, whole=training.whole)
     samples = [_sample(tokenizer, sequence, training) for row in encoded for sequence in row]
-    warning = (
-        None
-        if training.cut
-        else preparation.many_cut(total.truncated, total.rows + total.untrained, training.max_length)
-    )
+    warning = None
+    if not training.cut:
+        warning = preparation.many_cut(total.truncated, total.rows + total.untrained, training.max_length)
     return DataView(data, step.name, reading.account, total, samples, warning)
 
 

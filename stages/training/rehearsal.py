@@ -29,10 +29,7 @@ def check_libraries(config: TrainingConfig, args: Any) -> None:
         else:
             optimizer = torch.optim.AdamW(layer.parameters())
         settings = {"num_warmup_steps": args.get_warmup_steps(10), "num_training_steps": 10}
-        scheduler: Any = get_scheduler(
-            args.lr_scheduler_type, optimizer, scheduler_specific_kwargs=args.lr_scheduler_kwargs, **settings
-        )
-        del scheduler
+        get_scheduler(args.lr_scheduler_type, optimizer, scheduler_specific_kwargs=args.lr_scheduler_kwargs, **settings)
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         given = ", ".join(f"`{name}`" for name in OPTIMIZER_SETTINGS if name in config.trainer)

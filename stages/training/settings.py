@@ -17,6 +17,7 @@ from stages.model.inputs import Inputs
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, nearest
 
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")  # of tokens, by their last name
 # Settings of LoraConfig that do more than add B·A to a weight.
 UNFOLDABLE = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
@@ -244,8 +245,8 @@ def _check_targets(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
     targets, modules = lora.get("target_modules", "all-linear"), facts.linear_modules()
     if broken := _no_patterns(lora):
         return broken
-    if facts.experts > 1 and modules:
-        return _check_experts(targets, modules)
+    if facts.experts > 1 and (unfoldable := _check_experts(targets, modules)):
+        return unfoldable
     if not modules or targets in ("all-linear", None):
         return []
     kinds = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
@@ -291,6 +292,16 @@ def _no_patterns(lora: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def check_sampling(config: TrainingConfig, rows: str) -> list[Problem]:
+    """Refuse to sample by length where TRL does not know the length of `rows`, such as `pairs`."""
+    order = config.trainer.get("train_sampling_strategy")
+    if order not in ("group_by_length", "batch_rebalance"):
+        return []
+    why = f"goes by the length of a row, which TRL does not know of {rows}"
+    advice = "leave it out, or write `sequential` to keep the order of the file"
+    return [("trainer.train_sampling_strategy", f"`{order}` {why}; {advice}")]
+
+
 def is_named(module: str, targets: str | Sequence[str]) -> bool:
     """PEFT's own rule: a string is a pattern for the whole name, a list holds names or their ends."""
     if isinstance(targets, str):
@@ -306,16 +317,15 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
     start = str(lora.get("init_lora_weights"))
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         problems.append(("lora.init_lora_weights", f"`{start}` also changes the base, so {advice}"))
-    tied = facts.weights and "lm_head.weight" not in facts.weights
+    tied = facts.weights and not {"lm_head.weight", "embed_out.weight"} & facts.weights.keys()
     for name in lora.get("modules_to_save") or [] if tied else []:
-        if name in ("lm_head", "embed_tokens", "word_embeddings", "wte"):
+        if name in ("lm_head", *EMBEDDINGS):
             clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"
             problems.append(("lora.modules_to_save", f"{clause}; {advice}"))
     targets, excluded = lora.get("target_modules") or [], lora.get("exclude_modules") or []
     for name in facts.weights if tied and targets != "all-linear" else ():
         module = name.removesuffix(".weight")
-        embeds = any(word in module for word in ("embed", "wte"))
-        if embeds and is_named(module, targets) and not is_named(module, excluded):
+        if is_named(module, EMBEDDINGS) and is_named(module, targets) and not is_named(module, excluded):
             clause = f"input and output embeddings of {facts.source} are one weight, and an adapter on `{module}`"
             problems.append(("lora.target_modules", f"{clause} would change both when it is folded; leave it out"))
     return problems

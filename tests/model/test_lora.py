@@ -140,6 +140,22 @@ def test_an_adapter_on_experts_is_refused_before_training(rows, lora, place):
         "q_proj, v_proj]`, or remove `lora` to train all weights"
     )
     assert pt.check_model(config, facts) == ([] if place is None else [(place, told)])
+    misspelt = pt.check_model(config.model_copy(update={"lora": {"target_modules": ["q_prj"]}}), facts)
+    assert [text.partition(";")[0] for _, text in misspelt] == ["`q_prj` matches no linear layer of the base"]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"gpt_neox.embed_in.weight": (9, 8), "embed_out.weight": (9, 8)},  # not tied
+        {"transformer.word_embeddings_layernorm.weight": (8,)},
+        {"model.decoder.embed_positions.weight": (9, 8)},
+    ],
+)
+def test_what_is_not_a_tied_embedding_is_let_through(rows, weights):
+    facts = Facts("the base", {}, {**weights, "h.0.dense.weight": (8, 8)}, tokenizer={"eos_token": "</s>"})
+    config = pt.Config(model="b", data=[rows("text", 1)], lora={"target_modules": ".*"}, trainer={"packing": False})
+    assert pt.check_model(config, facts) == []
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
