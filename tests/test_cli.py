@@ -134,7 +134,7 @@ def test_help_names_every_command():
         elif name := re.match(r"│ ([a-z]+) ", line):
             panels.setdefault(panel, []).append(name[1])
     assert panels == PANELS
-    assert list(COMMANDS) == [command for commands in PANELS.values() for command in commands]
+    assert sorted(COMMANDS) == sorted(command for commands in PANELS.values() for command in commands)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -778,5 +778,5 @@ sys.exit(main(["plan", "x.yaml"]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.lstrip().startswith("Traceback (most recent call last):\n")
-    assert f'File "{ROOT / "pipeline" / "cli.py"}"' in done.stderr
+    assert f'File "{ROOT / "pipeline" / "commands" / "app.py"}"' in done.stderr
     assert repr(error).partition("(")[0] in done.stderr
