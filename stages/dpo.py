@@ -4,12 +4,15 @@ The reference is the model the stage started from: with LoRA the same model with
 fine-tuning a frozen copy. At step 0 both are one, so every reward margin must be 0 and the loss the one of its
 closed form; that is measured on the first batch, and anything else stops the stage.
 (Rafailov et al., arXiv 2305.18290.)
+
+Figures are means over all pairs, or over all tokens of their answers. TRL takes the mean over batches, in which a pair
+of an incomplete last batch counts more than any other.
 """
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages import Metrics, Model, Parallel, Stage
 from stages.model.facts import Facts, Needs
@@ -17,9 +20,25 @@ from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
-from stages.training.reference import check_reference, frozen_copy, measure, prove
+from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
 from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_sampling, check_training
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+ANSWERS = ("chosen", "rejected")
+# Figures that TRL records once a batch, by what they are the mean of.
+MEANS = {
+    "pairs": (
+        *("rewards/accuracies", "rewards/margins"),
+        *(f"{figure}/{answer}" for figure in ("rewards", "logps") for answer in ANSWERS),
+    ),
+    "chosen tokens": ("logits/chosen", "mean_token_accuracy"),
+    "rejected tokens": ("logits/rejected",),
+    "tokens": ("entropy",),
+}
 
 
 class Config(TrainingConfig):
@@ -90,9 +109,43 @@ def _trainer_class() -> Any:
                 loss, recorded = measure(self, model, lambda: loss_of(model, inputs))
                 self.at_start = proof(self.args, loss, recorded, mixed=self.aux_loss_enabled)
                 self.state.log_history.append(self.at_start)  # goes into checkpoints, so a resumed run has it too
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            figures = self._metrics["train" if self.model.training else "eval"]
+            for name, count in counts(inputs["completion_mask"]).items():
+                figures[f"count/{name}"].append(int(self.accelerator.gather(count).sum()))
+            return result
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            weigh(self._metrics["train" if self.model.training else "eval"])
+            super().log(logs, *args, **kwargs)
 
     return Trainer
+
+
+def counts(mask: Any) -> "dict[str, Tensor]":
+    """How many pairs and tokens a batch has, under the names of `MEANS`; scalars, int64.
+
+    `mask` is (2 × pairs, width): 1 for the tokens of an answer; first all chosen answers, then all rejected ones. The
+    first token of a row is predicted from nothing and is not counted.
+    """
+    chosen, rejected = mask[:, 1:].sum(dim=1).chunk(2)
+    return {
+        "pairs": mask.new_tensor(len(chosen)),
+        "chosen tokens": chosen.sum(),
+        "rejected tokens": rejected.sum(),
+        "tokens": chosen.sum() + rejected.sum(),
+    }
+
+
+def weigh(figures: dict[str, list[float]]) -> None:
+    """Replace the figures of batches by their means over all pairs or tokens, see `MEANS`.
+
+    `figures`: name → one value a batch. The numbers of pairs and tokens in them, `count/…`, are removed.
+    """
+    for what, names in MEANS.items():
+        sizes = figures.pop(f"count/{what}", [])
+        for name in names if sum(sizes) else ():
+            figures[name] = [mean(figures[name], sizes)]
 
 
 def proof(args: Any, loss: float, recorded: Mapping[str, float], *, mixed: bool) -> dict[str, float]:
@@ -112,7 +165,7 @@ def proof(args: Any, loss: float, recorded: Mapping[str, float], *, mixed: bool)
 
 
 STAGE = Stage(
-    version=3,
+    version=4,
     config=Config,
     run=run,
     headline=description.preference_headline,

@@ -26,7 +26,7 @@ from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
-from stages.training.reference import check_reference, frozen_copy, measure, prove
+from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
 from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig, check_sampling, check_training, is_named
 
@@ -292,8 +292,7 @@ def weigh(figures: dict[str, list[float]]) -> None:
     for name in ("chosen", "rejected"):
         counts = figures.pop(f"count/{name}", [])
         for figure in (f"rewards/{name}", f"logps/{name}") if counts else ():
-            pairs = zip(counts, figures[figure], strict=True)
-            figures[figure] = [sum(count * value for count, value in pairs) / sum(counts)]
+            figures[figure] = [mean(figures[figure], counts)]
     figures.pop("rewards/margins", None)
     if figures.get("rewards/chosen") and figures.get("rewards/rejected"):
         figures["rewards/margins"] = [figures["rewards/chosen"][0] - figures["rewards/rejected"][0]]

@@ -1,6 +1,6 @@
 """The reference of preference training: the model that the stage starts from, and what is measured to prove it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stages.model.folder import load_model
@@ -53,6 +53,11 @@ def measure(trainer: Any, model: Any, loss_of: Callable[[], Any]) -> tuple[float
     recorded = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
     trainer._metrics["eval"].clear()
     return loss, recorded
+
+
+def mean(values: Sequence[float], counts: Sequence[int]) -> float:
+    """The mean over all answers, from the mean of each batch and the number of answers in it."""
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
 
 def prove(args: Any, name: str, reward: float, loss: float, expected: float | None) -> None:

@@ -168,6 +168,21 @@ def test_training_prefers_the_chosen_answers(tuned, train, rows):
     assert (len(trained), len(held), trained & held) == (6, 2, set())
 
 
+def test_held_out_figures_count_each_pair_and_each_token_once(tuned, train, rows):
+    trainer = train(dpo, tuned, rows("preference", 8), eval_size=5, trainer={"max_steps": 3}).trainer
+    found = []
+    for batch in (5, 4, 2):  # a last batch with one pair, which must not count as much as the others together
+        trainer.args.per_device_eval_batch_size = batch
+        figures = trainer.evaluate()
+        names = [name for name in figures if re.search("rewards|logps|logits|accuracy|entropy", name)]
+        found.append({name: figures[name] for name in names})
+    whole, *parts = found
+    assert len(whole) == 10
+    assert whole["eval_rewards/accuracies"] * 5 == pytest.approx(round(whole["eval_rewards/accuracies"] * 5))
+    for part in parts:
+        assert part == pytest.approx(whole, rel=1e-3, abs=1e-4)
+
+
 def test_pairs_whose_prompt_fills_the_room_are_dropped_and_counted(tuned, train, tmp_path):
     rows = written(tmp_path / "pairs.jsonl", ["感冒了怎么办？", "感冒了怎么办？" * 30])
     rows = rows.model_copy(update={"max_dropped": 0.5})
