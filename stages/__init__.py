@@ -44,6 +44,8 @@ class Model(Generic[C]):
     """Whether it is a LoRA adapter on the model that the stage started from."""
     bits: Callable[[C], int | None] = lambda config: None
     """Bits of a quantized weight; None for a model that is not quantized."""
+    tokenizer: bool = False
+    """Whether its tokenizer differs from the tokenizer of the model that the stage starts from."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Stage(Generic[C]):
     """Problems that the settings alone show before the first stage starts."""
     check_model: Callable[[C, Facts], list[Problem]] = lambda config, facts: []
     """Problems with the model that the stage starts from, or with one that it compares."""
+    notes: Callable[[C, Facts], list[str]] = lambda config, facts: []
+    """What the user should know of the settings and the model that the stage starts from, and what is no problem."""
     needs: Callable[[C, Facts], Needs] | None = None
     """Memory and disk in bytes that the stage takes at least, never more than it does; None when that is not known."""
     facts: Callable[[C, Facts], Facts] = lambda config, facts: facts

@@ -165,6 +165,7 @@ class Placer:
             needs=self.needs(entry, models),
         )
         self.plan.steps.append(step)
+        self.note(step, start)
         self.keep(step, start)
 
     def find(self, entry: StageEntry, setting: str, reference: str | None) -> PlacedModel | None:
@@ -226,6 +227,12 @@ class Placer:
         if reason is not None and state != "done":
             self.plan.notes.append(f"stage `{entry.name}` does not go on bit for bit after a stop: {reason}")
         return reason
+
+    def note(self, step: Step, start: PlacedModel | None) -> None:
+        """Note what the stage itself has to say of its settings and its model, if it will run."""
+        if step.state != "done":
+            texts = step.stage.notes(step.entry.config, start.facts if start is not None else NO_MODEL)
+            self.plan.notes += [f"stage `{step.name}`: {text}" for text in texts]
 
     def files(self, entry: StageEntry, models: list[PlacedModel]) -> dict[str, str]:
         """Path → sha256 of what a stage reads besides the folders of other stages."""

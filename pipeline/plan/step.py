@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError, StageFailed
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
-from stages import Report, Stage
+from stages import Model, Report, Stage
 from stages.measuring.gates import Verdict
 from stages.model.device import has_gpu
 from stages.model.facts import Needs
@@ -102,10 +102,19 @@ class Plan:
     ignore_gates: bool = False
 
     def tokenizer_folder(self, step: Step) -> Path | None:
-        """The last model folder up to a step that holds a tokenizer, which goes unchanged from stage to stage."""
-        above = self.steps[: self.steps.index(step) + 1]
-        folders = [Path(folder) for one in above for folder in one.inputs.model]
-        return next((folder for folder in reversed(folders) if (folder / "tokenizer.json").is_file()), None)
+        """A folder that exists and holds the tokenizer that a step will find; None if no such folder exists yet.
+
+        A tokenizer goes unchanged from stage to stage, except through stages that leave another one.
+        """
+        folders = [Path(folder) for folder in step.inputs.model]
+        found = next((folder for folder in reversed(folders) if (folder / "tokenizer.json").is_file()), None)
+        if found is not None:
+            return found
+        made = next((one for one in self.steps if [one.folder] == folders[-1:]), None)
+        leaves = made.stage.leaves if made is not None else None
+        if made is None or (isinstance(leaves, Model) and leaves.tokenizer):
+            return None
+        return self.tokenizer_folder(made)
 
     @property
     def reports(self) -> Iterator[Step]:
