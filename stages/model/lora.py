@@ -62,6 +62,15 @@ class Adapter:
                 return float(value)
         return default
 
+    def _token_ids(self, module: str) -> "torch.Tensor":
+        """The ids in PEFT's `trainable_token_indices` for an embedding: a list, or lists by the names of modules."""
+        import torch
+
+        ids = self.config["trainable_token_indices"]
+        if isinstance(ids, dict):
+            ids = next(ids[name] for name in ids if f".{module}".endswith(f".{name}"))
+        return torch.tensor(ids)
+
     def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
         """The parameter `name` (out × in, float32) with this adapter folded in; `weight` itself if it has no part."""
         whole = self.take(name)  # a module of `modules_to_save` is stored as a whole
@@ -73,6 +82,9 @@ class Adapter:
         if name.endswith(".bias"):
             bias = self.take(name.removesuffix(".bias") + ".lora_B.bias")
             return weight if bias is None else weight + self.scale(name.removesuffix(".bias")) * bias
+        rows = self.take(f"{module}.token_adapter.trainable_tokens_delta")
+        if rows is not None:  # PEFT stores the trained rows themselves, and not what is added to them
+            return weight.index_copy(0, self._token_ids(module), rows)
         a, b = self.take(f"{module}.lora_embedding_A"), self.take(f"{module}.lora_embedding_B")
         if a is not None and b is not None:
             return weight + self.scale(module) * (b @ a).T

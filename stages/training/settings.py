@@ -21,7 +21,7 @@ EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")  # of tokens
 # Settings of LoraConfig that do more than add B·A to a weight.
 UNFOLDABLE = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
+    *("target_parameters", "use_bdlora", "use_qalora"),
 )
 
 SAVE_STEPS = 0.1  # a share of all steps: a killed run loses a tenth at most
@@ -322,6 +322,7 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
         if name in ("lm_head", *EMBEDDINGS):
             clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"
             problems.append(("lora.modules_to_save", f"{clause}; {advice}"))
+    problems += _check_token_rows(lora, facts) if tied else []
     targets, excluded = lora.get("target_modules") or [], lora.get("exclude_modules") or []
     for name in facts.weights if tied and targets != "all-linear" else ():
         module = name.removesuffix(".weight")
@@ -329,6 +330,18 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
             clause = f"input and output embeddings of {facts.source} are one weight, and an adapter on `{module}`"
             problems.append(("lora.target_modules", f"{clause} would change both when it is folded; leave it out"))
     return problems
+
+
+def _check_token_rows(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
+    """Where input and output embeddings are one weight, a row is trained in both."""
+    given = lora.get("trainable_token_indices")
+    rows = given if isinstance(given, dict) else {}
+    inputs = next((ids for name, ids in rows.items() if is_named(name, EMBEDDINGS)), None)
+    for name, ids in rows.items():
+        if ids != inputs:
+            clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` has ids of its own"
+            return [("lora.trainable_token_indices", f"{clause}; write one list of ids")]
+    return []
 
 
 def inexact_resume(config: TrainingConfig) -> str | None:

@@ -19,6 +19,7 @@ KINDS = {
     "DoRA": {"use_dora": True},
     "one layer": {"target_modules": ["v_proj"], "layers_to_transform": [1]},
     "whole modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "rows of tokens": {"trainable_token_indices": {"embed_tokens": [3, 599], "lm_head": [599, 3, 7]}},
 }
 
 
@@ -38,7 +39,7 @@ def test_folding_is_what_peft_merges(tiny, adapt, kind):
     same(load_model([str(base), str(adapter)]).state_dict(), merged.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["plain", "DoRA", "whole modules"])
+@pytest.mark.parametrize("kind", ["plain", "DoRA", "whole modules", "rows of tokens"])
 def test_adapters_are_folded_in_their_order(tiny, adapt, kind):
     from peft import PeftModel
 
@@ -59,6 +60,19 @@ def test_biases_that_were_trained_are_folded(tiny, adapt, lora):
     adapter = adapt([base], **lora)
     merged = PeftModel.from_pretrained(load_model([str(base)]), adapter).merge_and_unload()
     same(load_model([str(base), str(adapter)]).state_dict(), merged.state_dict())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_rows_of_tokens_are_folded_into_both_sides_of_a_tied_embedding(tiny, adapt, architecture):
+    from peft import PeftModel
+
+    base = tiny(architecture, tied=True)
+    adapter = adapt([base], trainable_token_indices=[599, 3])
+    merged = PeftModel.from_pretrained(load_model([str(base)]), adapter).merge_and_unload()
+    folded = load_model([str(base), str(adapter)])
+    same(folded.state_dict(), merged.state_dict())
+    changed = (folded.get_output_embeddings().weight != load_model([str(base)]).get_output_embeddings().weight).any(1)
+    assert changed.nonzero().flatten().tolist() == [3, 599]
 
 
 def test_a_fresh_adapter_changes_nothing(tiny, tmp_path):
@@ -114,6 +128,15 @@ def test_kinds_that_could_not_be_folded_are_refused_before_training(tiny, rows):
         told = ("lora.target_modules", f"{both} change both when it is folded; leave it out")
         assert told in problems({"target_modules": targets})
         assert told not in problems({"target_modules": targets}, tied=False)
+    ids = {"trainable_token_indices": {"model.embed_tokens": [1], "lm_head": [2]}}
+    assert problems(ids, tied=False) == []
+    assert problems(ids) == [
+        (
+            "lora.trainable_token_indices",
+            "input and output embeddings of the base are one weight, and `lm_head` has ids of its own; write one list "
+            "of ids",
+        )
+    ]
     for start in (True, "gaussian", "orthogonal"):
         assert problems({"init_lora_weights": start, "use_qalora": False, "use_dora": True}) == []
 
