@@ -19,7 +19,6 @@ Ratio = tuple[float, float]
 """Numerator and denominator."""
 RESAMPLES = 2000  # of the bootstrap
 LEVEL = 0.95  # of every confidence interval
-AT_ONCE = 2**20  # row indices of resamples in memory at once
 NGRAM = 4  # tokens of an n-gram of `repetition`
 
 Direction = Literal["lower", "higher", "neither"]
@@ -205,24 +204,25 @@ def _interval(resampled: Sequence[float | None] | None) -> list[float] | None:
 def _resampled(columns: Sequence[Sequence[Ratio]], seed: int) -> "NDArray[np.float64] | None":
     """Sums of numerators and denominators over rows that are drawn with replacement, the same rows in every column.
 
-    The bootstrap of Efron and Tibshirani (1993), paired as in Koehn (2004).
+    The bootstrap of Efron and Tibshirani (1993), paired as in Koehn (2004). The random numbers are those of
+    `numpy.random.default_rng(seed)`: `n` row indices for each of the `n`-row resamples, one resample after the other.
 
     Returns:
         Resamples × (2 · columns); None for a single row.
     """
     import numpy as np
 
-    values = np.concatenate([np.array(column, dtype=np.float64) for column in columns], axis=1)
-    count = len(values)
+    values = np.concatenate([np.array(column, dtype=np.float64) for column in columns], axis=1).T.copy()
+    count = values.shape[1]
     if count < 2:
         return None
     random = np.random.default_rng(seed)
-    step = max(1, AT_ONCE // count)
-    parts: list[NDArray[np.float64]] = [
-        values[random.integers(0, count, (min(step, RESAMPLES - start), count))].sum(axis=1)
-        for start in range(0, RESAMPLES, step)
-    ]
-    return np.concatenate(parts)
+    sums = np.empty((RESAMPLES, len(values)))
+    for resample in sums:
+        drawn = random.integers(0, count, count, dtype=np.uint32)
+        # Counting how often each row was drawn is ten times faster than looking up the values of the drawn rows.
+        resample[:] = (values * np.bincount(drawn, minlength=count)).sum(axis=1)
+    return sums
 
 
 # Answers

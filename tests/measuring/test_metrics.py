@@ -74,6 +74,28 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
     assert 180 <= covered <= 198  # 95 % of 200, give or take
 
 
+def test_an_interval_is_that_of_resamples_drawn_with_numpys_generator_and_the_seed():
+    import numpy as np
+
+    values = np.random.default_rng(3).gamma(2.0, 30.0, 50)
+    random = np.random.default_rng(7)
+    means = [values[random.integers(0, 50, 50)].mean() for _ in range(2000)]
+    found = figure_of("bleu-4", rows(*values.tolist()), 7)
+    assert found["ci"] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), rel=1e-12)
+
+
+def test_the_bootstrap_looks_at_one_resample_at_a_time():
+    import tracemalloc
+
+    measured = rows(*map(float, range(20_000)))
+    figure_of("bleu-4", rows(1.0, 2.0), 7)  # imports numpy
+    tracemalloc.start()
+    figure_of("bleu-4", measured, 7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6  # bytes; indices and values of fifty resamples at once took 25 MB
+
+
 def test_models_are_compared_on_the_same_rows():
     hard, easy = [3.0, 1.0, 2.0, 4.0] * 10, [2.9, 0.9, 1.9, 3.9] * 10
     found = compare_models("perplexity", rows(*easy), rows(*hard), 1)
