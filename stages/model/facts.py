@@ -16,6 +16,8 @@ from stages.runtime.errors import Problem, StageError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")  # of tokens, by their last name
+
 SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
@@ -45,6 +47,8 @@ class Facts:
     """Bytes of the weights in the files."""
     adapters: int = 0
     """LoRA adapters that are folded in when the model is loaded."""
+    added: tuple[str, ...] = ()
+    """Tokens that a stage adds to the tokenizer."""
 
     @property
     def model_type(self) -> str:
@@ -64,7 +68,7 @@ class Facts:
 
     def has_token(self, token: str) -> bool:
         """Whether the tokenizer knows a text as one token; True if the tokenizer is not known."""
-        return not self.tokens or json.dumps(token, ensure_ascii=False) in self.tokens
+        return not self.tokens or token in self.added or json.dumps(token, ensure_ascii=False) in self.tokens
 
     def linear_modules(self) -> list[str]:
         """Names of the modules that a LoRA adapter can target: those of 2-D weights, without embeddings."""
