@@ -1,13 +1,12 @@
-"""LoRA merge: a base and its chain of adapters in, one plain model out, folded shard by shard.
+"""LoRA merge: a base and its chain of adapters in, one plain model out, folded weight by weight.
 
-Only one shard of the base is in memory while adapters are folded in. The written folder is then loaded as any model
-folder, and its logits are compared with those of the base under PEFT's own adapters, the last adapter unfolded.
+No more than one weight is in memory at a time. The written folder is then compared, weight by weight, with the fold,
+and each layer that an adapter changes with PEFT's own layer under the same adapter.
 """
 
-import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages import Metrics, Stage
-from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size, weight_files
-from stages.model.folder import carried_files, load_model
+from stages.model import shards
+from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size
+from stages.model.folder import carried_files, refuse_missing
 from stages.model.inputs import Inputs
-from stages.model.lora import AdapterChain, fold_into
+from stages.model.lora import Adapter, AdapterChain, layout
+from stages.model.probe import Difference, proof, skeleton
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
@@ -26,6 +27,7 @@ from stages.runtime.figures import Figure
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 class Config(BaseModel):
@@ -37,7 +39,7 @@ class Config(BaseModel):
     shard_size: str = Field(default="4GB", pattern=SIZE_PATTERN)
     """Size of a weight file at most, such as `2GB`."""
     verify: bool = True
-    """Compare logits afterwards; needs memory for the whole model, twice."""
+    """Read the result again, and compare each folded layer with PEFT's own."""
 
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
@@ -48,152 +50,173 @@ def check_model(config: Config, facts: Facts) -> list[Problem]:
 
 
 def needs(config: Config, facts: Facts) -> Needs:
-    """Memory: a shard of the result, and for `verify` two models in float32. Disk: the result, in the base's dtype.
+    """Memory: the largest weight, for `verify` also as it was written. Disk: the result, in the base's dtype.
 
-    Not counted: the adapters, and the float32 copy of the weight that is being folded.
+    Not counted: the adapters, and the float32 copies of a weight that an adapter changes.
     """
     if not facts.weights:
         return Needs(0, 0)
     largest = max(map(math.prod, facts.weights.values())) * facts.stored // facts.parameters
-    limit = parse_size(config.shard_size)
-    shard = facts.stored if facts.stored <= limit else max(largest, limit - largest)
-    return Needs(max(shard, 8 * facts.parameters) if config.verify else shard, disk=facts.stored)
+    return Needs(2 * largest if config.verify else largest, disk=facts.stored)
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The number of adapters, and the largest logit difference if it was measured."""
+    """The number of adapters, and the largest difference to PEFT's layers if it was measured."""
     folded = f"{metrics['adapters']} adapter{'s' if metrics['adapters'] != 1 else ''} folded"
-    return (
-        f"{folded}, largest logit difference {metrics['logit_difference']:.1e}"
-        if "logit_difference" in metrics
-        else folded
-    )
+    if "layer_difference" not in metrics:
+        return folded
+    return f"{folded}, largest difference to PEFT's layers {metrics['layer_difference']:.1e}"
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """The largest logit difference, if it was measured."""
-    if "logit_difference" not in metrics:
+    """The largest difference to PEFT's layers as a share of the largest output, if it was measured."""
+    if "layer_difference" not in metrics:
         return []
-    name = "largest logit difference to the unmerged adapters"
-    return [Figure(name, "", f"{metrics['logit_difference']:.1e}")]
+    name = "largest difference to the outputs of PEFT's layers"
+    return [Figure(name, "", f"{metrics['layer_difference']:.1e}")]
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
-    """Write the merged model into `out`, shard by shard, and copy tokenizer and templates of the last folder."""
+    """Write the merged model into `out`, weight by weight, and copy tokenizer and templates of the last folder."""
     base, adapters = Path(inputs.model[0]), list(inputs.model[1:])
-    chain = AdapterChain(adapters)
-    files = _write_shards(_folded(base, chain), out, parse_size(config.shard_size))
+    model, missing = skeleton(base)
+    refuse_missing(str(base), missing)
+    chain, source = AdapterChain(adapters, layout(model)), shards.Weights(base)
+    names = _whole_names(source, model)
+    limit = parse_size(config.shard_size)
+    count = shards.write(source, lambda name, weight: chain.fold(names[name], weight), out, limit)
     chain.check_used()
     shutil.copy(base / "config.json", out)
-    carried = carried_files(Path(inputs.model[-1]))
-    for path in carried:
+    for path in carried_files(Path(inputs.model[-1])):
         shutil.copy(path, out)
     metrics: dict[str, Any] = {
         "adapters": len(adapters),
-        "shards": files,
+        "shards": count,
         "bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")),
     }
     if config.verify:
-        emit(out, "note", text="compares the logits of the merged model with those of base and adapters")
-        metrics |= logit_difference(inputs.model, out)
+        emit(out, "note", text="compares each weight with the fold, and each folded layer with PEFT's own")
+        metrics |= verify(inputs.model, out)
     return metrics
 
 
-def _folded(base: Path, chain: AdapterChain) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """The base's weights in file order, each with the chain folded in."""
-    from safetensors import safe_open
+def _whole_names(weights: shards.Weights, model: "PreTrainedModel") -> dict[str, str]:
+    """The name of each weight in a file → its name in the language model.
 
-    for shard in weight_files(base):
-        with safe_open(str(shard), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                weight = folded = file.get_tensor(name)
-                # Weights of a base model on the Hub may lack the prefix that the language-model class adds.
-                for whole in (name, *(f"{part}.{name}" for part in chain.parts)):
-                    folded = chain.fold(whole, weight) if folded is weight else folded
-                yield name, folded
+    Weights of a base model on the Hub may lack the prefix that the language-model class adds.
+    """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = model.base_model_prefix
+    return {
+        name: name if name in known or name.startswith(f"{prefix}.") else f"{prefix}.{name}" for name in weights.entries
+    }
 
 
-def _write_shards(weights: Iterator[tuple[str, "torch.Tensor"]], out: Path, limit: int) -> int:
-    """Write tensors in their order into files of at most `limit` bytes each; returns the number of files."""
-    from safetensors.torch import save_file
-
-    shard: dict[str, torch.Tensor] = {}
-    names: list[list[str]] = []
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        save_file(shard, out / f"part-{len(names):05}.safetensors", metadata={"format": "pt"})
-        names.append(list(shard))
-        shard, size = {}, 0
-
-    for name, weight in weights:
-        weight_bytes = weight.numel() * weight.element_size()
-        if shard and size + weight_bytes > limit:
-            flush()
-        shard[name] = weight.contiguous()
-        size, total = size + weight_bytes, total + weight_bytes
-    flush()
-    _name_shards(out, names, total)
-    return len(names)
+# The proof
 
 
-def _name_shards(out: Path, names: list[list[str]], total: int) -> None:
-    """Rename the files as transformers expects, and write an index if there are several."""
-    if len(names) == 1:
-        (out / "part-00000.safetensors").rename(out / "model.safetensors")
-        return
-    index = {}
-    for number, tensors in enumerate(names):
-        file = f"model-{number + 1:05}-of-{len(names):05}.safetensors"
-        (out / f"part-{number:05}.safetensors").rename(out / file)
-        index.update(dict.fromkeys(tensors, file))
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def verify(chain: Sequence[str], merged: Path) -> dict[str, Any]:
+    """Prove a merged folder against its chain, with one layer in memory at a time.
 
+    Transformers finds all weights in the folder. It has the weights of the base, and no other. Each of them is, bit for
+    bit, the fold of the base's weight, rounded once. Each layer that an adapter changes gives, in float32 and before it
+    is rounded, the outputs of PEFT's own layer under that adapter, not merged, on what the adapters before left.
 
-def logit_difference(chain: Sequence[str], merged: Path) -> dict[str, float]:
-    """Compare the logits of the merged model with those of its chain on 64 tokens, in float32.
-
-    The chain is the base under PEFT's own adapters, the last one active and not folded, so the comparison also checks
-    our folding. With a base in 16 bits, the folded weights are compared before they are rounded, and the written
-    weights must be exactly the rounded ones.
+    Args:
+        chain: the folder of the base, and those of the adapters.
+        merged: the folder to prove.
 
     Returns:
-        `logit_difference`: the largest |logits(merged) − logits(chain)|; `largest_logit`: the largest |logit| of the
-        chain.
+        `layers`: how many layers were compared with PEFT's; `layer_difference`: the largest |difference| of an output
+        as a share of the largest |output| of its layer.
 
     Raises:
-        StageError: the logits differ, or a written weight is not the folded one.
+        StageError: the folder is not the chain; names the weight or the layer.
     """
+    model, missing = skeleton(merged)
+    refuse_missing(str(merged), missing)
+    adapters = AdapterChain(chain[1:], layout(model))
+    source, written = shards.Weights(Path(chain[0])), shards.Weights(merged)
+    _compare_entries(source, written)
+    names = _whole_names(source, model)
+    touched = {module for adapter in adapters.adapters for module in adapter.modules}
+    found: list[Difference] = []
+    for module, parts in _modules(names, adapters.layout.tied).items():
+        places = [place for name in parts.values() for place in _places(names[name], adapters.layout.tied)]
+        if touched.isdisjoint(place.rpartition(".")[0] for place in places):
+            steps: dict[str, Any] = {}
+        else:
+            steps = {part: adapters.steps(names[name], source.read(name).float()) for part, name in parts.items()}
+        last = {part: source.read(name) for part, name in parts.items()}
+        for step in zip(*steps.values(), strict=True):
+            before = {part: one for part, (_, one, _) in zip(steps, step, strict=True)}
+            last = {part: one for part, (_, _, one) in zip(steps, step, strict=True)}
+            found.append(_prove(model, module, step[0][0], before, last))
+        for part, name in parts.items():
+            if not _same(written.read(name), last[part]):
+                raise _other(f"`{name}` is not the folded weight")
+    shares = [one.largest / one.outputs for one in found if one.outputs]
+    return {"layers": len(shares), "layer_difference": max(shares, default=0.0)}
+
+
+def _places(name: str, tied: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return (name, *tied.get(name, ()))
+
+
+def _modules(names: Mapping[str, str], tied: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, str]]:
+    """Module → its parameters, such as `weight` → the names of the weights in the file. Tied modules are all in it."""
+    modules: dict[str, dict[str, str]] = {}
+    for name, whole in names.items():
+        for place in _places(whole, tied):
+            module, _, part = place.rpartition(".")
+            modules.setdefault(module, {})[part] = name
+    return modules
+
+
+def _prove(
+    model: "PreTrainedModel",
+    module: str,
+    adapter: Adapter,
+    before: Mapping[str, "torch.Tensor"],
+    after: Mapping[str, "torch.Tensor"],
+) -> Difference:
+    """Compare a module after an adapter with what PEFT makes of it."""
+    try:
+        like = model.get_submodule(module)
+    except AttributeError:
+        raise _other(f"it has no `{module}`, which the adapter `{adapter.folder}` changes") from None
+    found = proof(module, like, adapter, before, after)
+    if isinstance(found, str):
+        raise _other(f"`{module}` after the adapter `{adapter.folder}`: {found}")
+    if not found.small:
+        trouble = f"differ from those of PEFT by up to {found.largest:.2g} of {found.outputs:.2g}"
+        raise _other(f"the outputs of `{module}` after the adapter `{adapter.folder}` {trouble}")
+    return found
+
+
+def _compare_entries(source: shards.Weights, written: shards.Weights) -> None:
+    """
+    Raises:
+        StageError: the written files lack a weight, or have one that the base has not.
+    """
+    for name in sorted(source.entries.keys() | written.entries.keys()):
+        wanted, entry = source.entries.get(name), written.entries.get(name)
+        if wanted is None or entry is None:
+            raise _other(f"`{name}` is missing" if entry is None else f"`{name}` is not a weight of the base")
+        if (wanted["dtype"], wanted["shape"]) != (entry["dtype"], entry["shape"]):
+            raise _other(f"`{name}` has another dtype or shape than in the base")
+
+
+def _same(written: "torch.Tensor", weight: "torch.Tensor") -> bool:
+    """Whether a written weight is, bit for bit, this one in its dtype."""
     import torch
-    from peft import PeftModel
 
-    ids = torch.arange(64).reshape(2, 32) * 7 + 3
-    with torch.no_grad():
-        model: Any = load_model(chain[:1])
-        ids = ids % model.get_input_embeddings().weight.shape[0]
-        for folder in chain[1:]:
-            model = PeftModel.from_pretrained(model, folder).eval()
-            if folder != chain[-1]:  # the next adapter was trained on this one folded
-                model = model.merge_and_unload()
-        expected = model(input_ids=ids).logits
-        model = load_model(chain[:1])
-        fold_into(model, chain[1:])
-        difference = float((model(input_ids=ids).logits - expected).abs().max())
-        written = dict(load_model([str(merged)], dtype="auto").named_parameters())
-        wrong = [name for name, weight in model.named_parameters() if not _same(written.get(name), weight)]
-    largest = float(expected.abs().max())
-    if wrong or not difference <= 1e-4 * max(1.0, largest / 10):
-        text = f"`{wrong[0]}` is not the folded weight" if wrong else f"its logits differ by up to {difference:.3g}"
-        raise StageError(f"the merged model is not the chain: {text}; please report this")
-    return {"logit_difference": difference, "largest_logit": largest}
+    rounded = weight.to(written.dtype).contiguous()
+    return bool(torch.equal(written.reshape(-1).view(torch.uint8), rounded.reshape(-1).view(torch.uint8)))
 
 
-def _same(written: "torch.Tensor | None", weight: "torch.Tensor") -> bool:
-    import torch
-
-    return written is not None and torch.equal(written, weight.to(written.dtype))
+def _other(trouble: str) -> StageError:
+    return StageError(f"the merged model is not the chain: {trouble}; please report this")
 
 
 STAGE = Stage(

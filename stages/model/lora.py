@@ -8,11 +8,12 @@ weights in the dtype of the base, so a stage starts from the very weights that `
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime.errors import StageError
+from stages.runtime.errors import Problem, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +22,61 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 
+# Settings of LoraConfig that the fold knows, and those that do not reach the weights. Any other one is refused.
+FOLDED = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias", "lora_bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+)
+HARMLESS = (
+    *("lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "runtime_config", "task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"),
+    *("base_model_name_or_path", "revision", "megatron_core", "qalora_group_size"),
+)
+# Values of `init_lora_weights` that leave the weights of the base as they are.
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+
+def check_foldable(lora: Mapping[str, Any]) -> list[Problem]:
+    """The settings of a LoraConfig, as in the YAML or in an adapter's config, with which it could not be folded."""
+    advice = "later stages could not fold the adapter into its base; remove it"
+    problems = [
+        (name, f"with `{name}` {advice}")
+        for name, value in sorted(lora.items())
+        if value and name not in (*FOLDED, *HARMLESS)
+    ]
+    if (start := lora.get("init_lora_weights")) not in STARTS:
+        problems.append(("init_lora_weights", f"`{start}` also changes the base, so {advice}"))
+    return problems
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a fold must know of a model besides its weights."""
+
+    transposed: frozenset[str] = frozenset()
+    """Modules whose weight is inputs × outputs: transformers' Conv1D, as in GPT-2."""
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The name of a weight that has several names → the other names."""
+
+
+def layout(model: "PreTrainedModel") -> Layout:
+    """The layout of a model, whose weights may be on the meta device."""
+    from transformers.pytorch_utils import Conv1D
+
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    tied = {name: tuple(other for other in same if other != name) for same in names.values() for name in same}
+    transposed = (name for name, module in model.named_modules() if isinstance(module, Conv1D))
+    return Layout(frozenset(transposed), {name: others for name, others in tied.items() if others})
+
 
 class Adapter:
     """An adapter folder in PEFT's layout, and the names of its tensors that are not folded yet.
 
     Raises:
-        StageError: the folder cannot be read.
+        StageError: the folder cannot be read, or holds a kind of adapter that cannot be folded.
     """
 
     def __init__(self, folder: str) -> None:
@@ -39,12 +89,23 @@ class Adapter:
             self.file: Any = safe_open(str(Path(folder, "adapter_model.safetensors")), framework="pt")
         except (OSError, ValueError, SafetensorError) as error:
             raise StageError(f"the adapter `{folder}` cannot be read ({error})") from None
-        self.unused: set[str] = set(self.file.keys())
+        for name, _ in check_foldable(self.config):
+            setting = f"{name}: {json.dumps(self.config[name])}"
+            raise StageError(
+                f"the adapter `{folder}` was trained with `{setting}`, and cannot be folded into its base; train it "
+                "again without"
+            )
+        self.names = frozenset(self.file.keys())
+        self.unused = set(self.names)
+        own = (name.removeprefix(PREFIX) for name in self.names)
+        parts = re.compile(r"\.(lora_|token_adapter\.|base_layer\.).*|\.[^.]*$")
+        self.modules = frozenset(parts.sub("", name, count=1) for name in own)
+        """The modules that it changes."""
 
     def take(self, name: str) -> "torch.Tensor | None":
-        """A tensor in float32, which counts as used from now on; None if there is none of this name or it was used."""
+        """A tensor in float32, which counts as used from now on; None if there is none of this name."""
         key = PREFIX + name
-        if key not in self.unused:
+        if key not in self.names:
             return None
         self.unused.discard(key)
         return self.file.get_tensor(key).float()
@@ -62,7 +123,7 @@ class Adapter:
                 return float(value)
         return default
 
-    def _token_ids(self, module: str) -> "torch.Tensor":
+    def token_ids(self, module: str) -> "torch.Tensor":
         """The ids in PEFT's `trainable_token_indices` for an embedding: a list, or lists by the names of modules."""
         import torch
 
@@ -71,8 +132,30 @@ class Adapter:
             ids = next(ids[name] for name in ids if f".{module}".endswith(f".{name}"))
         return torch.tensor(ids)
 
-    def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """The parameter `name` (out × in, float32) with this adapter folded in; `weight` itself if it has no part."""
+    def has_rows(self, name: str) -> bool:
+        """Whether single rows of an embedding are trained, as `trainable_token_indices` names them."""
+        return f"{PREFIX}{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta" in self.names
+
+    def fold(self, name: str, weight: "torch.Tensor", *, transposed: bool = False) -> "torch.Tensor":
+        """The parameter `name` in float32 with this adapter folded in; `weight` itself if it has no part.
+
+        `weight` is outputs × inputs, with `transposed` inputs × outputs; an embedding is tokens × width.
+
+        Raises:
+            StageError: the adapter has another shape.
+        """
+        folded = self._folded(name, weight, transposed)
+        if folded.shape != weight.shape:
+            raise self._other_shape(name, folded, weight)
+        return folded
+
+    def _other_shape(self, name: str, folded: "torch.Tensor", weight: "torch.Tensor") -> StageError:
+        shapes = " and not ".join(" × ".join(map(str, one.shape)) for one in (folded, weight))
+        return StageError(
+            f"for the adapter `{self.folder}`, `{name}` is {shapes} as in the base: it was trained on another model"
+        )
+
+    def _folded(self, name: str, weight: "torch.Tensor", transposed: bool) -> "torch.Tensor":
         whole = self.take(name)  # a module of `modules_to_save` is stored as a whole
         if whole is None and name.endswith(".bias"):  # with `bias: all`, the bias of a layer that also has LoRA
             whole = self.take(f"{name.removesuffix('.bias')}.base_layer.bias")
@@ -84,36 +167,65 @@ class Adapter:
             return weight if bias is None else weight + self.scale(name.removesuffix(".bias")) * bias
         rows = self.take(f"{module}.token_adapter.trainable_tokens_delta")
         if rows is not None:  # PEFT stores the trained rows themselves, and not what is added to them
-            return weight.index_copy(0, self._token_ids(module), rows)
+            return weight.index_copy(0, self.token_ids(module), rows)
         a, b = self.take(f"{module}.lora_embedding_A"), self.take(f"{module}.lora_embedding_B")
         if a is not None and b is not None:
-            return weight + self.scale(module) * (b @ a).T
-        a, b = self.take(f"{module}.lora_A.weight"), self.take(f"{module}.lora_B.weight")
+            transposed = True  # a token is the input
+        else:
+            a, b = self.take(f"{module}.lora_A.weight"), self.take(f"{module}.lora_B.weight")
         if a is None or b is None:
             return weight
-        delta = self.scale(module) * (b @ a)
-        folded = weight + (delta.T if self.config.get("fan_in_fan_out") else delta)
+        folded = (b @ a).mul_(self.scale(module))
+        folded = folded.T if transposed else folded
+        if folded.shape != weight.shape:
+            raise self._other_shape(name, folded, weight)
+        folded += weight
         magnitude = self.take(f"{module}.lora_magnitude_vector")
-        if magnitude is None:
-            return folded
-        return folded * (magnitude / folded.norm(dim=1)).unsqueeze(1)
+        if magnitude is not None:  # DoRA: the norm of what leads to one output
+            norm = (folded.T if transposed else folded).norm(dim=1)
+            folded *= (magnitude / norm).view((1, -1) if transposed else (-1, 1))
+        return folded
 
 
 class AdapterChain:
     """Adapters on one base, in the order in which they were trained."""
 
-    def __init__(self, folders: Sequence[str]) -> None:
+    def __init__(self, folders: Sequence[str], layout: Layout) -> None:
         self.adapters = [Adapter(folder) for folder in folders]
-        names = {name.removeprefix(PREFIX) for adapter in self.adapters for name in adapter.unused}
-        self.parts = sorted({name.partition(".")[0] for name in names})
-        """The outermost modules that the adapters have tensors for, such as `model` or `transformer`."""
+        self.layout = layout
 
     def fold(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """The parameter with every adapter folded in, in its own dtype; `weight` itself if no adapter has a part."""
+        """The parameter with every adapter folded in, in its own dtype; `weight` itself if no adapter has a part.
+
+        Raises:
+            StageError: an adapter does not fit, or changes what only one of two names of the weight stands for.
+        """
         folded = original = weight.float()
-        for adapter in self.adapters:
-            folded = adapter.fold(name, folded)
+        for _, _, after in self.steps(name, original):
+            folded = after
         return weight if folded is original else folded.to(weight.dtype)
+
+    def steps(self, name: str, weight: "torch.Tensor") -> Iterator[tuple[Adapter, "torch.Tensor", "torch.Tensor"]]:
+        """Each adapter, with a parameter in float32 before it and after it; errors as `fold`."""
+        import torch
+
+        twins = self.layout.tied.get(name, ())
+        for adapter in self.adapters:
+            folded = self._fold(adapter, name, weight)
+            for twin in twins:
+                other = self._fold(adapter, twin, weight)
+                if other is not folded and not torch.allclose(other, folded, rtol=1e-4, atol=1e-6):
+                    raise StageError(
+                        f"`{name}` and `{twin}` are one weight in the base, and the adapter `{adapter.folder}` changes "
+                        "only one of them, or each in its own way; train it again without the embeddings"
+                    )
+            yield adapter, weight, folded
+            weight = folded
+
+    def _fold(self, adapter: Adapter, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        same = (name, *self.layout.tied.get(name, ()))
+        name = next(filter(adapter.has_rows, same), name)  # PEFT trains rows of tokens under all names of a weight
+        return adapter.fold(name, weight, transposed=name.removesuffix(".weight") in self.layout.transposed)
 
     def check_used(self) -> None:
         """Check that every tensor of every adapter was folded.
@@ -140,7 +252,7 @@ def fold_into(model: "PreTrainedModel", folders: Sequence[str]) -> None:
 
     if not folders:
         return
-    chain = AdapterChain(folders)
+    chain = AdapterChain(folders, layout(model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             weight = parameter.data

@@ -12,17 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from stages.data.drawing import Draw
 from stages.data.mixture import Mixture
 from stages.data.source import Source
-from stages.model.facts import Facts, check_template
+from stages.model.facts import EMBEDDINGS, Facts, check_template
 from stages.model.inputs import Inputs
+from stages.model.lora import check_foldable
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, nearest
 
-EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")  # of tokens, by their last name
-# Settings of LoraConfig that do more than add B·A to a weight.
-UNFOLDABLE = (
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-    *("target_parameters", "use_bdlora", "use_qalora"),
-)
 
 SAVE_STEPS = 0.1  # a share of all steps: a killed run loses a tenth at most
 MAX_LENGTH = 1024  # TRL's default
@@ -265,7 +260,7 @@ def _check_targets(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
 
 
 def _check_experts(targets: str | Sequence[str] | None, modules: Sequence[str]) -> list[Problem]:
-    """PEFT trains the experts, which transformers keep in one 3-D tensor, as `target_parameters`: see `UNFOLDABLE`."""
+    """PEFT trains the experts, which transformers keep in one 3-D tensor, as `target_parameters`: see `FOLDED`."""
     ends = {name: name.rsplit(".", 1)[-1] for name in modules}
     routed = {end for name, end in ends.items() if ".experts." in name} | {"gate", "router"}
     others = sorted({*ends.values()} - routed - {"lm_head"})
@@ -313,11 +308,9 @@ def is_named(module: str, targets: str | Sequence[str]) -> bool:
 
 def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
     advice = "later stages could not fold the adapter into its base; remove it"
-    problems = [(f"lora.{name}", f"with `{name}` {advice}") for name in UNFOLDABLE if lora.get(name)]
-    start = str(lora.get("init_lora_weights"))
-    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        problems.append(("lora.init_lora_weights", f"`{start}` also changes the base, so {advice}"))
+    problems = [(f"lora.{name}", text) for name, text in check_foldable(lora)]
     tied = facts.weights and not {"lm_head.weight", "embed_out.weight"} & facts.weights.keys()
+    tied = tied and not lora.get("ensure_weight_tying")  # with it, PEFT trains both as one
     for name in lora.get("modules_to_save") or [] if tied else []:
         if name in ("lm_head", *EMBEDDINGS):
             clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"

@@ -18,7 +18,7 @@ FIGURES = {
     },
     "sft": {"data": [{"trained_rows": 90, "tokens": 1000}], "steps": 30, "stopped_early": True, "best_step": 20},
     "dpo": {"steps": 5, "eval_rewards/accuracies_before": 0, "eval_rewards/accuracies": 0.625},
-    "merge": {"adapters": 3, "logit_difference": 1.5e-6},
+    "merge": {"adapters": 3, "layer_difference": 1.5e-6},
     "quantize": {
         **{"perplexity_before": 10.0, "perplexity_after": 10.5, "perplexity_rows": 64},
         **{"bytes_before": 5000, "bytes_after": 1500},
@@ -66,7 +66,7 @@ def test_the_card_of_a_chain_tells_base_stages_data_and_figures(project, written
     assert "| pt | held-out loss | 3.25 | 2.75 |" in made.text
     assert "| sft | steps |  | 30, stopped early |\n| sft | step that was kept |  | 20 |" in made.text
     assert "| dpo | held-out preference accuracy | a tie | 0.625 |" in made.text
-    assert "| merge | largest logit difference to the unmerged adapters |  | 1.5e-06 |" in made.text
+    assert "| merge | largest difference to the outputs of PEFT's layers |  | 1.5e-06 |" in made.text
     assert "| quantize | bytes | 5,000 | 1,500 |" in made.text
     assert "The chat template is `med`" in made.text
     assert made.text.endswith("## Versions\n\ntorch 2.13.0.\n")
