@@ -19,6 +19,7 @@ from pipeline.run import tracking
 from pipeline.saves import artifact
 from pipeline.saves.locks import held_file
 from stages import find
+from stages.model.device import hide_all_gpus_but_one
 from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted, explain
 from stages.runtime.events import LAUNCHED, emit
@@ -38,7 +39,7 @@ def main(spec_file: str, hook: Hook = "run") -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if LAUNCHED not in os.environ:
-        _alone()
+        _alone(spec["use"])
     for name in secret.HUB:  # a stage is offline and needs no token
         os.environ.pop(name, None)
     emit(out, "start", pid=os.getpid())
@@ -49,12 +50,15 @@ def main(spec_file: str, hook: Hook = "run") -> None:
     sys.exit(code)
 
 
-def _alone() -> None:
-    """Forget what a launcher or a cluster around this program has set, and see the first of its GPUs."""
+def _alone(use: str) -> None:
+    """Forget what a launcher or a cluster around this program has set.
+
+    A stage that can use several GPUs by `launch: {processes: N}` sees one of them; any other stage sees all.
+    """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
-    # TRL refuses several GPUs in one process; `launch: {processes: N}` uses N.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if find(use).parallel is not None:
+        hide_all_gpus_but_one()
 
 
 def _hold(out: Path) -> TextIO:

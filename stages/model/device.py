@@ -1,7 +1,25 @@
 """The devices of this machine."""
 
+import ast
 import gc
-import shutil
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # lists of the GPUs to use
+# Asks the CUDA driver as torch will ask it, so CUDA_VISIBLE_DEVICES counts.
+_ASK_CUDA = """
+import ctypes
+count, driver = ctypes.c_int(0), ctypes.CDLL("libcuda.so.1")
+print(0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value)
+"""
+_NVIDIA = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")  # of an NVIDIA driver; the last one under WSL
+_NODES = Path("/sys/class/kfd/kfd/topology/nodes")  # AMD's driver has a folder for each CPU and each GPU
 
 
 def has_bf16() -> bool:
@@ -11,9 +29,56 @@ def has_bf16() -> bool:
     return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+@cache
+def gpus() -> int:
+    """The number of GPUs that the installed torch can use, asked of the driver.
+
+    torch is not imported, and no GPU is opened in this process. It is 0 for a torch that was built for CPUs only.
+    """
+    built = _built_for()
+    if built == "cuda" and any(Path(file).exists() for file in _NVIDIA):
+        asked = subprocess.run([sys.executable, "-I", "-S", "-c", _ASK_CUDA], capture_output=True, check=False)
+        return int(asked.stdout or 0)
+    if built == "hip":
+        return _amd_gpus()
+    return 0
+
+
+def _built_for() -> str | None:
+    """`cuda` or `hip`, by the text of torch's `version.py`; None for a torch that was built for CPUs only."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(next(iter(spec.submodule_search_locations or [""]), "") if spec else "", "version.py")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = [line for line in ast.parse(text).body if isinstance(line, ast.AnnAssign) and line.value is not None]
+    values = {ast.unparse(line.target): ast.literal_eval(line.value) for line in lines if line.value is not None}
+    return next((name for name in ("cuda", "hip") if values.get(name) is not None), None)
+
+
+def _amd_gpus() -> int:
+    """AMD's GPUs: the nodes of its driver with SIMD units, without those that the environment hides."""
+    texts = [file.read_text(encoding="utf-8") for file in _NODES.glob("*/properties")]
+    count = sum(re.search(r"^simd_count [1-9]", text, re.M) is not None for text in texts)
+    for name in VISIBLE:
+        if name in os.environ:
+            count = min(count, len([word for word in os.environ[name].split(",") if word.strip()]))
+    return count
+
+
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA driver, found without torch, which would open the GPU."""
-    return shutil.which("nvidia-smi") is not None
+    """Whether the installed torch can use a GPU, found without opening it."""
+    return gpus() > 0
+
+
+def hide_all_gpus_but_one() -> None:
+    """Let this process see the first of the GPUs that it may use. Call it before torch opens a GPU.
+
+    TRL refuses several GPUs in one process.
+    """
+    given = [name for name in VISIBLE if name in os.environ]
+    for name in given:
+        os.environ[name] = os.environ[name].partition(",")[0]
+    if not given:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # AMD's runtime reads it too
 
 
 def torch_device() -> str:
@@ -21,6 +86,22 @@ def torch_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_gpus(model: Any) -> Any:
+    """A model in main memory, moved to the GPU; with several GPUs spread over all of them, as `device_map: auto` does.
+
+    Layers for which the GPUs have no room stay in main memory. Without a GPU the model stays as it is.
+    """
+    if torch_device() == "cpu":
+        return model
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = list(model._no_split_modules or [])
+    memory = get_balanced_memory(model, no_split_module_classes=whole)
+    places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
 
 
 def compute_dtype() -> str:

@@ -17,7 +17,7 @@ from stages.chat.rendering import render
 from stages.chat.template import install_template
 from stages.data.row import Message, Tools
 from stages.model import inference
-from stages.model.device import torch_device
+from stages.model.device import on_gpus, torch_device
 from stages.model.folder import load_tokenizer, load_with_missing, set_stop_tokens
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ def _load(folders: Sequence[str]) -> tuple[Any, list[str]]:
     """The model, and the names of weights that its folder lacks."""
     if len(folders) > 1:  # adapters are folded in main memory
         model, missing = load_with_missing(folders, dtype="auto")
-        moved: Any = model
-        return moved.to(torch_device()), missing
+        return on_gpus(model), missing
     settings = {"device_map": "auto"} if torch_device() == "cuda" else _without_compiling(Path(folders[0]))
     return load_with_missing(folders, dtype="auto", **settings)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stages.model.device import torch_device
 from stages.runtime.errors import StageError
 from stages.runtime.interfaces import require
+from stages.runtime.processes import usable_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +99,7 @@ def quantize_folder(
         StageError: GPTQModel refuses the settings.
     """
     # Its thread pool fails with fewer than two workers, and it would compile a packer for half a minute.
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(12, max(2, (os.cpu_count() or 1) // 2))))
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(12, max(2, usable_cores() // 2))))
     os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
     import torch
     from gptqmodel import GPTQModel

@@ -55,7 +55,7 @@ def measure(trainer: Any, model: Any, loss_of: Callable[[], Any]) -> tuple[float
     return loss, recorded
 
 
-def mean(values: Sequence[float], counts: Sequence[int]) -> float:
+def mean(values: Sequence[float], counts: Sequence[float]) -> float:
     """The mean over all answers, from the mean of each batch and the number of answers in it."""
     return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 

@@ -24,6 +24,7 @@ from pipeline.run.rehearsal import Rehearsals
 from pipeline.run.worker import _alone, _hold
 from pipeline.saves.locks import held, locked
 from stages.chat.template import template_text
+from stages.model.device import VISIBLE
 from stages.runtime.events import earlier_attempts, emit
 
 TABLE = {
@@ -238,13 +239,28 @@ def test_a_stage_that_died_without_a_checkpoint_is_not_said_to_have_one(tmp_path
     )
 
 
-@pytest.mark.parametrize(("given", "seen"), [(None, "0"), ("2,3", "2"), ("", "")])
-def test_one_process_sees_the_first_gpu_that_it_may_use(monkeypatch, given, seen):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
-    if given is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    _alone()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+@pytest.mark.parametrize(
+    ("given", "seen"), [({}, "0"), ({"CUDA": "2,3"}, "2"), ({"CUDA": ""}, ""), ({"HIP": "1,2"}, "1")]
+)
+@pytest.mark.parametrize("use", ["pt", "sft", "dpo", "kto", "reward"])
+def test_a_training_stage_in_one_process_sees_the_first_gpu_that_it_may_use(monkeypatch, use, given, seen):
+    assert visible(monkeypatch, use, given) == dict.fromkeys(given or ["CUDA"], seen)
+
+
+@pytest.mark.parametrize("given", [{}, {"CUDA": "2,3"}, {"HIP": "1,2"}])
+@pytest.mark.parametrize("use", ["evaluate", "quantize", "merge", "select"])
+def test_other_stages_see_all_gpus_that_they_may_use(monkeypatch, use, given):
+    assert visible(monkeypatch, use, given) == given
+
+
+def visible(monkeypatch, use, given):
+    for name in VISIBLE:
+        monkeypatch.setenv(name, "")  # so that it is restored after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", value)
+    _alone(use)
+    return {name.partition("_")[0]: os.environ[name] for name in VISIBLE if name in os.environ}
 
 
 def test_secrets_are_masked_in_what_a_stage_or_its_rehearsal_wrote(tmp_path, monkeypatch):

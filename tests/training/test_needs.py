@@ -9,6 +9,7 @@ from planned import inputs
 from pipeline.plan.placing import NO_MODEL
 from stages import dpo, init, merge, pt, sft
 from stages.chat.template import template_text
+from stages.model import device
 from stages.model.facts import Facts, Needs, read_facts
 from stages.model.folder import load_model
 from stages.model.inputs import Inputs
@@ -138,14 +139,14 @@ def test_a_lora_base_is_counted_in_16_bits_where_it_will_be(middle, rows, monkey
     facts = read_facts(middle[0])
 
     def memory(gpu, **trainer):
-        monkeypatch.setattr("shutil.which", lambda name: gpu)
+        monkeypatch.setattr(device, "gpus", lambda: gpu)
         config = sft.Config(model="m", data=[rows("alpaca", 1)], lora={"r": 1}, trainer=trainer)
         return sft.STAGE.needs(config, facts).memory
 
-    assert memory(None) - memory("/bin/nvidia-smi") == 2 * facts.parameters
-    assert memory(None, model_init_kwargs={"dtype": "bfloat16"}) == memory("/bin/nvidia-smi")
-    assert memory("/bin/nvidia-smi", model_init_kwargs={"dtype": "float32"}) == memory(None)
-    assert memory(None, model_init_kwargs={"dtype": "auto"}) == memory(None)  # it is stored in float32
+    assert memory(0) - memory(1) == 2 * facts.parameters
+    assert memory(0, model_init_kwargs={"dtype": "bfloat16"}) == memory(1)
+    assert memory(1, model_init_kwargs={"dtype": "float32"}) == memory(0)
+    assert memory(0, model_init_kwargs={"dtype": "auto"}) == memory(0)  # it is stored in float32
 
 
 def test_init_takes_what_was_said(middle):
