@@ -23,6 +23,7 @@ from pipeline.saves.links import belongs, same_file
 from stages import Scorer
 from stages.chat.trial import try_tools
 from stages.data.source import ROWS_FILE
+from stages.model.device import gpus
 from stages.model.facts import Facts, Needs
 from stages.model.inputs import Inputs
 from stages.runtime.errors import nearest
@@ -257,9 +258,10 @@ class Placer:
         document = self.plan.pipeline.document
         words = [int(word) if word.isdigit() else word for word in setting.split(".") if word]
         key: Key = ("stages", entry.name, *words)
-        from_top = setting == "template" or (setting == "model" and not (entry.start or "").startswith("$"))
-        if from_top and key not in document.keys and (setting,) in document.keys:
-            key = (setting,)
+        from_top = setting in ("template", "launch.processes")
+        from_top = from_top or (setting == "model" and not (entry.start or "").startswith("$"))
+        if from_top and key not in document.keys and tuple(words) in document.keys:
+            key = tuple(words)
         self.plan.problems.append(f"{document.value_place(key)}: stage `{entry.name}`: {text}")
 
     def check(self, entry: StageEntry, start: PlacedModel | None, compared: Mapping[str, PlacedModel]) -> None:
@@ -269,6 +271,7 @@ class Placer:
             self.data.check(source)
         self.check_held_out(entry)
         self.check_unseen(entry)
+        self.check_processes(entry)
         self.check_tools(entry, start)
         if entry.leaves_rows and any(self.data.names(source)[0] in self.data.with_tools for source in sources):
             self.data.with_tools.add(f"${entry.name}")
@@ -296,6 +299,14 @@ class Placer:
             text = training.draw.too_many_held_out(sum(rows)) if all(rows) else None
             if text is not None:
                 self.problem(entry, "eval_size", text)
+
+    def check_processes(self, entry: StageEntry) -> None:
+        """Each process of a training stage takes a GPU of its own, where there are GPUs."""
+        processes, there = entry.launch.processes, gpus()
+        if processes > there > 0:
+            count = f"{there} GPU{'s' if there > 1 else ''}"
+            text = f"`processes` is {processes}, one for each GPU, and this machine has {count}"
+            self.problem(entry, "launch.processes", f"{text}; write `launch: {{processes: {there}}}`")
 
     def check_unseen(self, entry: StageEntry) -> None:
         """What models are measured on should not be what they were trained or calibrated with."""
