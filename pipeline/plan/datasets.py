@@ -83,6 +83,7 @@ class DataSets:
         if inspection.bad and not inspection.problems:
             note = f"data `{names[0]}`: {inspection.bad:,} of {inspection.rows:,} rows are bad and skipped"
             self.plan.notes.append(f"{note}: {'; '.join(inspection.first)}")
+        self.plan.notes += [f"data `{names[0]}`: {clause}" for clause in inspection.unread]
         self.plan.rows.update(dict.fromkeys(names, inspection.rows))
         place = self.plan.pipeline.document.key_place(("data", names[0]))
         self.plan.problems += [f"{place}: data `{names[0]}`: {text}" for text in inspection.problems]

@@ -10,7 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,8 @@ class Inspection:
     """Whether a row declares tools, calls a tool, or holds a tool's output."""
     problems: list[str]
     """What stops the run, one line each."""
+    unread: list[str] = field(default_factory=list)
+    """The columns and the keys of messages that nothing reads, one clause for each of the two."""
 
 
 class Inspections:
@@ -146,7 +148,7 @@ class Inspections:
         for _, row in reading.rows():
             digests.extend(_digest(row))
             tools = tools or has_tools(row)
-        inspection = Inspection(reading.read, reading.bad, reading.first_bad, tools, reading.problems)
+        inspection = Inspection(reading.read, reading.bad, reading.first_bad, tools, reading.problems, reading.unread)
         if not reading.problems and _write(file, bytes(digests)):
             _write(about, json.dumps({"path": source.path, **asdict(inspection)}, ensure_ascii=False).encode())
         return inspection

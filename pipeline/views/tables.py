@@ -74,6 +74,7 @@ def _data_summary(view: "DataView") -> Iterator[str]:
         yield f"{dropped.rows:,} dropped, {reason}: {'; '.join(dropped.first)}"
     for kind, count in account.personal_data.items():
         yield f"{count:,} {kind} found"
+    yield from account.unread
     if tokens is None:
         yield "no tokens yet: the model that the stage starts from does not exist yet"
         return

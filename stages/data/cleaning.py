@@ -28,7 +28,7 @@ from stages.data.cleaning_steps import (
     RepeatedLines,
     Step,
 )
-from stages.data.row import PlacedRow, Row
+from stages.data.row import Message, PlacedRow, Row, message_texts
 from stages.runtime.errors import StageError, nearest
 
 SHOWN = 3  # rows shown for each reason
@@ -59,6 +59,8 @@ class Account:
     """Reason → the rows that were dropped for it."""
     personal_data: dict[str, int] = field(default_factory=dict)
     """How many `email`, `id_card` and `mobile` were masked or counted, before rows were compared with each other."""
+    unread: list[str] = field(default_factory=list)
+    """The columns and the keys of messages that nothing reads, one clause for each of the two."""
 
     def drop(self, reason: str, place: str) -> None:
         """Count a dropped row."""
@@ -205,7 +207,8 @@ def texts(row: Row, system: bool = False) -> list[str]:
         if isinstance(value, str):
             contents.append(value)
         else:
-            contents += [message["content"] for message in value if system or message["role"] != "system"]
+            messages = (message for message in value if system or message["role"] != "system")
+            contents += [text for message in messages for text in message_texts(message)]
     return contents
 
 
@@ -223,7 +226,7 @@ def _edited(row: Row, edit: Callable[[str], str], name: str) -> tuple[Row, str]:
         if isinstance(value, str):
             new[key] = _trimmed(value, edit)
             continue
-        messages = [{**message, "content": _trimmed(message["content"], edit)} for message in value]
+        messages = [{**message, **_edited_texts(message, edit)} for message in value]
         new[key] = [message for message in messages if message["content"] or message["role"] != "system"]
         if not new[key] or any(not message["content"].strip() and "tool_calls" not in message for message in new[key]):
             return new, f"empty after `{name}`"
@@ -232,6 +235,12 @@ def _edited(row: Row, edit: Callable[[str], str], name: str) -> tuple[Row, str]:
     if "chosen" in new and new["chosen"] == new["rejected"]:
         return new, f"`chosen` and `rejected` the same after `{name}`"
     return new, ""
+
+
+def _edited_texts(message: Message, edit: Callable[[str], str]) -> dict[str, str]:
+    """The content of a message, and its thought if it has one, both edited."""
+    keys = [key for key in ("content", "reasoning_content") if key in message]
+    return {key: _trimmed(message[key], edit) for key in keys}
 
 
 def _trimmed(text: str, edit: Callable[[str], str]) -> str:
@@ -283,8 +292,11 @@ def _key(row: Row) -> bytes:
             continue
         messages = [{"role": "", "content": value}] if isinstance(value, str) else value
         for message in messages:
-            plain = " ".join(unicodedata.normalize("NFKC", message["content"]).split())
-            key.update(f"{name} {message['role']} {len(plain)} {plain}".encode("utf-8", "surrogatepass"))
+            for text in message_texts(message):
+                plain = " ".join(unicodedata.normalize("NFKC", text).split())
+                key.update(f"{name} {message['role']} {len(plain)} {plain}".encode("utf-8", "surrogatepass"))
+            if rest := {part: message[part] for part in ("tool_calls", "weight") if part in message}:
+                key.update(json.dumps(rest, sort_keys=True).encode())
     return key.digest()
 
 

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from stages.data import cleaning, formats, hub
 from stages.data.cleaning_steps import Steps
 from stages.data.files import FILE_TYPES, TABLES, ReadRow, did_you_mean, file_type, find_files, read_file
-from stages.data.formats._turns import ROLES, MessageNames
-from stages.data.formats._values import MEDIA_COLUMNS, listed
+from stages.data.formats._message import KEYS, ROLES, MessageForm
+from stages.data.formats._values import MEDIA_COLUMNS, is_blank, listed
 from stages.data.placeholders import Filler, placeholders
-from stages.data.row import FileRow, PlacedRow, Row, RowError
+from stages.data.row import FileRow, NotAnObject, PlacedRow, Row, RowError
 from stages.runtime.errors import StageError, nearest
 
 NotFetched = hub.NotFetched
@@ -23,13 +23,14 @@ Format = Literal["text", "alpaca", "prompt_completion", "messages", "sharegpt", 
 CONVERSATIONS: tuple[Format, ...] = ("alpaca", "prompt_completion", "messages", "sharegpt")
 """The formats whose rows become conversations."""
 ROWS_FILE = "rows.jsonl"  # the rows in the folder of a stage that leaves rows
-READER_VERSION = 2  # raise it when the same file would give other rows
+READER_VERSION = 3  # raise it when the same file would give other rows
 
 _COMMON = 10  # a placeholder in at least one of ten rows is meant to be filled in
 # Settings added since the first fingerprints, and their defaults. See `Source._without_unused`.
 _CAME_LATER: Mapping[str, Any] = {
     "roles": {},
     "message_keys": {},
+    "turns": None,
     "fill": None,
     "subset": None,
     "split": None,
@@ -57,7 +58,11 @@ class Source(BaseModel):
     roles: dict[str, str] = {}
     """Our role → the file's, such as `{user: prompter, assistant: bot}`; the usual names need no mapping."""
     message_keys: dict[str, str] = {}
-    """`role` and `content` → the keys of the file's messages, such as `{role: speaker, content: words}`."""
+    """`role`, `content`, `reasoning_content`, `tool_calls`, `weight` → the keys of the file's messages, such as
+    `{role: speaker, content: words}`."""
+    turns: Literal["merge"] | None = None
+    """`merge` joins messages of one role that follow each other, and keeps an assistant's first message out of the
+    loss; without it such a row is bad."""
     fill: dict[str, str] | None = None
     """Name → the text that replaces `{{name}}` in every text, such as `{name: 小医}`; `{}` keeps all placeholders."""
     subset: str | None = None
@@ -98,7 +103,7 @@ class Source(BaseModel):
                 f"map `{lost[0]}` too"
             )
         _check_names("roles", self.roles, ROLES)
-        _check_names("message_keys", self.message_keys, ("role", "content"))
+        _check_names("message_keys", self.message_keys, KEYS)
         theirs = list(self.roles.values())
         if double := [role for role in theirs if theirs.count(role) > 1]:
             raise ValueError(f"`roles` names `{double[0]}` twice; a role of the file can be only one of our roles")
@@ -106,10 +111,10 @@ class Source(BaseModel):
             raise ValueError("`subset` and `split` are for a data set on the Hub, `org/name@commit`; name a file here")
         return self
 
-    @property
-    def message_names(self) -> MessageNames:
-        """The file's names for roles and for the keys of messages."""
-        return MessageNames({theirs: ours for ours, theirs in self.roles.items()}, self.message_keys)
+    def message_form(self) -> MessageForm:
+        """How the file writes messages."""
+        roles = {theirs: ours for ours, theirs in self.roles.items()}
+        return MessageForm(roles, self.message_keys, merge=self.turns == "merge")
 
 
 def _check_names(setting: str, mapping: Mapping[str, str], known: tuple[str, ...]) -> None:
@@ -173,7 +178,9 @@ class Reading:
         `max_dropped` allows, a file that cannot be read to its end, placeholders."""
         self.account = cleaning.Account()
         """What became of all rows, complete after the last row of `kept`."""
+        self._form = source.message_form()
         self._columns: dict[str, None] = {}  # the file's columns, in their order
+        self._unread: dict[str, None] = {}  # the columns that hold something and that nothing reads, in their order
         self._placeholders: Counter[str] = Counter()  # name → rows with a placeholder that is not filled in
         self._filler = Filler(source.fill or {})
 
@@ -215,7 +222,7 @@ class Reading:
         cleaned = cleaning.Cleaning(self.source.clean, self._checked(check_after), others)
         self.account = cleaned.account
         yield from cleaned
-        self.account.read = self.read
+        self.account.read, self.account.unread = self.read, self.unread
         if self.bad:
             self.account.dropped = {"bad": cleaning.Dropped(self.bad, self.first_bad), **self.account.dropped}
 
@@ -243,13 +250,21 @@ class Reading:
 
     def _normaliser(self) -> Callable[[FileRow | RowError], Row]:
         """The function that normalises a row of the file, or raises RowError."""
-        source, form, names = self.source, formats.module(self.source.format), self.source.message_names
+        source, form = self.source, formats.module(self.source.format)
         needed = [source.columns.get(name, name) for name in form.NEEDED]
+        known = {source.columns.get(name, name) for name in (*form.NEEDED, *form.OPTIONAL)}
+        others = {theirs: name for name, theirs in self._other_names().items()}
+        whole = formats.list_column(form)
         hint = f"{source.format} rows need " + " and ".join(f"`{name}`" for name in form.NEEDED)
 
         def normalise(row: FileRow | RowError) -> Row:
+            if isinstance(row, NotAnObject) and whole and row.value and isinstance(row.value, list):
+                row = {source.columns.get(whole, whole): row.value}
             if isinstance(row, RowError):
                 raise row
+            for theirs, ours in others.items():
+                if theirs in row and ours not in row:
+                    row = {ours if name == theirs else name: value for name, value in row.items()}
             if not self._columns.keys() >= row.keys():
                 self._columns.update(dict.fromkeys(row))
             for name in needed:
@@ -259,12 +274,27 @@ class Reading:
             if source.fill:
                 read = {name: renamed[name] for name in (*form.NEEDED, *form.OPTIONAL) if name in renamed}
                 renamed = renamed | self._filler(read)
-            normalised: Row = form.normalise(renamed, names)
+            if not known >= row.keys():
+                unread = row.keys() - known - self._unread.keys()
+                self._unread.update(dict.fromkeys(name for name in row if name in unread and not is_blank(row[name])))
+            normalised: Row = form.normalise(renamed, self._form)
             if source.fill is None:
                 self._placeholders.update(placeholders(normalised))
             return normalised
 
         return normalise
+
+    def _other_names(self) -> dict[str, str]:
+        """Needed column → its other usual name, where the source names none."""
+        others = formats.other_names(formats.module(self.source.format))
+        return {name: other for name, other in others.items() if name not in self.source.columns}
+
+    @property
+    def unread(self) -> list[str]:
+        """What nothing has read, one clause for columns and one for keys of messages; complete after the last row."""
+        found = (("columns", self._unread), ("keys of messages", self._form.unread))
+        more = {what: f" and {len(names) - 12} more" if len(names) > 12 else "" for what, names in found}
+        return [f"{what} that nothing reads: {listed(names)}{more[what]}" for what, names in found if names]
 
     def _unfilled(self) -> list[str]:
         """A problem when a placeholder is in many rows, or when none has a placeholder that `fill` names."""

@@ -51,6 +51,8 @@ def text(value):
 
 LABEL = "it must be true for a good answer or false for a bad one"
 TURNS = "after an optional system message user and assistant take turns"
+ADD = "add the answer, or remove the row"
+MERGE = "`turns: merge` joins messages of one role"
 
 
 def test_every_format_is_a_module():
@@ -185,7 +187,7 @@ BAD_TOOLS = [
     ),
     (
         talk(("human", "q"), ("function_call", '{"name": "f"}'), ("observation", "x")),
-        "`conversations` must end with a message from the assistant, not from the tool",
+        f"`conversations` must end with a message from the assistant, not from the tool; {ADD}",
     ),
     (
         talk(("human", "q"), ("function_call", '{"name": "f"}'), ("observation", "x"), ("human", "q")),
@@ -290,10 +292,13 @@ def test_an_answer_that_is_missing(kind, row, name, null, blank, absent):
 def test_turns_that_are_out_of_order(kind):
     name = "messages" if kind == "messages" else "conversations"
     for said, message in [
-        ([ASKED, ASKED, ANSWER], f"message 2 of `{name}` is from the user, not the assistant; {TURNS}"),
-        ([ASKED, ANSWER, ANSWER], f"message 3 of `{name}` is from the assistant, not the user; {TURNS}"),
-        ([ANSWER], f"message 1 of `{name}` is from the assistant, not the user; {TURNS}"),
-        ([ASKED], f"`{name}` must end with a message from the assistant, not from the user"),
+        ([ASKED, ASKED, ANSWER], f"message 2 of `{name}` is from the user, not the assistant; {TURNS}; {MERGE}"),
+        ([ASKED, ANSWER, ANSWER], f"message 3 of `{name}` is from the assistant, not the user; {TURNS}; {MERGE}"),
+        ([ANSWER, ASKED, ANSWER], f"message 1 of `{name}` is from the assistant, not the user; {TURNS}; with "
+         "`turns: merge` it stays in the prompt, outside the loss"),
+        ([ANSWER], f"message 1 of `{name}` is from the assistant, not the user; {TURNS}; for text without a question "
+         f"use `format: text` with `columns: {{text: {name}}}`"),
+        ([ASKED], f"`{name}` must end with a message from the assistant, not from the user; {ADD}"),
         ([ASKED, {**ANSWER, "role": "bot"}], f"message 2 of `{name}` has the role `bot`; it must be `system`, `user`, "
          "`assistant` or `tool` (map other names with `roles:`)"),
         ([ASKED, {**ANSWER, "content": None}], f"message 2 of `{name}` is null; it must be text"),
@@ -348,7 +353,7 @@ def test_labelled(row, expected):
         ({"messages": [ASK, ANSWER], "label": 2}, f"`label` is a number; {LABEL}"),
         ({"messages": [ASK, ANSWER], "label": [True]}, f"`label` is a list; {LABEL}"),
         ({"messages": [ASK], "label": True},
-         "`messages` must end with a message from the assistant, not from the user"),
+         f"`messages` must end with a message from the assistant, not from the user; {ADD}"),
         ({"prompt": "q", "completion": None, "label": True},
          "the row has no answer; give `messages`, `conversations`, `prompt` and `completion`, or `instruction` and "
          "`output`"),
@@ -404,7 +409,8 @@ THEIRS = "maps our names to the file's, and"
          f"`roles` {THEIRS} `human` {OURS}; there is `assistant`, `function_call`, `system`, `tool`, `user`"),
         ({"roles": {"user": "x", "system": "x"}},
          "`roles` names `x` twice; a role of the file can be only one of our roles"),
-        ({"message_keys": {"from": "x"}}, f"`message_keys` {THEIRS} `from` {OURS}; there is `content`, `role`"),
+        ({"message_keys": {"from": "x"}}, f"`message_keys` {THEIRS} `from` {OURS}; there is `content`, "
+         "`reasoning_content`, `role`, `tool_calls`, `weight`"),
         ({"columns": {"images": "images"}},
          "`columns` maps `images`, and images, video and audio are not supported; only text is"),
         ({"split": "train"},

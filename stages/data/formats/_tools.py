@@ -7,7 +7,7 @@ A tool is `{"type": "function", "function": {"name", "description", "parameters"
 import json
 from typing import Any
 
-from stages.data.formats._values import encodable, listed, text, type_in_words
+from stages.data.formats._values import encodable, listed, parsed, text, type_in_words
 from stages.data.row import FileRow, Row, RowError, Tools
 
 _CALL = '`{"name": …, "arguments": {…}}`'
@@ -24,14 +24,14 @@ def with_tools(row: FileRow, normalised: Row) -> Row:
 def _declared(value: object) -> Tools:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
-    tools = _parsed(value, "`tools`", f"a list of {_TOOL}") if isinstance(value, str) else value
+    tools = parsed(value, "`tools`", f"a list of {_TOOL}") if isinstance(value, str) else value
     if not isinstance(tools, list):
         raise RowError(f"`tools` is {type_in_words(tools)}; it must be a list of {_TOOL}")
     return [_tool(tool, f"tool {number} of `tools`") for number, tool in enumerate(tools, 1)]
 
 
 def _tool(value: object, name: str) -> dict[str, Any]:
-    tool = _parsed(value, name, _TOOL) if isinstance(value, str) else value
+    tool = parsed(value, name, _TOOL) if isinstance(value, str) else value
     if not isinstance(tool, dict):
         raise RowError(f"{name} is {type_in_words(tool)}; it must be {_TOOL}")
     if tool.get("type", "function") != "function":
@@ -50,8 +50,8 @@ def _tool(value: object, name: str) -> dict[str, Any]:
 
 def calls(value: object, name: str) -> list[dict[str, Any]]:
     """The tool calls of a message: the value is one call or a list, as objects or as JSON text. Raises RowError."""
-    parsed = _parsed(value, f"{name} is a tool call that", _CALL) if isinstance(value, str) else value
-    items = parsed if isinstance(parsed, list) else [parsed]
+    given = parsed(value, f"{name} is a tool call that", _CALL) if isinstance(value, str) else value
+    items = given if isinstance(given, list) else [given]
     if not items:
         raise RowError(f"{name} is a tool call without a call; it must be {_CALL}")
     return [_call(item, name) for item in items]
@@ -67,7 +67,7 @@ def _call(value: object, name: str) -> dict[str, Any]:
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
     if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"{name} calls {listed([tool])} with arguments, whose text", _CALL)
+        arguments = parsed(arguments, f"{name} calls {listed([tool])} with arguments, whose text", _CALL)
     if not isinstance(arguments, dict):
         raise RowError(
             f"{name} calls {listed([tool])} with arguments that are {type_in_words(arguments)}; it must be {_CALL}"
@@ -80,24 +80,6 @@ def output(value: object, name: str) -> str:
     if isinstance(value, (dict, list)):
         value = json.dumps(value, ensure_ascii=False)
     return encodable(value, name) if isinstance(value, str) else text(value, name)
-
-
-def _parsed(value: str, name: str, wanted: str) -> Any:
-    """The JSON value of a text. Raises RowError, whose sentence starts with `name` and ends with `wanted`."""
-    try:
-        return json.loads(value, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        why = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
-    except RecursionError:
-        why = "nested too deeply"
-    except ValueError as error:
-        why = "a number has too many digits" if "digits" in str(error) else str(error)
-    verb = "is" if name.endswith(("that", "text")) else "is text that is"
-    raise RowError(f"{name} {verb} not valid JSON ({why}); it must be {wanted}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"JSON has no {name}")
 
 
 def _encodable(value: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,22 +1,12 @@
 """Conversations: messages under any of the usual names in, messages with `role` and `content` in a valid order out."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from stages.data.formats._tools import calls, output
-from stages.data.formats._values import MEDIA, MEDIA_COLUMNS, listed, optional, text, type_in_words
-from stages.data.row import FileRow, Message, Messages, RowError
+from stages.data.formats._content import thought_in
+from stages.data.formats._message import MessageForm, read_message, said
+from stages.data.formats._values import MEDIA_COLUMNS, is_blank, optional, parsed, text, type_in_words
+from stages.data.row import FileRow, Message, Messages, RowError, is_trained
 
-# Our roles. A `function_call` message is the assistant's and holds nothing but tool calls.
-ROLES = ("system", "user", "assistant", "function_call", "tool")
-# Usual names of roles → ours.
-_USUAL = {
-    **{"system": "system", "developer": "system", "user": "user", "human": "user"},
-    **{"assistant": "assistant", "gpt": "assistant"},
-    **{"function_call": "function_call", "tool_call": "function_call"},
-    **{"tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool"},
-}
-_SHAPE = "it must be an object with `role` and `content`"
 _TURNS = "after an optional system message user and assistant take turns"
 # The role of a message → the roles that may follow it, the usual one first, and the rule in words. `call` is an
 # assistant's message with tool calls; the empty role stands before the first message.
@@ -27,134 +17,269 @@ _FOLLOWING = {
     "call": (("tool",), "a tool call is followed by the tool's output"),
     "tool": (("assistant", "tool"), "a tool's output is followed by the assistant"),
 }
+# The names of the two speakers as data sets write them before what is said, such as `问：…` and `答：…`.
+_SPEAKERS = (("问", "答"), ("用户", "助手"), ("Q", "A"), ("Human", "Assistant"), ("User", "Assistant"))
 
 
-@dataclass(frozen=True)
-class MessageNames:
-    """The names that a file has for the parts of a message, where they are not the usual ones."""
-
-    roles: Mapping[str, str] = field(default_factory=dict)
-    """The file's role → ours."""
-    keys: Mapping[str, str] = field(default_factory=dict)
-    """`role` and `content` → the file's keys."""
+# Messages
 
 
-def as_messages(value: object, name: str, names: MessageNames, role: str = "") -> Messages:
-    """The messages in a value: a list of messages, or one message, or plain text of the given role.
+def as_messages(value: object, name: str, form: MessageForm, role: str = "") -> Messages:
+    """The messages in a value: a list of messages, one message, the JSON text of either, or texts that take turns.
 
-    `name` is the value's name for messages to people. Raises RowError.
+    With `role`, plain text is a message of that role. `name` is the value's name for messages to people.
+
+    Raises:
+        RowError: the value holds no messages, or one of them is wrong.
     """
-    if role and not isinstance(value, (list, dict)):
-        return [plain_message(role, value, f"`{name}`")]
+    value = _from_json(value, name, is_text=bool(role)) if isinstance(value, str) else value
     items = [value] if isinstance(value, dict) else value
+    texts = isinstance(items, list) and bool(items) and all(isinstance(item, str) for item in items)
+    if role and (texts or not isinstance(items, list)):
+        return [plain_message(role, value, f"`{name}`")]
     if not isinstance(items, list) or not items:
         raise RowError(f"`{name}` is {type_in_words(value)}; it must be a list of messages")
-    return [_message(item, f"message {number} of `{name}`", names) for number, item in enumerate(items, 1)]
+    if texts:
+        items = _alternating(items)
+    return [read_message(item, f"message {number} of `{name}`", form) for number, item in enumerate(items, 1)]
 
 
-def _message(item: object, name: str, names: MessageNames) -> Message:
-    if not isinstance(item, dict):
-        raise RowError(f"{name} is {type_in_words(item)}; {_SHAPE}")
-    usual = ("from", "value") if "from" in item else ("role", "content")
-    role_key, content_key = names.keys.get("role", usual[0]), names.keys.get("content", usual[1])
-    theirs = item.get(role_key)
-    if not isinstance(theirs, str):
-        raise RowError(f"{name} has no `{role_key}`; {_SHAPE} (map other names with `message_keys:`)")
-    role = names.roles.get(theirs) or _USUAL.get(theirs)
-    if role is None:
-        mapped = "map other names with `roles:`"
-        raise RowError(
-            f"{name} has the role {listed([theirs])}; it must be `system`, `user`, `assistant` or `tool` ({mapped})"
-        )
-    content = _joined(item.get(content_key), name)
-    if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": calls(content, name)}
-    if role == "tool":
-        return {"role": "tool", "content": output(content, name)}
-    if called := item.get("tool_calls") or item.get("function_call"):
-        if role != "assistant":
-            raise RowError(f"{name} is a tool call from the {role}; only the assistant calls tools")
-        return {"role": role, "content": optional(content, name), "tool_calls": calls(called, name)}
-    return {"role": role, "content": optional(content, name) if role == "system" else text(content, name)}
+def _from_json(value: str, name: str, *, is_text: bool) -> object:
+    """What a text holds as JSON, as tables have it; with `is_text` only messages, so that any other text is text."""
+    if not value.lstrip().startswith(("[", "{")):
+        return value
+    if not is_text:
+        return parsed(value, f"`{name}`", "a list of messages as JSON text, as `json.dumps` writes it")
+    try:
+        found = parsed(value, f"`{name}`", "a list of messages")
+    except RowError:
+        return value
+    items = found if isinstance(found, list) else [found]
+    shapes = ({"role", "content"}, {"from", "value"})
+    are_messages = items and all(
+        isinstance(item, dict) and any(keys <= item.keys() for keys in shapes) for item in items
+    )
+    return found if are_messages else value
 
 
-def _joined(content: object, name: str) -> object:
-    """The text of OpenAI's content parts; any other content unchanged."""
-    if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
-        return content
-    for part in content:
-        if str(part["type"]).startswith(MEDIA):
-            raise RowError(f"{name} holds {listed([str(part['type'])])}; only text can be trained on")
-    if content and all(part["type"] == "text" and isinstance(part.get("text"), str) for part in content):
-        return "".join(part["text"] for part in content)
-    return content
+def look_like_messages(items: Sequence[object]) -> bool:
+    """Whether there are items, and all are objects with the usual keys of a message."""
+    shapes = ({"role", "content"}, {"from", "value"})
+    return bool(items) and all(isinstance(item, dict) and any(keys <= item.keys() for keys in shapes) for item in items)
 
 
-def in_order(messages: Messages, name: str, last: str) -> Messages:
-    """The messages without an empty system message.
+def _alternating(texts: Sequence[str]) -> Messages:
+    """Texts of a user and an assistant as messages: by the speakers' names if every text has one, or in turns."""
+    for user, assistant in _SPEAKERS:
+        parts = [text.lstrip().replace("：", ":", 1).partition(":") for text in texts]
+        if all(sign and speaker in (user, assistant) for speaker, sign, _ in parts):
+            return [
+                {"role": "user" if speaker == user else "assistant", "content": words.strip()}
+                for speaker, _, words in parts
+            ]
+    roles = ("user", "assistant")
+    return [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def plain_message(role: str, value: object, name: str) -> Message:
+    """A message of plain text. Raises RowError when the value is not text or is blank."""
+    return {"role": role, "content": said(role, value, name)}
+
+
+def with_thought(row: FileRow, answer: Message, column: str) -> Message:
+    """The answer in a column with the thought in the row's `reasoning_content`, if it has one. Raises RowError."""
+    if is_blank(row.get("reasoning_content")):
+        return answer
+    if "reasoning_content" in answer or thought_in(answer["content"]) is not None:
+        raise RowError(f"the row has two thoughts, in `{column}` and in `reasoning_content`; keep one")
+    return {**answer, "reasoning_content": text(row["reasoning_content"], "`reasoning_content`").strip()}
+
+
+# Their order
+
+
+def in_order(messages: Messages, name: str, last: str, form: MessageForm) -> Messages:
+    """The messages without an empty system message; a tool call joins the assistant's message before it.
 
     Raises:
         RowError: their roles are not in a valid order, or the last role is not `last` (or a tool's output, where
             `last` is the user).
     """
-    start = 1 if messages[0]["role"] == "system" else 0
+    turns: Messages = []
     before = ""
-    for number, message in enumerate(messages[start:], start + 1):
-        following, rule = _FOLLOWING[before]
-        if message["role"] not in following:
-            raise RowError(f"message {number} of {name} is from the {message['role']}, not the {following[0]}; {rule}")
-        before = "call" if message.get("tool_calls") else message["role"]
-    if messages[-1]["role"] not in ((last, "tool") if last == "user" else (last,)):
-        raise RowError(f"{name} must end with a message from the {last}, not from the {messages[-1]['role']}")
-    return messages if messages[0]["role"] != "system" or messages[0]["content"] else messages[1:]
+    for number, message in enumerate(messages, 1):
+        where = f"message {number} of {name}"
+        if turns and _joins(turns[-1], message, where, form):
+            turns[-1] = _joined(turns[-1], message)
+        elif number == 1 and message["role"] == "system":
+            turns.append(message)
+            continue
+        elif form.merge and not before and message["role"] == "assistant":
+            turns.append({**message, "weight": 0})
+        else:
+            following, rule = _FOLLOWING[before]
+            if message["role"] not in following:
+                hint = _hint(before, message, name, alone=len(messages) == 1 and last == "assistant")
+                raise RowError(f"{where} is from the {message['role']}, not the {following[0]}; {rule}{hint}")
+            turns.append(message)
+        before = "" if message["role"] == "system" else "call" if turns[-1].get("tool_calls") else message["role"]
+    if turns[-1]["role"] not in ((last, "tool") if last == "user" else (last,)):
+        add = "; add the answer, or remove the row" if last == "assistant" else ""
+        raise RowError(f"{name} must end with a message from the {last}, not from the {turns[-1]['role']}{add}")
+    return turns if turns[0]["role"] != "system" or turns[0]["content"] else turns[1:]
 
 
-def with_system(row: FileRow, messages: Messages) -> Messages:
-    """The messages after the row's own system prompt, if it has one. Raises RowError for two system prompts."""
-    system = optional(row.get("system"), "`system`")
-    if system and messages[0]["role"] == "system":
-        raise RowError("`system` and the first message are both system prompts; keep one")
-    return [{"role": "system", "content": system}, *messages] if system else messages
+def _joins(before: Message, message: Message, where: str, form: MessageForm) -> bool:
+    """Whether a message and the one before it are one turn.
 
-
-def plain_message(role: str, value: object, name: str) -> Message:
-    """A message of plain text. Raises RowError when the value is not text or is blank."""
-    content = text(value, name)
-    # A blank before an answer merges with the prompt's last token into a token that no server would generate.
-    return {"role": role, "content": content.strip() if role == "assistant" else content}
-
-
-def alpaca_prompt(row: FileRow) -> Messages:
-    """The messages of an alpaca row before its answer: `history`, then `instruction` with `input` below it."""
-    messages: Messages = []
-    history = row.get("history") or []
-    for number, pair in enumerate(history if isinstance(history, list) else [history], 1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError("`history` must be a list of question and answer pairs")
-        name = f"pair {number} of `history`"
-        messages += [plain_message("user", pair[0], name), plain_message("assistant", pair[1], name)]
-    question = plain_message("user", row["instruction"], "`instruction`")
-    if more := optional(row.get("input"), "`input`"):
-        question["content"] += "\n" + more
-    return [*messages, question]
-
-
-def prompt(row: FileRow, names: MessageNames) -> Messages:
-    """The prompt in `prompt`, `instruction` or `conversations`; empty when the row has none of these columns."""
-    if row.get("prompt") is not None:
-        column, messages = "prompt", as_messages(row["prompt"], "prompt", names, "user")
-    elif row.get("instruction") is not None:
-        column, messages = "instruction", alpaca_prompt(row)
-    elif row.get("conversations") is not None:
-        column, messages = "conversations", as_messages(row["conversations"], "conversations", names)
+    Raises:
+        RowError: all messages of one role are to be joined, and these cannot be.
+    """
+    if before["role"] != message["role"] or message["role"] == "tool":
+        return False
+    only_calls = "tool_calls" in message and not message["content"]
+    if "reasoning_content" in message:
+        why = "it has a thought of its own"
+    elif before.get("weight") != message.get("weight"):
+        why = "one of them is trained on and the other is not"
+    elif "tool_calls" in before and message["content"]:
+        why = "words cannot follow a tool call"
     else:
-        return []
-    return with_system(row, in_order(messages, f"`{column}`", "user"))
+        return form.merge or only_calls
+    if form.merge:
+        raise RowError(f"{where} cannot be joined to the message before it: {why}")
+    return False
 
 
-def conversation(row: FileRow, column: str, names: MessageNames) -> Messages:
-    """The whole conversation in a column, which must end with the assistant's answer. Raises RowError."""
+def _joined(before: Message, message: Message) -> Message:
+    called = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
+    words = "\n".join(filter(None, (before["content"], message["content"])))
+    return {**before, "content": words, **({"tool_calls": called} if called else {})}
+
+
+def _hint(before: str, message: Message, name: str, *, alone: bool) -> str:
+    """What makes a row readable whose message is out of order; empty where only the file can be changed."""
+    if not before and message["role"] == "assistant":
+        if alone:
+            return f"; for text without a question use `format: text` with `columns: {{text: {name.strip('`')}}}`"
+        return "; with `turns: merge` it stays in the prompt, outside the loss"
+    is_same = message["role"] == {"call": "assistant"}.get(before, before)
+    return "; `turns: merge` joins messages of one role" if is_same else ""
+
+
+def up_to_trained(messages: Messages, name: str) -> Messages:
+    """The messages up to the last one that is trained on, as nothing after it is in the loss.
+
+    Raises:
+        RowError: no message is trained on.
+    """
+    end = max((n for n, message in enumerate(messages, 1) if is_trained(message)), default=0)
+    if not end:
+        raise RowError(f"every answer in {name} has the weight 0, so the row teaches nothing; remove the row")
+    return messages[:end]
+
+
+def refuse_untrained(answer: Message, name: str) -> None:
+    """
+    Raises:
+        RowError: the answer that a row is about has the weight 0.
+    """
+    if not is_trained(answer):
+        raise RowError(f"the answer in {name} has the weight 0, so the row teaches nothing; remove the row")
+
+
+def without_weights(messages: Messages) -> Messages:
+    """The messages of a prompt, none of which is trained on."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
+# Conversations
+
+
+def with_context(row: FileRow, messages: Messages, form: MessageForm) -> Messages:
+    """The messages after the row's own system prompt and `history`.
+
+    Raises:
+        RowError: there are two system prompts, `history` is wrong, or the row has images, videos or audio.
+    """
     for media in MEDIA_COLUMNS:
         if row.get(media):
             raise RowError(f"the row has `{media}`; only text can be trained on")
-    return with_system(row, in_order(as_messages(row[column], column, names), f"`{column}`", "assistant"))
+    system = optional(row.get("system"), "`system`")
+    parts = {
+        "`system`": [{"role": "system", "content": system}] if system else [],
+        "`history`": _history(row.get("history"), form),
+        "the first message": messages,
+    }
+    if len(prompts := [name for name, part in parts.items() if part and part[0]["role"] == "system"]) > 1:
+        raise RowError(f"{prompts[0]} and {prompts[1]} are both system prompts; keep one")
+    joined = [message for part in parts.values() for message in part]
+    return sorted(joined, key=lambda message: message["role"] != "system") if prompts else joined
+
+
+_PAIRS = "a list of question and answer pairs"
+
+
+def _history(value: object, form: MessageForm) -> Messages:
+    """Earlier questions and answers: pairs, messages, or the JSON text of either. Raises RowError."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parsed(value, "`history`", _PAIRS)
+    if is_blank(value):
+        return []
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        return in_order(as_messages(value, "history", form), "`history`", "assistant", form)
+    messages: Messages = []
+    for number, pair in enumerate(value if isinstance(value, list) else [value], 1):
+        if isinstance(pair, list) and all(map(is_blank, pair)):
+            continue
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError(f"`history` must be {_PAIRS}")
+        name = f"pair {number} of `history`"
+        messages += [plain_message("user", pair[0], name), plain_message("assistant", pair[1], name)]
+    return messages
+
+
+def _instruction(row: FileRow) -> Message:
+    """The question of an alpaca row: `instruction` with `input` below it. Raises RowError."""
+    question = plain_message("user", row["instruction"], "`instruction`")
+    if more := optional(row.get("input"), "`input`"):
+        question["content"] += "\n" + more
+    return question
+
+
+def prompt(row: FileRow, form: MessageForm) -> Messages:
+    """The prompt in `prompt`, `instruction` or `conversations`, after the row's system prompt and `history`.
+
+    It is empty when the row has none of these three columns. Raises RowError.
+    """
+    if row.get("prompt") is not None:
+        asked = _prompt(row, form)
+    elif row.get("instruction") is not None:
+        asked = [_instruction(row)]
+    elif row.get("conversations") is not None:
+        asked = in_order(as_messages(row["conversations"], "conversations", form), "`conversations`", "user", form)
+    else:
+        return []
+    return with_context(row, asked, form)
+
+
+def _prompt(row: FileRow, form: MessageForm) -> Messages:
+    return in_order(as_messages(row["prompt"], "prompt", form, "user"), "`prompt`", "user", form)
+
+
+def answered(row: FileRow, form: MessageForm) -> Messages:
+    """The conversation of an alpaca row: `history`, `instruction` with `input`, and `output`. Raises RowError."""
+    answer = plain_message("assistant", row["output"], "`output`")
+    return with_context(row, [_instruction(row), with_thought(row, answer, "output")], form)
+
+
+def completed(row: FileRow, form: MessageForm) -> Messages:
+    """The conversation in `prompt` and `completion`, each text or messages. Raises RowError."""
+    *before, last = as_messages(row["completion"], "completion", form, "assistant")
+    both = [*_prompt(row, form), *before, with_thought(row, last, "completion")]
+    return with_context(row, in_order(both, "`prompt` and `completion`", "assistant", form), form)
+
+
+def conversation(row: FileRow, column: str, form: MessageForm) -> Messages:
+    """The whole conversation in a column, which must end with the assistant's answer. Raises RowError."""
+    return with_context(row, in_order(as_messages(row[column], column, form), f"`{column}`", "assistant", form), form)

@@ -1,8 +1,10 @@
 """Single values of a row: text that is not empty and can be encoded, or a RowError that says what is there instead."""
 
+import json
 import re
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 from stages.data.row import RowError
 
@@ -13,7 +15,11 @@ MEDIA_COLUMNS = ("images", "videos", "audios")
 
 
 def text(value: object, name: str) -> str:
-    """The value, which must be text that is not blank. Raises RowError."""
+    """The value, which must be text that is not blank; a list of one text is that text. Raises RowError."""
+    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+        if len(value) > 1:
+            raise RowError(f"{name} is a list of {len(value)} texts; keep one, or write a row for each")
+        (value,) = value
     if not isinstance(value, str):
         raise RowError(f"{name} is {type_in_words(value)}; it must be text")
     if not value.strip():
@@ -32,6 +38,29 @@ def encodable(value: str, name: str) -> str:
     if not value.isascii() and _SURROGATE.search(value):
         raise RowError(f"{name} holds half a character (a lone surrogate); write the whole character")
     return value
+
+
+def parsed(value: str, name: str, wanted: str) -> Any:
+    """The JSON value of a text. Raises RowError, whose sentence starts with `name` and ends with `wanted`."""
+    try:
+        return json.loads(value, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        why = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+    except RecursionError:
+        why = "nested too deeply"
+    except ValueError as error:
+        why = "a number has too many digits" if "digits" in str(error) else str(error)
+    verb = "is" if name.endswith(("that", "text")) else "is text that is"
+    raise RowError(f"{name} {verb} not valid JSON ({why}); it must be {wanted}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
+
+
+def is_blank(value: object) -> bool:
+    """Whether a JSON value holds nothing: null, blank text, an empty list or an empty object."""
+    return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
 def type_in_words(value: object) -> str:

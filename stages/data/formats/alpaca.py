@@ -1,13 +1,13 @@
 """A question and its answer: `instruction`, `input` and `output`; earlier turns in `history`."""
 
+from stages.data.formats._message import MessageForm
 from stages.data.formats._tools import with_tools
-from stages.data.formats._turns import MessageNames, alpaca_prompt, plain_message, with_system
+from stages.data.formats._turns import answered, up_to_trained
 from stages.data.row import FileRow, Row
 
 NEEDED = ("instruction", "output")
-OPTIONAL = ("input", "system", "history", "tools")
+OPTIONAL = ("input", "reasoning_content", "system", "history", "tools")
 
 
-def normalise(row: FileRow, names: MessageNames) -> Row:
-    messages = [*alpaca_prompt(row), plain_message("assistant", row["output"], "`output`")]
-    return with_tools(row, {"messages": with_system(row, messages)})
+def normalise(row: FileRow, form: MessageForm) -> Row:
+    return with_tools(row, {"messages": up_to_trained(answered(row, form), "`output`")})

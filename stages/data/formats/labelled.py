@@ -1,34 +1,35 @@
 """One answer that is good or bad, as KTO takes it: a conversation, or prompt and completion, and a `label`."""
 
+from stages.data.formats._message import MessageForm
 from stages.data.formats._tools import with_tools
-from stages.data.formats._turns import MessageNames, alpaca_prompt, conversation, plain_message, with_system
+from stages.data.formats._turns import answered, completed, conversation, refuse_untrained, without_weights
 from stages.data.formats._values import type_in_words
-from stages.data.formats.prompt_completion import joined
 from stages.data.row import FileRow, Messages, Row, RowError
 
 NEEDED = ("label",)
 OPTIONAL = (
     *("messages", "conversations", "prompt", "completion"),
-    *("instruction", "input", "output", "history", "system", "tools"),
+    *("instruction", "input", "output", "reasoning_content", "system", "history", "tools"),
 )
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def normalise(row: FileRow, names: MessageNames) -> Row:
-    messages = _messages(row, names)
-    return with_tools(row, {"prompt": messages[:-1], "completion": messages[-1:], "label": _label(row["label"])})
+def normalise(row: FileRow, form: MessageForm) -> Row:
+    *before, answer = _messages(row, form)
+    refuse_untrained(answer, "the row")
+    return with_tools(row, {"prompt": without_weights(before), "completion": [answer], "label": _label(row["label"])})
 
 
-def _messages(row: FileRow, names: MessageNames) -> Messages:
+def _messages(row: FileRow, form: MessageForm) -> Messages:
     """The conversation, from the first of the columns that can hold it. Raises RowError when no column does."""
     filled = {name for name in OPTIONAL if row.get(name) is not None}
     for name in ("messages", "conversations"):
         if name in filled:
-            return conversation(row, name, names)
+            return conversation(row, name, form)
     if {"prompt", "completion"} <= filled:
-        return joined(row, names)
+        return completed(row, form)
     if {"instruction", "output"} <= filled:
-        return with_system(row, [*alpaca_prompt(row), plain_message("assistant", row["output"], "`output`")])
+        return answered(row, form)
     ways = "`messages`, `conversations`, `prompt` and `completion`, or `instruction` and `output`"
     raise RowError(f"the row has no answer; give {ways}")
 

@@ -1,19 +1,13 @@
 """A prompt and its completion, each text or messages: `prompt`, `completion`."""
 
+from stages.data.formats._message import MessageForm
 from stages.data.formats._tools import with_tools
-from stages.data.formats._turns import MessageNames, as_messages, in_order, with_system
-from stages.data.row import FileRow, Messages, Row
+from stages.data.formats._turns import completed, up_to_trained
+from stages.data.row import FileRow, Row
 
 NEEDED = ("prompt", "completion")
-OPTIONAL = ("system", "tools")
+OPTIONAL = ("reasoning_content", "system", "history", "tools")
 
 
-def normalise(row: FileRow, names: MessageNames) -> Row:
-    return with_tools(row, {"messages": joined(row, names)})
-
-
-def joined(row: FileRow, names: MessageNames) -> Messages:
-    """Prompt and completion as one conversation. Raises RowError."""
-    prompt = in_order(as_messages(row["prompt"], "prompt", names, "user"), "`prompt`", "user")
-    both = prompt + as_messages(row["completion"], "completion", names, "assistant")
-    return with_system(row, in_order(both, "`prompt` and `completion`", "assistant"))
+def normalise(row: FileRow, form: MessageForm) -> Row:
+    return with_tools(row, {"messages": up_to_trained(completed(row, form), "`completion`")})
