@@ -103,11 +103,14 @@ ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 class Arguments:
-    """The arguments of one command. Each is taken once; what is left at the end is told to the user."""
+    """The arguments of one command. Each is taken once; what is left at the end is reported."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, renamed: Mapping[str, str] | None = None) -> None:
+        """`renamed`: names that arguments had earlier → their names today."""
+        names = renamed or {}
         self.job = job
-        self.left = dict(job.given)
+        self.given = {names.get(name, name): given for name, given in job.given.items()}
+        self.left = dict(self.given)
 
     def take(self, name: str, default: Any = None) -> Any:
         """The value, or the default where it is missing or null."""
@@ -127,10 +130,10 @@ class Arguments:
 
     def place(self, name: str) -> str:
         """Where the argument is written, or the command."""
-        given = self.job.given.get(name)
+        given = self.given.get(name)
         return given.place if given is not None else self.job.place
 
-    def tell_rest(self, book: Book, known: "Known") -> None:
+    def report_rest(self, book: Book, known: "Known") -> None:
         """A note for each argument that nothing has taken."""
         for name, given in self.left.items():
             kind, text = known.about(name, given.value)

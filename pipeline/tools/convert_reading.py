@@ -1,7 +1,7 @@
 """Config files, shell scripts and command lines of other programs in, one job for each command out.
 
 A shell script is read, never run: line continuations, comments, `export`, variables with a plain value, redirections,
-`&&` and `;` are understood. Lines that start none of the programs are skipped; control flow is told to the user.
+`&&` and `;` are understood. Lines that start none of the programs are skipped; control flow is reported.
 """
 
 import re
@@ -128,6 +128,9 @@ def recognised(given: Mapping[str, Any], path: Path) -> str:
     Raises:
         ConfigError: it is for none of them.
     """
+    if "model" in given and {"train_dataset", "peft_config", "dist_config"} & given.keys():
+        text = "is for LLaMA-Factory's new code (USE_V1=1), which is not converted; name a config with `stage:`"
+        raise ConfigError([f"{path}: {text}"])
     marks = {
         "axolotl": ("base_model", "sequence_len", "micro_batch_size", "num_epochs"),
         "llamafactory": ("stage", "finetuning_type", "export_dir", "template", "infer_backend", "task", "lora_rank"),

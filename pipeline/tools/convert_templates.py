@@ -1,8 +1,8 @@
 """LLaMA-Factory's templates by their names: what each writes around a turn, and the chat template that writes the same.
 
 Facts of its `data/template.py` (version 0.9.5), text only. Where a built-in template of this project writes the same,
-its name is used; otherwise a `.jinja` file is made. What it calls `efficient_eos` ends the last answer alone; here every
-answer ends.
+its name is used; otherwise a `.jinja` file is made. What it calls `efficient_eos` ends the last answer alone; here
+every answer ends.
 """
 
 import json
@@ -240,11 +240,12 @@ FORMS: Mapping[str, Form] = {
 REFUSED: Mapping[str, str] = by_name(
     {
         "it writes no end of the answer, so a model would not learn to stop; choose a template": "empty",
-        "it is for images, video or audio, and only text is supported": "dots_ocr ernie_vl gemma3 gemma3n gemma4 "
-        "gemma4n glm4v glm4_5v glm_ocr granite3_vision intern_vl keye_vl kimi_vl lfm2_vl llava llava_next llava_next_llama3 "
-        "llava_next_mistral llava_next_qwen llava_next_yi llava_next_video llava_next_video_mistral "
-        "llava_next_video_yi mimo_vl minicpm_v minicpm_v_4_6 minicpm_o mllama paligemma paligemma_chat pixtral qwen2_audio qwen2_omni "
-        "qwen3_omni qwen3_omni_nothink qwen2_vl qwen3_vl qwen3_vl_nothink video_llava yi_vl youtu_vl",
+        "it is for images, video or audio, and only text is supported": ""
+        "dots_ocr ernie_vl gemma3 gemma3n gemma4 gemma4n glm4v glm4_5v glm_ocr granite3_vision intern_vl "
+        "keye_vl kimi_vl lfm2_vl llava llava_next llava_next_llama3 llava_next_mistral llava_next_qwen "
+        "llava_next_yi llava_next_video llava_next_video_mistral llava_next_video_yi mimo_vl minicpm_v "
+        "minicpm_v_4_6 minicpm_o mllama paligemma paligemma_chat pixtral qwen2_audio qwen2_omni qwen3_omni "
+        "qwen3_omni_nothink qwen2_vl qwen3_vl qwen3_vl_nothink video_llava yi_vl youtu_vl",
         "it has a form of its own for thoughts; write a .jinja file for it": "aeva glm4_7 gpt_oss",
         "it is `chatml` with a system prompt of a page; use `chatml`, and put the prompt into the rows": "dbrx",
     }
@@ -350,3 +351,9 @@ def _written(template: str) -> tuple[str, ...]:
 def agree(first: str, second: str) -> bool:
     """Whether two templates write the same, of contents without blanks around them."""
     return _written(first) == _written(second)
+
+
+def described() -> dict[str, str]:
+    """Each name → the template that it becomes, or why it becomes none, in words for the documentation."""
+    made = {name: chat_template(name)[0] for name in FORMS}
+    return {name: f"`{own}`" if own else "a .jinja file" for name, own in made.items()} | dict(REFUSED)

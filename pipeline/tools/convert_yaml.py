@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import Any
 
 from pipeline.config.document import parse
@@ -24,7 +25,7 @@ ORDER = (
 
 def document(root: Mapping[str, Any], head: list[str]) -> str:
     """The text of a config. `head` are the lines of the comment at its top."""
-    lines = [f"# {line}".rstrip() for line in head]
+    lines = [line for text in head for line in wrap(text, WIDTH, initial_indent="# ", subsequent_indent="#   ")]
     for key, value in root.items():
         lines += _entry(key, value, "")
     return "\n".join(lines) + "\n"
@@ -39,9 +40,7 @@ def _entry(key: str, value: Any, indent: str) -> list[str]:
     if isinstance(value, Mapping) and not value and indent and key not in ("lora",):
         return [_with_comment(head, comment)]
     flat = f"{head} {_flow(value)}"
-    nested = isinstance(value, Mapping) and (
-        key in BLOCKS or any(isinstance(one, Noted | Mapping) for one in value.values()) or len(flat) > WIDTH
-    )
+    nested = isinstance(value, Mapping) and (key in BLOCKS or _has_comment(value) or len(flat) > WIDTH)
     if isinstance(value, Mapping) and nested and not _is_weights(value):
         lines = [_with_comment(head, comment)]
         for inner, item in _in_order(key, value).items():
@@ -50,6 +49,12 @@ def _entry(key: str, value: Any, indent: str) -> list[str]:
     if isinstance(value, list) and len(flat) > WIDTH:
         return [_with_comment(head, comment), *(f"{indent}  - {_flow(item)}" for item in value)]
     return [_with_comment(flat, comment)]
+
+
+def _has_comment(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_comment, value.values()))
+    return isinstance(value, Noted)
 
 
 def _is_weights(value: Mapping[str, Any]) -> bool:
@@ -89,8 +94,13 @@ def scalar(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     text = str(value)
-    plain = PLAIN.match(text) and parse(text, "", wants_mapping=False).data == text
+    plain = PLAIN.match(text) and _read(text) == text
     return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _read(text: str) -> Any:
+    """What a config would read a word as."""
+    return parse(text, "", wants_mapping=False).data
 
 
 def number(value: float) -> str:

@@ -1,0 +1,135 @@
+"""`trainer:` of a training command of LLaMA-Factory."""
+
+from typing import Any
+
+from pipeline.tools.convert_llamafactory_arguments import MADE, SAME
+from pipeline.tools.convert_parts import Arguments, Book, Part, is_off
+from pipeline.tools.convert_trainer import Trainer
+
+DEFAULT = "the default there"
+ATTENTION = {
+    **{"disabled": "eager", "false": "eager", "sdpa": "sdpa"},
+    **{"fa2": "flash_attention_2", "true": "flash_attention_2", "fa3": "flash_attention_3"},
+}
+LOSSES = ("sigmoid", "hinge", "ipo")
+
+
+class Settings:
+    """What the arguments of one command say about `trainer:` of its stage."""
+
+    def __init__(self, arguments: Arguments, part: Part, book: Book) -> None:
+        self.arguments, self.part, self.book = arguments, part, book
+        self.trainer = Trainer(arguments, book)
+
+    def _note(self, kind: Any, name: str, text: str) -> None:
+        self.book.note(kind, self.arguments.place(name), text)
+
+    def write(self) -> None:
+        """`trainer:` and what else belongs to a stage of this kind."""
+        take, part, trainer = self.arguments, self.part, self.trainer
+        trainer.take_same(part.kind, part.settings, SAME, MADE)
+        trainer.default("max_length", 2048, DEFAULT)
+        trainer.default("learning_rate", 5e-5, DEFAULT)
+        self._packing()
+        self._precision()
+        warmup = take.take("warmup_ratio")
+        if warmup is not None and not is_off(warmup) and not trainer.has("warmup_steps"):
+            trainer.set("warmup_steps", warmup, "warmup_ratio")
+        if take.flag("disable_gradient_checkpointing"):
+            trainer.set("gradient_checkpointing", False, "disable_gradient_checkpointing")
+        if take.flag("disable_shuffling"):
+            trainer.set("train_sampling_strategy", "sequential", "disable_shuffling")
+        if take.flag("group_by_length"):
+            self._by_length()
+        attention = str(take.take("flash_attn", "auto")).lower()
+        if attention in ATTENTION:
+            trainer.model("attn_implementation", ATTENTION[attention])
+        elif attention != "auto":
+            self._note("unknown", "flash_attn", f"`flash_attn: {attention}`; there is auto, {', '.join(ATTENTION)}")
+        if take.flag("enable_liger_kernel"):
+            trainer.model("use_kernels", True)
+        self._preferences()
+        self._trackers()
+        trainer.finish(part)
+
+    def _by_length(self) -> None:
+        if self.part.kind in ("pt", "sft"):
+            self.trainer.set("train_sampling_strategy", "group_by_length", "group_by_length")
+        else:
+            self._note(
+                "not supported", "group_by_length", f"`group_by_length`: `{self.part.kind}` cannot sort by length"
+            )
+
+    def _packing(self) -> None:
+        take, kind, trainer = self.arguments, self.part.kind, self.trainer
+        neat, packing = take.flag("neat_packing"), take.take("packing")
+        if kind == "pt":
+            packs = packing is None or not is_off(packing)
+            trainer.set("packing", packs, "" if packing is not None else DEFAULT)
+            if packs:
+                trainer.set("packing_strategy", "wrapped", "texts run into one another, as there")
+        elif kind == "sft" and (neat or not is_off(packing)):
+            trainer.set("packing", True, "neat_packing" if neat else "")
+            if not neat:
+                text = "packed rows read one another in LLaMA-Factory without `neat_packing`; here they never do"
+                self._note("differs", "packing", text)
+        elif not is_off(packing):
+            self._note("not supported", "packing", f"`packing`: pairs and labelled rows of `{kind}` are not packed")
+
+    def _precision(self) -> None:
+        take, trainer = self.arguments, self.trainer
+        bf16, fp16, pure = take.take("bf16"), take.take("fp16"), take.flag("pure_bf16")
+        if pure:
+            trainer.set("bf16", False, "pure_bf16: weights in bfloat16, no autocast")
+            trainer.model("dtype", "bfloat16")
+        elif not is_off(fp16):
+            trainer.set("fp16", True)
+        else:
+            trainer.set("bf16", not is_off(bf16), "" if bf16 is not None else DEFAULT)
+
+    def _preferences(self) -> None:
+        """What belongs to preference data alone."""
+        take, trainer, kind = self.arguments, self.trainer, self.part.kind
+        if kind == "reward":
+            trainer.set("disable_dropout", False, DEFAULT)
+        if kind != "dpo":
+            return
+        loss, ftx, bco = (
+            str(take.take("pref_loss", "sigmoid")),
+            take.take("pref_ftx", 0),
+            take.take("pref_bco_weight", 0),
+        )
+        if loss not in LOSSES:
+            text = f"`pref_loss: {loss}`: this loss is not supported; `sigmoid` is written instead"
+            self._note("not supported", "pref_loss", text)
+            loss = "sigmoid"
+        elif loss != "sigmoid":
+            text = (
+                f"`pref_loss: {loss}`: LLaMA-Factory 0.9.5 trains `sigmoid` whatever is asked; here `{loss}` is trained"
+            )
+            self._note("differs", "pref_loss", text)
+        added = {name: weight for name, weight in (("sft", ftx), ("bco_pair", bco)) if not is_off(weight)}
+        trainer.set("loss_type", [loss, *added] if added else loss, "pref_loss" if not added else "pref_loss, pref_ftx")
+        if added:
+            trainer.set("loss_weights", [1, *added.values()], "")
+        self._reference()
+
+    def _reference(self) -> None:
+        take, part = self.arguments, self.part
+        model, adapters = take.take("ref_model"), take.words("ref_model_adapters")
+        same = model in (None, part.model) and (adapters == part.adapters or not adapters)
+        if model is not None and not same:
+            text = f"`ref_model: {model}`: the reference is always the model that the stage starts from"
+            self._note("not supported", "ref_model", text)
+
+    def _trackers(self) -> None:
+        take, trainer = self.arguments, self.trainer
+        trackers = [word for word in take.words("report_to") if word.lower() not in ("none", "null")]
+        trackers += ["swanlab"] if take.flag("use_swanlab") and "swanlab" not in trackers else []
+        if trackers:
+            trainer.set("report_to", trackers[0] if len(trackers) == 1 else trackers)
+        metric = take.take("metric_for_best_model")
+        if metric is not None:
+            accuracy = "rewards/accuracies" if self.part.kind in ("dpo", "reward") else "mean_token_accuracy"
+            word = str(metric).removeprefix("eval_")
+            trainer.set("metric_for_best_model", accuracy if word == "accuracy" else word)

@@ -1,0 +1,100 @@
+"""`trainer:` of a stage: settings of TRL, checked against the installed version before they are written."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pipeline.config import settings
+from pipeline.tools.convert_parts import Arguments, Book, Kind, Noted, Part, is_off, shown
+from stages import find
+
+POINTLESS = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end")
+BOOLEANS: Mapping[str, bool] = {
+    **dict.fromkeys(("yes", "on", "true"), True),
+    **dict.fromkeys(("no", "off", "false"), False),
+}
+
+
+class Trainer:
+    """Collects the settings of one stage, and puts them into its part at the end."""
+
+    def __init__(self, arguments: Arguments, book: Book) -> None:
+        self.arguments, self.book = arguments, book
+        self.found: dict[str, Any] = {}
+        self.places: dict[str, str] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether a setting is there and says something."""
+        value = self.found.get(name)
+        return not is_off(value.value if isinstance(value, Noted) else value)
+
+    def set(self, name: str, value: Any, comment: str = "", place: str = "") -> None:
+        """Set one, with a comment."""
+        self.found[name] = Noted(value, comment) if comment else value
+        self.places[name] = place or self.arguments.place(comment.partition(",")[0])
+
+    def default(self, name: str, value: Any, comment: str) -> None:
+        """Set one that is not there yet."""
+        if name not in self.found:
+            self.set(name, value, comment)
+
+    def model(self, name: str, value: Any) -> None:
+        """Set one of `model_init_kwargs`."""
+        self.found["model_init_kwargs"] = {**self.found.get("model_init_kwargs", {}), name: value}
+
+    def take_same(self, kind: str, stage: dict[str, Any], same: Mapping[str, str], read: Collection[str] = ()) -> None:
+        """Take every argument that is a setting of TRL under its own name, or under the name in `same`.
+
+        Settings of the stage itself go into `stage`. Arguments in `read` are left for the caller.
+        """
+        known = settings.settings(find(kind).settings["trainer"])
+        for name in list(self.arguments.left):
+            given = self.arguments.left[name]
+            path = same.get(name, f"trainer.{name}" if name in known else "")
+            head, _, word = path.rpartition(".")
+            if not path or head == "lora" or word == "seed" or name in read:
+                continue
+            if given.value is None:
+                self.arguments.left.pop(name)
+            elif not head and word in find(kind).config.model_fields:
+                stage[word] = Noted(self.arguments.take(name), name) if word != name else self.arguments.take(name)
+            elif head and word in known:
+                value, place = self.arguments.take(name), given.place
+                self.set(word, _typed(known[word], value), name if word != name else "", place)
+
+    def finish(self, part: Part) -> None:
+        """Check every setting, note what does not fit, and put the rest into the part."""
+        reference = find(part.kind).settings["trainer"]
+        held = part.settings.get("eval_data") or part.settings.get("eval_size")
+        for name, value in list(self.found.items()):
+            plain = value.value if isinstance(value, Noted) else value
+            problem = settings.problem(reference, name, plain)
+            if problem is not None:
+                kind: Kind = "not supported" if "not supported" in problem else "not needed"
+                text = problem.removesuffix("; remove it")
+                if name in settings.settings(reference) and "is set by" not in text and kind == "not needed":
+                    kind = "not supported"
+                self.book.note(kind, self.places.get(name, part.place), text)
+                del self.found[name]
+            elif name in POINTLESS and not held:
+                del self.found[name]
+                if not is_off(plain):
+                    text = f"`{name}: {shown(plain)}`: there are no held-out rows; add `eval_size: 0.05`"
+                    self.book.note("differs", self.places.get(name, part.place), text)
+        self._evaluation_steps()
+        part.settings["trainer"] = self.found
+
+    def _evaluation_steps(self) -> None:
+        """transformers evaluates every `logging_steps`, 500 by default, where TRL logs every 10."""
+        if self.found.get("eval_strategy") == "steps" and "eval_steps" not in self.found:
+            self.default("logging_steps", 500, "the default there")
+
+
+def _typed(setting: settings.Setting, value: Any) -> Any:
+    """Words that YAML 1.1 and command lines use for true and false, where the setting wants that; whole floats."""
+    if isinstance(value, str) and "bool" in setting.annotation and "str" not in setting.annotation:
+        return BOOLEANS.get(value.lower(), value)
+    if isinstance(value, bool) and setting.name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        return value if value else "no"
+    if isinstance(value, float) and value.is_integer() and "float" not in setting.annotation:
+        return int(value)
+    return value
