@@ -21,7 +21,7 @@ from pipeline.saves import artifact
 from pipeline.saves.content import HASHES, Hashes
 from pipeline.saves.links import belongs, same_file
 from stages import Scorer
-from stages.chat.trial import try_tools
+from stages.chat.trial import Trial
 from stages.data.source import ROWS_FILE
 from stages.model.device import gpus
 from stages.model.facts import Facts, Needs
@@ -287,7 +287,8 @@ class Placer:
         names = [self.data.names(source)[0] for source in sources_in(entry.config)]
         with_tools = [name for name in names if name in self.data.with_tools]
         if start is not None and template is not None and with_tools:
-            trouble = try_tools(template, start.facts.tokenizer)
+            trial = Trial(template, start.facts.tokenizer, start.facts.has_token)
+            trouble = trial.refusal("T u acc t t a", answered=False)
             if trouble is not None:
                 self.problem(entry, "template", f"data `{with_tools[0]}` holds tool calls, and {trouble}")
 

@@ -12,6 +12,7 @@ from pipeline.plan.step import Plan, Step
 from stages.chat import encoding
 from stages.chat.encoder import Encoder
 from stages.chat.labels import Encoded
+from stages.chat.writing import Refused
 from stages.data import cleaning, drawing
 from stages.data.row import Row
 from stages.data.source import Reading, Source
@@ -92,7 +93,9 @@ def _data_view(data: str, source: Source, step: Step, training: Training, folder
         first += chunk_rows[: rows - len(first)]
     total.padding = encoding.padding(sizes, training.batch)
     encoded = encoding.encode(Encoder(tokenizer), first, whole=training.whole)
-    samples = [_sample(tokenizer, sequence, training) for row in encoded for sequence in row]
+    samples = [
+        _sample(tokenizer, sequence, training) for row in encoded if not isinstance(row, Refused) for sequence in row
+    ]
     warning = None
     if not training.cut:
         warning = preparation.many_cut(total.truncated, total.rows + total.untrained, training.max_length)

@@ -1,12 +1,14 @@
 """A tokenizer and the faster functions that give the same: conversations in, text and token ids out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from stages.chat import fast_tokens
-from stages.chat.rendering import Render, fast_renderer, rendered
+from stages.chat.rendering import fast_renderer, rendered
+from stages.chat.shapes import Shape
+from stages.chat.writing import Render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,8 @@ class Encoder:
     tokenizer: "PreTrainedTokenizerBase"
     twin: fast_tokens.Twin | None = None
     """Gives the tokenizer's token ids faster; None if there is none, or if `with_twin` was not called."""
+    tried: dict[Shape, str | None] = field(default_factory=dict)
+    """Shape of conversations → why the template cannot be used for them, or None; of the shapes so far."""
 
     def with_twin(self) -> "Encoder":
         """An encoder with the tokenizer's twin, if there is one; the search encodes every token of the vocabulary."""

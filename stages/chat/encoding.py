@@ -1,31 +1,32 @@
 """Rows as the model sees them, and their counts: tokens, tokens in the loss, padding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from stages.chat.encoder import Encoder
 from stages.chat.labels import Encoded, encode_chats
-from stages.chat.rendering import render
+from stages.chat.writing import Refused
 from stages.data.row import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_SHOWN = 3  # places of dropped rows that are named
+SHOWN = 3  # places of dropped rows that are named, and reasons
 
 
-def encode(encoder: Encoder, rows: Sequence[Row], *, whole: bool = False) -> list[list[Encoded]]:
+Sequences = list[Encoded] | Refused
+"""The sequences of a row: two of a pair, one of any other; or why the template cannot be used for the row."""
+
+
+def encode(encoder: Encoder, rows: Sequence[Row], *, whole: bool = False) -> list[Sequences]:
     """The sequences of each row; all rows are normalised and have the same columns.
 
     A pair has two sequences, chosen and rejected, each after the prompt; every other row has one. With `whole` those of
     a pair are conversations as a reward model reads them: to the last token that the template writes, at which the
     score is read, so that this token alone is in the loss.
-
-    Raises:
-        StageError: as `encode_chats`.
     """
     if not rows:
         return []
@@ -35,29 +36,24 @@ def encode(encoder: Encoder, rows: Sequence[Row], *, whole: bool = False) -> lis
         return [[Encoded(ids, [(0, len(ids))])] for ids in ended]
     if "messages" in rows[0]:
         talks = [(row["messages"], row.get("tools")) for row in rows]
-        return [[encoded] for encoded in encode_chats(encoder, talks)]
+        return [found if isinstance(found, Refused) else [found] for found in encode_chats(encoder, talks)]
     answers = ("chosen", "rejected") if "chosen" in rows[0] else ("completion",)
     talks = [(row["prompt"] + row[answer], row.get("tools")) for row in rows for answer in answers]
-    encoded, size = encode_chats(encoder, talks), len(answers)
-    if whole:
-        scored = [Encoded(ids, [(len(ids) - 1, len(ids))]) for ids, _ in encoded]
-        return [scored[start : start + size] for start in range(0, len(scored), size)]
-    prompts = [render(encoder.tokenizer, row["prompt"], prompt=True, tools=row.get("tools")) for row in rows]
-    starts = [len(ids) for ids in encoder.token_ids(prompts)]
-    return [
-        [_answer_only(talk, start) for talk in encoded[number * size : (number + 1) * size]]
-        for number, start in enumerate(starts)
-    ]
+    encoded, size = encode_chats(encoder, talks, last_only=True), len(answers)
+    return [_of_answers(encoded[start : start + size], whole) for start in range(0, len(encoded), size)]
 
 
-def _answer_only(whole: Encoded, start: int) -> Encoded:
-    """The conversation up to its last end of turn, in the loss from token `start` on, which is after the prompt.
-
-    The prompt, with answers of earlier turns, is not in the loss; text that a template writes after the end of turn is
-    cut off.
-    """
-    _, end = whole.trained[-1]
-    return Encoded(whole.ids[:end], [(start, end)])
+def _of_answers(found: Sequence[Encoded | Refused], whole: bool) -> Sequences:
+    """The sequences of a row's answers. Text that a template writes after the end of an answer's turn is cut off."""
+    made: list[Encoded] = []
+    for one in found:
+        if isinstance(one, Refused):
+            return one
+        ids, trained = one
+        if not whole:
+            ids = ids[: trained[-1][1]]
+        made.append(Encoded(ids, [(len(ids) - 1, len(ids))] if whole else trained))
+    return made
 
 
 @dataclass
@@ -78,14 +74,24 @@ class Tokens:
     """Rows that are dropped: one of their sequences has no token in the loss."""
     first: list[str] = field(default_factory=list)
     """Places of the first rows that are dropped."""
+    refused: int = 0
+    """Rows that are dropped: the template cannot be used for them."""
+    why: dict[str, list[str]] = field(default_factory=dict)
+    """The first reasons for that, and for each of them the places of the first rows."""
     padding: float = 0.0
     """Share of pad tokens when sequences are batched in their order."""
 
-    def count(self, row: Sequence[Encoded], max_length: int | None, *, cut: bool, place: str, copies: int) -> bool:
-        """Count the copies of a row; False if they are dropped, as a sequence has no token in the loss.
+    def count(
+        self, row: Sequences, max_length: int | None, *, cut: bool, place: str, copies: int
+    ) -> TypeGuard[list[Encoded]]:
+        """Count the copies of a row; False if they are dropped: refused, or a sequence has no token in the loss.
 
         `cut`: a sequence longer than `max_length` is cut into pieces, and no token is lost; or else it keeps its start.
         """
+        if isinstance(row, Refused):
+            self.refused += copies
+            self._add_why({str(row): [place]})
+            return False
         lengths = [len(ids) for ids, _ in row]
         self.longest = max(self.longest, *lengths)
         room = self.longest if cut or max_length is None else max_length
@@ -93,7 +99,7 @@ class Tokens:
         trained = [sum(max(0, min(end, room) - begin) for begin, end in found) for _, found in row]
         if not all(trained):
             self.untrained += copies
-            self.first += [place][: _SHOWN - len(self.first)]
+            self.first += [place][: SHOWN - len(self.first)]
             return False
         self.rows += copies
         self.sequences += copies * sum(-(-length // (max_length or length)) for length in kept)
@@ -104,10 +110,16 @@ class Tokens:
 
     def add(self, other: "Tokens") -> None:
         """Add the counts of the rows that follow."""
-        for name in ("rows", "sequences", "tokens", "trained", "truncated", "untrained"):
+        for name in ("rows", "sequences", "tokens", "trained", "truncated", "untrained", "refused"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
-        self.first = [*self.first, *other.first][:_SHOWN]
+        self.first = [*self.first, *other.first][:SHOWN]
+        self._add_why(other.why)
+
+    def _add_why(self, why: Mapping[str, list[str]]) -> None:
+        for reason, places in why.items():
+            if reason in self.why or len(self.why) < SHOWN:
+                self.why[reason] = [*self.why.get(reason, []), *places][:SHOWN]
 
     def clear(self) -> None:
         """Count from 0 again."""
@@ -115,6 +127,11 @@ class Tokens:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def reasons(why: Mapping[str, Sequence[str]]) -> str:
+    """Reasons and the places that each of them holds for, as one clause."""
+    return "; ".join(f"{', '.join(places)}: {reason}" for reason, places in why.items())
 
 
 def padding(lengths: Sequence[int], batch: int) -> float:

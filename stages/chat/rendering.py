@@ -1,25 +1,16 @@
 """Conversations written as text with the chat template of a tokenizer."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from stages.chat.trial import TRIED, compile_template, left_out
+from stages.chat.shapes import has_tools, shape
+from stages.chat.trial import compile_template, has_clock, refusing, with_thoughts
+from stages.chat.writing import Render, try_shape
 from stages.data.row import Message, Tools
-from stages.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
-
-
-Talk = tuple[list[Message], Tools | None]
-"""A conversation and the tools that it declares."""
-
-
-class Render(Protocol):
-    """Writes a conversation as text; with `prompt`, up to where the assistant's next turn begins."""
-
-    def __call__(self, messages: list[Message], tools: Tools | None, *, prompt: bool = False) -> str: ...
 
 
 def render(
@@ -32,26 +23,13 @@ def render(
     """The text of a conversation; with `prompt`, up to where the assistant's next turn begins.
 
     Raises:
-        StageError: the template cannot render these roles, or it does not write tools or their calls.
+        Refused: the template cannot render the conversation, or it does not write tools or their calls.
     """
-    refuse_left_out(tokenizer, has_tools((messages, tools)))
-    return rendered(tokenizer, messages, tools, prompt=prompt)
-
-
-def has_tools(talk: Talk) -> bool:
-    """Whether a conversation declares tools, calls one, or has the answer of one."""
-    messages, tools = talk
-    return bool(tools) or any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
-
-
-def refuse_left_out(tokenizer: "PreTrainedTokenizerBase", has_tools: bool) -> None:
-    """
-    Raises:
-        StageError: a conversation has tools, and the template does not write them.
-    """
-    trouble = left_out(rendered(tokenizer, *TRIED)) if has_tools else None
-    if trouble is not None:
-        raise StageError(trouble)
+    slow = partial(rendered, tokenizer)
+    found = shape(messages, tools)
+    if has_tools(found):
+        try_shape(slow, lambda text: [], found, answered=False)
+    return slow(messages, tools, prompt=prompt)
 
 
 def rendered(
@@ -60,15 +38,15 @@ def rendered(
     """As `render`, but tools that the template does not write are not noticed.
 
     Raises:
-        StageError: the template cannot render these roles.
+        Refused: the template cannot render the conversation.
     """
-    from jinja2 import TemplateError
+    return refusing(partial(_by_transformers, tokenizer))(messages, tools, prompt=prompt)
 
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise StageError(f"the chat template cannot render the roles {roles}: {error}") from None
+
+def _by_transformers(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], tools: Tools | None, *, prompt: bool = False
+) -> str:
+    text: Any = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     return str(text)
 
 
@@ -77,6 +55,7 @@ def rendered(
 _SYSTEM = {"role": "system", "content": "A system prompt."}
 _QUESTION = {"role": "user", "content": "A question, 问题？"}
 _ANSWER = {"role": "assistant", "content": '<b>An "answer"</b> & it\'s\n\n{{ 答案 }} 🙂'}
+_THOUGHT = {**_ANSWER, "reasoning_content": "A thought, 思考。"}
 _BLANK = [{"role": role, "content": content} for role, content in (("user", " \n"), ("assistant", ""))]
 _PROBES = [
     [*system, *turns]
@@ -85,13 +64,14 @@ _PROBES = [
         [_QUESTION],
         [_QUESTION, _ANSWER],
         [_QUESTION, _ANSWER, _QUESTION],
+        [_QUESTION, _THOUGHT],
         [_QUESTION, _ANSWER, {**_QUESTION, "content": " Another?\n"}, {**_ANSWER, "content": "  Yes.\t"}],
         _BLANK[:1],
         [*_BLANK, _QUESTION, _ANSWER],
     )
 ]
 """Conversations of the shapes that rows have: with and without a system prompt, of one and several turns, ending with
-the user and with the assistant, with blank and empty contents."""
+the user and with the assistant, with a thought, with blank and empty contents."""
 
 
 def fast_renderer(tokenizer: "PreTrainedTokenizerBase") -> Render:
@@ -105,7 +85,7 @@ def fast_renderer(tokenizer: "PreTrainedTokenizerBase") -> Render:
         return slow
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     variables = {**compiled.globals, **special, "tools": None, "documents": None}
-    fast = _renderer(compiled, variables, slow)
+    fast = _renderer(compiled, variables)
     return fast if all(map(partial(_same, fast, slow), _PROBES)) else slow
 
 
@@ -113,7 +93,7 @@ def _compiled(template: Any) -> "Template | None":
     """The compiled template; None if only transformers can render it, or if jinja2 lacks a private part used here."""
     from jinja2 import TemplateError
 
-    if not isinstance(template, str) or "strftime_now" in template:
+    if not isinstance(template, str) or has_clock(template):
         return None
     try:
         compiled = compile_template(template)
@@ -123,20 +103,15 @@ def _compiled(template: Any) -> "Template | None":
     return compiled if all(hasattr(owner, name) for owner, name in private) else None
 
 
-def _renderer(compiled: "Template", variables: dict[str, Any], slow: Render) -> Render:
+def _renderer(compiled: "Template", variables: dict[str, Any]) -> Render:
     """As `Template.render`, but without its copy of all variables, which takes as long as the template itself."""
-    from jinja2 import TemplateError
-
     environment, name, blocks = compiled.environment, compiled.name, compiled.blocks
 
     def fast(messages: list[Message], tools: Tools | None, *, prompt: bool = False) -> str:
-        given = {**variables, "messages": messages, "add_generation_prompt": prompt}
-        try:
-            return "".join(compiled.root_render_func(environment.context_class(environment, given, name, blocks)))
-        except TemplateError:
-            return slow(messages, tools, prompt=prompt)
+        given = {**variables, "messages": with_thoughts(messages), "add_generation_prompt": prompt}
+        return "".join(compiled.root_render_func(environment.context_class(environment, given, name, blocks)))
 
-    return fast
+    return refusing(fast)
 
 
 def _same(first: Render, second: Render, messages: list[Message]) -> bool:

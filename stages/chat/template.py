@@ -1,11 +1,10 @@
 """Chat templates: a built-in name or a file in, the text of the template out."""
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.chat.trial import without_generation_marks
+from stages.chat.trial import without_clock, without_generation_marks
 from stages.runtime.errors import StageError, nearest
 
 if TYPE_CHECKING:
@@ -80,20 +79,17 @@ def _from_prompt_json(name: str, content: str) -> str:
     )
 
 
-def template_tokens(template: str) -> list[str]:
-    """The special tokens in the text of a template, such as `<|im_end|>`, sorted."""
-    return sorted(set(re.findall(r"<\|[a-zA-Z0-9_]+\|>", template)))
-
-
 def install_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
-    """Give a tokenizer a chat template; with None it keeps its own.
+    """Give a tokenizer a chat template; with None it keeps its own. A date that it would write is fixed (`DAY`).
 
     A tokenizer that starts every text with BOS (as Llama's do) gets a template that writes BOS too: tokenizers add no
     special tokens to a conversation, so without it the model would see a start that it has never seen.
     """
     if template is None:
+        if isinstance(tokenizer.chat_template, str):
+            tokenizer.chat_template = without_clock(tokenizer.chat_template)
         return
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token is not None
     if starts and "bos_token" not in template:
         template = "{{- bos_token -}}\n" + template
-    tokenizer.chat_template = template
+    tokenizer.chat_template = without_clock(template)

@@ -1,36 +1,48 @@
-"""Templates are tried on a conversation without transformers, so that faults are known before a model is loaded."""
+"""Templates rendered without transformers, so that what they write for the data is known before a model is loaded."""
 
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from stages.data.row import Message, Tools
+from stages.chat.shapes import Shape
+from stages.chat.writing import Refused, Render, try_shape
+from stages.data.row import Message, Messages, Tools
+from stages.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 
-# A conversation with a tool, and the words that a template must write of it.
-_TOOL = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
-_CALL = {"name": "probe_call", "arguments": {"probe_key": "probe_value"}}
-TRIED: tuple[list[Message], Tools] = (
-    [
-        {"role": "user", "content": "A question."},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _CALL}]},
-        {"role": "tool", "content": "probe_output"},
-        {"role": "assistant", "content": "An answer."},
-    ],
-    [{"type": "function", "function": _TOOL}],
-)
-_WRITTEN = {
-    "probe_tool": "the tools",
-    "probe_call": "tool calls",
-    "probe_key": "the arguments of tool calls",
-    "probe_value": "the arguments of tool calls",
-    "probe_output": "what tools give back",
-}
+DAY = date(2024, 7, 26)
+"""The date that templates write for `strftime_now`: that of Llama 3's own template where there is no clock."""
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+_MARK = r"<[^<>\s]+>|\[[^\[\]\s]+\]"  # what looks like a special token
+_CONTROL = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")  # what can only be a special token
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def has_clock(template: str) -> bool:
+    """Whether a template writes the date of the day."""
+    return "strftime_now(" in template
+
+
+def without_clock(template: str) -> str:
+    """The template with `DAY` in place of the date of the day, so that it writes the same on every day.
+
+    Raises:
+        StageError: the form of the date is not written out in the template.
+    """
+    fixed = _CLOCK.sub(lambda found: repr(DAY.strftime(found[1] or found[2] or "")), template)
+    if has_clock(fixed):
+        raise StageError(
+            "the chat template writes the date of the day with `strftime_now`, in a form that is not written out in "
+            "the call, so it cannot be fixed; write a date in place of the call"
+        )
+    return fixed
 
 
 def without_generation_marks(content: str) -> str:
@@ -38,35 +50,14 @@ def without_generation_marks(content: str) -> str:
     return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", content)
 
 
-def try_template(template: str, tokenizer: Mapping[str, Any], has_token: Callable[[str], bool]) -> str | None:
-    """What is wrong with a template, found without transformers; None if it renders a question and its answer.
-
-    `tokenizer` is the content of tokenizer_config.json; `has_token` tells whether a text is one token of it.
-    """
-    from jinja2 import TemplateError
-
-    special = special_tokens(tokenizer)
-    answer = "An answer."
-    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
-    try:
-        compiled = compile_template(template)
-        full = compiled.render(messages=turns, add_generation_prompt=False, **special)
-        prompt = compiled.render(messages=turns[:1], add_generation_prompt=True, **special)
-    except (TemplateError, TypeError, ValueError) as error:
-        return f"the template cannot render a question and its answer: {error}"
-    if answer not in full or not full.startswith(prompt):
-        return "the template's prompt is not how the conversation with its answer begins, so it cannot be trained with"
-    after = full.partition(answer)[2].strip()
-    mark = re.match(r"<[^<>\s]+>|\[[^\[\]\s]+\]", after)
-    if not after.startswith(special["eos_token"]) and not (mark and has_token(mark[0])):
-        shown = f"`{mark[0]}`, which the tokenizer does not know as one token" if mark else f"`{after[:20]}`"
-        return f"the template ends the assistant's turn with {shown}; end it with `{{{{ eos_token }}}}`"
-    return None
-
-
 @functools.cache
 def compile_template(template: str) -> "Template":
-    """The template, compiled with the settings of transformers."""
+    """The template, compiled with the settings of transformers, with a fixed date.
+
+    Raises:
+        StageError: as `without_clock`.
+        TemplateError: it is not valid Jinja.
+    """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -76,38 +67,85 @@ def compile_template(template: str) -> "Template":
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
+    environment.globals |= {"raise_exception": refuse, "strftime_now": DAY.strftime}
     environment.filters["tojson"] = lambda value, **more: json.dumps(value, **{"ensure_ascii": False, **more})
-    return environment.from_string(without_generation_marks(template))
+    return environment.from_string(without_generation_marks(without_clock(template)))
 
 
 def special_tokens(tokenizer: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens in tokenizer_config.json that templates use; an empty text for a missing one."""
-    return {name: _word(tokenizer.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    """The special tokens in tokenizer_config.json that templates use.
 
-
-def try_tools(template: str, tokenizer: Mapping[str, Any]) -> str | None:
-    """What is wrong with a template for rows with tools, found without transformers; None if it writes tools."""
-    from jinja2 import TemplateError
-
-    messages, tools = TRIED
-    try:
-        written = compile_template(template).render(
-            messages=messages, tools=tools, add_generation_prompt=False, **special_tokens(tokenizer)
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        return f"the template cannot render tool calls ({error}); {_OTHER}"
-    return left_out(written)
-
-
-_OTHER = "choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
-
-
-def left_out(written: str) -> str | None:
-    """What is missing in the text of the tried conversation; None if nothing is."""
-    missing = dict.fromkeys(what for probe, what in _WRITTEN.items() if probe not in written)
-    return f"the template does not write {', '.join(missing)}; {_OTHER}" if missing else None
+    A missing one may be known to the class of the tokenizer, and is an empty text here. One that is null is left out.
+    """
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return {name: _word(tokenizer.get(name)) for name in names if tokenizer.get(name, "") is not None}
 
 
 def _word(token: Any) -> str:
     return str(token["content"]) if isinstance(token, dict) else str(token or "")
+
+
+def with_thoughts(messages: Messages) -> Messages:
+    """The messages as transformers passes them to a template: a thought also under gpt-oss's name for it."""
+    if not any("reasoning_content" in message for message in messages):
+        return messages
+    return [
+        message
+        if message.get("reasoning_content") is None
+        else {"thinking": message["reasoning_content"], **message, "reasoning_content": message["reasoning_content"]}
+        for message in messages
+    ]
+
+
+def refusing(render: Render) -> Render:
+    """A renderer that raises Refused for a conversation that the template cannot render."""
+    from jinja2 import TemplateError
+
+    def refuses(messages: list[Message], tools: Tools | None, *, prompt: bool = False) -> str:
+        try:
+            return render(messages, tools, prompt=prompt)
+        except (TemplateError, *_FAILURES) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise Refused(f"the chat template cannot render the roles {roles}: {error}") from None
+
+    return refuses
+
+
+class Trial:
+    """A template tried on the shapes of conversations with the files of a tokenizer, without transformers.
+
+    `tokenizer` is the content of tokenizer_config.json; `has_token` tells whether a text is one token of it.
+    """
+
+    def __init__(self, template: str, tokenizer: Mapping[str, Any], has_token: Callable[[str], bool]) -> None:
+        self.template, self.has_token, self.special = template, has_token, special_tokens(tokenizer)
+        self.end = self.special.get("eos_token", "")
+        self.mark = re.compile(f"{re.escape(self.end)}|{_MARK}" if self.end else _MARK)
+
+    def find_marks(self, text: str) -> list[re.Match[str]]:
+        """What looks like special tokens and is one token of the tokenizer."""
+        return [mark for mark in self.mark.finditer(text) if mark[0] == self.end or self.has_token(mark[0])]
+
+    def render(self, messages: list[Message], tools: Tools | None, *, prompt: bool = False) -> str:
+        """A conversation as text. Raises jinja2's errors, and any error of the template's own operations."""
+        given = {"messages": with_thoughts(messages), "tools": tools, "documents": None}
+        return compile_template(self.template).render(add_generation_prompt=prompt, **given, **self.special)
+
+    def refusal(self, shape: Shape, *, answered: bool = True) -> str | None:
+        """Why the template cannot be used for conversations of a shape; None if it can. As `try_shape`."""
+        try:
+            try_shape(refusing(self.render), self.find_marks, shape, answered=answered)
+        except Refused as error:
+            return str(error)
+        return None
+
+    def unknown(self, shapes: Iterable[Shape]) -> list[str]:
+        """What the template writes for these shapes that looks like a special token, and is none; sorted."""
+        found: set[str] = set()
+        for shape in shapes:
+            try:
+                text = try_shape(refusing(self.render), self.find_marks, shape, answered=False)
+            except Refused:
+                continue
+            found.update(mark for mark in _CONTROL.findall(text) if not self.has_token(mark))
+        return sorted(found)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages.chat.rendering import render
+from stages.chat.writing import Refused
 from stages.data.mixture import Mixture
 from stages.data.row import Row
 from stages.data.source import Source, rows_of
@@ -64,9 +65,13 @@ def calibration_rows(wanted: Calibration, read: Callable[[Source], Source], fold
 def _different(
     rows: Sequence[Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
 ) -> Iterator[Ids]:
-    """Rows as token ids, without repeated rows and rows of a single token."""
+    """Rows as token ids, without repeated rows, rows of a single token, and rows that the template cannot render."""
     for row in rows:
-        ids = tokenizer(_text(row, tokenizer, folder), add_special_tokens="text" in row)["input_ids"][:length]
+        try:
+            text = _text(row, tokenizer, folder)
+        except Refused:  # a bad row, which the plan has counted
+            continue
+        ids = tokenizer(text, add_special_tokens="text" in row)["input_ids"][:length]
         if len(ids) > 1 and tuple(ids) not in seen:
             seen.add(tuple(ids))
             yield list(ids)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stages.chat.writing import Refused
 from stages.data.row import Message, Tools
 from stages.measuring.losses import Subject
 from stages.measuring.metrics import Figures, Measured, metric_names, score_answer
@@ -63,7 +64,14 @@ def _answer(subject: Subject, prompts: Sequence[Prompt], generation: Mapping[str
     from transformers import set_seed
 
     set_seed(subject.seed)
-    encoded = [subject.engine.prompt(prompt.messages, prompt.tools) for prompt in prompts]
+    encoded: list[list[int]] = []
+    why = dict.fromkeys(range(len(prompts)), "the prompt leaves no room for an answer")
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded.append(subject.engine.prompt(prompt.messages, prompt.tools))
+        except Refused as error:
+            encoded.append([])
+            why[index] = str(error)
     room = inference.positions(subject.engine.model) - generation["max_new_tokens"]
     fits = [index for index, ids in enumerate(encoded) if 0 < len(ids) <= room]
     settings = dict(generation)
@@ -75,4 +83,4 @@ def _answer(subject: Subject, prompts: Sequence[Prompt], generation: Mapping[str
         values = score_answer(text, ids[:-1] if stopped else ids, reference=prompt.reference, stopped=stopped)
         prompt.answers[subject.name] = {"answer": text, "stopped": stopped, **values}
     for index in set(range(len(prompts))) - set(fits):
-        prompts[index].answers[subject.name] = {"answer": None, "why": "the prompt leaves no room for an answer"}
+        prompts[index].answers[subject.name] = {"answer": None, "why": why[index]}

@@ -5,16 +5,18 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.chat.template import template_names, template_tokens
-from stages.chat.trial import try_template
+from stages.chat.template import template_names
+from stages.chat.trial import Trial
 from stages.runtime.errors import Problem, StageError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+
+CHAIN = " + "  # between a base and the adapters on it
 
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")  # of tokens, by their last name
 
@@ -101,6 +103,11 @@ def parse_size(size: str) -> int:
     """The bytes of a size such as `2GB`, which matches `SIZE_PATTERN`."""
     unit = size.lstrip("0123456789.")
     return int(float(size.removesuffix(unit)) * _UNITS[unit])
+
+
+def chain_of(reference: str) -> list[str]:
+    """The folders or Hub names of a reference: a base, then the adapters on it, joined by `CHAIN`."""
+    return [reference] if Path(reference).exists() else reference.split(CHAIN)
 
 
 def is_hub_name(model: str) -> bool:
@@ -267,15 +274,28 @@ def check_template(template: str | None, facts: Facts) -> list[Problem]:
         ]
     if facts.known and not facts.tokenizer.get("eos_token"):
         return [("model", f"the tokenizer of {facts.source} has no eos_token; set it in its tokenizer_config.json")]
-    lost = [token for token in template_tokens(text) if not facts.has_token(token)]
+    if not facts.known:
+        return []
+    trial = Trial(text, facts.tokenizer, facts.has_token)
+    try:
+        lost = trial.unknown(ANY_DATA)
+    except StageError as error:
+        return [("template", str(error))]
+    refusals = [trial.refusal(shape) for shape in ANY_DATA]
     if not lost:
-        trouble = try_template(text, facts.tokenizer, facts.has_token) if facts.known else None
-        return [] if trouble is None else [("template", trouble)]
+        return [] if None in refusals else [("template", str(refusals[0]))]
+    return [unknown_marks(lost, facts)]
+
+
+ANY_DATA = ("u a", "u ak")
+"""Shapes of conversations, of which a template can be used for one at least: an answer, and one with a thought."""
+
+
+def unknown_marks(lost: Sequence[str], facts: Facts) -> Problem:
+    """The problem of a template that writes special tokens that the tokenizer does not have."""
     shown = ", ".join(f"`{token}`" for token in lost)
-    return [
-        (
-            "template",
-            f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; "
-            "`med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
-        )
-    ]
+    return (
+        "template",
+        f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; "
+        "`med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+    )

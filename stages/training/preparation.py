@@ -235,15 +235,21 @@ def _dataset(file: Path) -> "Dataset":
 
 
 def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None) -> None:
-    """Check how many rows have no token to train on.
+    """Check how many rows the chat template cannot be used for, and how many have no token to train on.
 
     Raises:
         StageError: there are more of them than `max_dropped` allows.
     """
+    allowed = max(source.max_dropped for source in draw.sources)
     rows = total.rows + total.untrained
+    every = rows + total.refused
+    if total.refused > allowed * every or (total.refused and not rows):
+        raise StageError(
+            f"the chat template cannot be used for {total.refused:,} of {every:,} rows, which is more than "
+            f"`max_dropped` {allowed:g} of them: {encoding.reasons(total.why)}"
+        )
     if not total.rows:
         raise StageError(f"all {rows} rows lose their answer at `max_length` {max_length}; raise it")
-    allowed = max(source.max_dropped for source in draw.sources)
     if total.untrained > allowed * rows:
         raise StageError(
             f"{total.untrained:,} of {rows:,} rows lose their answer at `max_length` {max_length}, the first at "
@@ -258,6 +264,10 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
         if total.untrained:
             entry["trained_rows"] -= total.untrained
             entry["dropped"]["no answer left at `max_length`"] = {"rows": total.untrained, "first": total.first}
+        if total.refused:
+            entry["trained_rows"] -= total.refused
+            first = [encoding.reasons({reason: places}) for reason, places in total.why.items()]
+            entry["dropped"]["refused by the chat template"] = {"rows": total.refused, "first": first}
         entry |= {"tokens": total.tokens, "trained_tokens": total.trained, "truncated": total.truncated}
         entry |= {
             "longest": total.longest,
@@ -266,8 +276,8 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
         }
     return {
         "data": drawn.account,
-        "rows": whole.rows + whole.untrained,
-        "dropped": whole.untrained,
+        "rows": whole.rows + whole.untrained + whole.refused,
+        "dropped": whole.untrained + whole.refused,
         "truncated": whole.truncated,
         "tokens": whole.tokens,
         "trained_tokens": whole.trained,
@@ -282,11 +292,17 @@ def _account_of_held(total: encoding.Tokens, max_length: int | None) -> dict[str
     Raises:
         StageError: none is left to measure.
     """
+    if not total.rows and total.refused:
+        raise StageError(
+            f"the chat template cannot be used for {total.refused:,} of the held-out rows, and no other is left: "
+            f"{next(iter(total.why))}"
+        )
     if not total.rows:
         raise StageError(
             f"all {total.untrained:,} held-out rows lose their answer at `max_length` {max_length}; raise it"
         )
-    return {"held_out": total.rows} | ({"held_out_dropped": total.untrained} if total.untrained else {})
+    lost = {"held_out_dropped": total.untrained, "held_out_refused": total.refused}
+    return {"held_out": total.rows} | {name: rows for name, rows in lost.items() if rows}
 
 
 def many_cut(truncated: int, rows: int, max_length: int | None) -> str | None:
@@ -304,6 +320,8 @@ def _told(account: dict[str, Any]) -> str:
     words += [f"{account['held_out']:,} held out"] if account["held_out"] else []
     if lost := account.get("held_out_dropped"):
         words.append(f"{lost:,} more held-out rows lose their answer and are not measured")
+    if refused := account.get("held_out_refused"):
+        words.append(f"{refused:,} more held-out rows are refused by the chat template and are not measured")
     if "packed_into" in account:
         words.append(f"{account['packed']:,} sequences packed into {account['packed_into']:,}")
         words.append(f"{account['padding']:.1%} of their room is empty")

@@ -95,7 +95,7 @@ def _check(draw: Draw, total: encoding.Tokens, read: int, similar: int, max_leng
     Raises:
         StageError: none can be trained on, or more have nothing to train than the data sets allow.
     """
-    if not total.rows:  # TRL would fail without a reason, or wait forever
+    if not (total.rows or total.refused):  # TRL would fail without a reason, or wait forever
         raise StageError(
             f"no row is left to train on: of the {read:,} rows that `clean` keeps, {similar:,} are near duplicates of "
             f"held-out rows, and {total.untrained:,} lose their answer at `max_length` {max_length}"

@@ -13,6 +13,7 @@ from stages.chat.labels import encode_chats
 from stages.chat.rendering import fast_renderer, rendered
 from stages.chat.template import template_names, template_text
 from stages.chat.trial import compile_template
+from stages.chat.writing import Refused
 from stages.runtime.errors import StageError
 
 QUESTION = {"role": "user", "content": "发烧  怎么办？\n"}
@@ -102,12 +103,17 @@ def test_a_template_that_refuses_some_conversations_is_fast_for_the_others(token
     assert str(caught.value) == f"the chat template cannot render the roles {roles}: no system"
 
 
-def test_a_template_that_fails_on_some_conversations_fails_as_before(tokenizer):
+def test_a_template_that_fails_on_some_conversations_refuses_them(tokenizer):
     failing = CHATML + "{{ 1 // (messages | length - 1) }}"
     render = fast_renderer(with_template(tokenizer, failing))
     assert not is_slow(render)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Refused) as caught:
         render(TALKS[0], None)
+    said = "the chat template cannot render the roles user: integer division or modulo by zero"
+    assert str(caught.value) == said
+    with pytest.raises(Refused) as slow:
+        rendered(tokenizer, TALKS[0], None)
+    assert str(slow.value) == said
 
 
 @pytest.mark.parametrize("text", ["{{ strftime_now('%Y') }}", "{% unknown_tag %}", None, {"default": CHATML}], ids=str)

@@ -5,7 +5,7 @@ import json
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from stages.chat.template import template_names, template_text, template_tokens
+from stages.chat.template import template_names, template_text
 from stages.runtime.errors import StageError
 
 TURNS = [
@@ -141,15 +141,3 @@ def test_what_is_no_template_is_refused(tmp_path, monkeypatch, name, content, ex
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert refusal(name) == expected
-
-
-def test_tokens_are_the_marks_that_a_template_writes():
-    assert {name: template_tokens(template_text(name)) for name in template_names()} == {
-        "alpaca_zh": [],
-        "chatml": ["<|im_end|>", "<|im_start|>"],
-        "llama3": ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"],
-        "med": [],
-        "plain": [],
-        "qwen": ["<|im_end|>", "<|im_start|>"],
-    }
-    assert template_tokens("{{ '<|a|>' }} <|b c|> <d> <|a|>") == ["<|a|>"]
