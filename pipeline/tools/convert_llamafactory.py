@@ -14,13 +14,6 @@ from pipeline.tools.convert_templates import chat_template
 
 STAGES = {"pt": "pt", "sft": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 CHAT = ("chat", "api", "webchat", "webui")
-    "disabled": "eager",
-    "false": "eager",
-    "true": "flash_attention_2",
-    "sdpa": "sdpa",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_3",
-}
 TASKS = {"mmlu": "mmlu", "cmmlu": "cmmlu", "ceval": "ceval-valid"}
 GENERATION = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 1024}
 
