@@ -121,6 +121,11 @@ class Stage(Generic[C]):
     parallel: Parallel | None = None
     card: bool = False
     """Whether the artifact gets a model card."""
+    at_top: str | None = None
+    """The setting that `KIND: value` at the top of the file stands for; None for a kind that is not written there.
+
+    Such a stage comes before the first stage that starts from a model.
+    """
     describe: Callable[[C], list[str]] = lambda config: []
     """The settings that the reader of a model card asks for first."""
     figures: Callable[[Metrics], list[Figure]] = lambda metrics: []

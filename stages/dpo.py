@@ -83,7 +83,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
         train_dataset=rows.train,
         eval_dataset=rows.held,
         processing_class=tokenizer,
-        peft_config=loop.adapter(config),
+        peft_config=loop.adapter(config, inputs),
     )
     metrics = loop.train(trainer, config, inputs, out)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})

@@ -117,7 +117,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
         train_dataset=rows.train,
         eval_dataset=rows.held,
         processing_class=tokenizer,
-        peft_config=_adapter(config),
+        peft_config=_adapter(config, inputs),
     )
     metrics = loop.train(trainer, config, inputs, out, save)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "loss_at_start" in entry), {})
@@ -152,11 +152,12 @@ def scorer(config: Config, inputs: Inputs, tokenizer: Any) -> Any:
     return made.eval()
 
 
-def _adapter(config: Config) -> Any:
+def _adapter(config: Config, inputs: Inputs) -> Any:
     """PEFT's LoraConfig, under which the head is trained as well; None when the whole model is trained."""
     if config.lora is None:
         return None
-    return loop.adapter(config.model_copy(update={"lora": {**config.lora, "task_type": "SEQ_CLS"}}))
+    config = config.model_copy(update={"lora": {**config.lora, "task_type": "SEQ_CLS"}})
+    return loop.adapter(config, inputs, head=False)
 
 
 def save(model: Any, config: TrainingConfig, inputs: Inputs, out: Path) -> None:

@@ -9,8 +9,8 @@ from pipeline.config import settings
 from pipeline.config.document import Document, Key, read
 from pipeline.config.pipeline import TENSORBOARD, Card, Launch, Pipeline, StageEntry
 from pipeline.config.problems import Problems, in_order
-from pipeline.config.references import UNKNOWN, References
-from pipeline.config.shorthand import Above, write_out
+from pipeline.config.references import UNKNOWN, References, joined
+from pipeline.config.shorthand import Above, at_top, place_top, write_out
 from pipeline.errors import ConfigError
 from stages import Model, Stage, find, kinds
 from stages.chat.template import template_text
@@ -53,15 +53,17 @@ class Checker:
     def pipeline(self) -> Pipeline:
         """The pipeline as far as it can be read."""
         root, problems = self.root, self.problems
+        allowed = (*ROOT, *at_top())
         for key in root:
-            if key not in ROOT:
-                problems.at_key((key,), f"there is no `{key}` here{nearest(key, ROOT)}")
+            if key not in allowed:
+                problems.at_key((key,), f"there is no `{key}` here{nearest(key, allowed)}")
         self._check_type("seed", int, "a whole number")
         self._check_type("question", str, "text")
         self._read_data(root.get("data"))
         template = self._read_template(root.get("template"))
         launch = problems.validated(Launch, root.get("launch") or {}, ("launch",), "`launch`") or Launch()
         card = problems.validated(Card, root.get("card") or {}, ("card",), "`card`") or Card()
+        root = place_top({**root, "model": joined(root.get("model"))}, problems)
         written = write_out(root, problems)
         if not written:
             problems.at_key(("stages",), "`stages` names the stages in order, such as `sft: {data: consult}`")
@@ -69,7 +71,7 @@ class Checker:
         for name, raw in written.items():
             self._read_stage(name, raw, template, launch)
         first = self.stages[0] if self.stages else None
-        if root.get("model") is not None and first is not None and first.start is None and first.leaves_model:
+        if self.root.get("model") is not None and first is not None and first.start is None and first.leaves_model:
             text = f"`model` is not used: stage `{first.name}` makes a model; remove one of the two"
             problems.at_key(("model",), text)
         return Pipeline(self.path, problems.document, self.data, self.stages, root.get("question"), card)

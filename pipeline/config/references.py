@@ -13,7 +13,7 @@ from pipeline.config.shorthand import Above
 from stages import Model, Report, Rows, Scorer, Stage
 from stages.data.mixture import Mixture
 from stages.data.source import Source
-from stages.model.facts import is_hub_name
+from stages.model.facts import CHAIN, chain_of, is_hub_name
 from stages.model.references import Role
 from stages.runtime.errors import nearest
 
@@ -178,7 +178,7 @@ class References:
         if word is None:
             return None
         above = self.above.models(self.stage)
-        model = raw.get(word, f"${above[-1]}" if above else self.root.get("model"))
+        model = joined(raw.get(word, f"${above[-1]}" if above else self.root.get("model")))
         place = (*self.key, word) if word in raw else ("model",)
         if model is None:
             text = "has no model to start from; set `model:` at the top, or put an `init` stage first"
@@ -192,7 +192,8 @@ class References:
         """What is wrong with the reference of a starting model."""
         above = self.above.models(self.stage)
         if not isinstance(model, str):
-            return f"`model` is `{settings.shown(model)}`; it is a folder, `org/name@commit` on the Hub, or `$stage`"
+            what = "it is a folder, `org/name@commit` on the Hub, `$stage`, or a list: a base, then adapters on it"
+            return f"`model` is `{settings.shown(model)}`; {what}"
         if model in above and not Path(model).exists():
             return f"`{model}` is not a folder; for the stage of that name write `model: ${model}`"
         if model.startswith("$"):
@@ -201,7 +202,10 @@ class References:
             advice = "name it under `data`" if rows else "name another"
             text = self._not_above(name) or self._leaves_other(name, Model, "a model", advice)
             return None if text is None else f"stage `{self.stage}`: {text}"
-        return _unpinned(model)
+        parts = chain_of(model)
+        if stage := next((part for part in parts if part.startswith("$")), None):
+            return f"`{stage}` is in a list of folders; write `model: {stage}` alone, which has its adapters with it"
+        return next((problem for part in parts if (problem := _unpinned(part)) is not None), None)
 
     def check_others(self, kind: Stage[Any], raw: Mapping[str, Any]) -> None:
         """Other models: a folder, a pinned name on the Hub, or `$stage` where a reward model is wanted."""
@@ -225,7 +229,7 @@ class References:
         base = self.root.get("model")
         known = {"base": base} if isinstance(base, str) else {}
         known |= {above: f"${above}" for above in self.above.models(self.stage)}
-        written = raw.get(word, list(known))
+        written = raw.get(word, self._with_one_tokenizer(known))
         names = [written] if isinstance(written, str) else written
         if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
             self.at_value((word,), f"`{word}` is a list of stages above, such as [sft, dpo]")
@@ -241,11 +245,27 @@ class References:
         raw[word] = [one for one in names if one in known]
         return {one: known[one] for one in raw[word]}
 
+    def _with_one_tokenizer(self, known: Mapping[str, str]) -> list[str]:
+        """The models that are compared by default: each once, and those with the tokenizer of the last one."""
+        others = self.above.names(self.stage, lambda leaves: isinstance(leaves, Model) and leaves.tokenizer)
+        last = f"${others[-1]}" if others else None
+        names: dict[str, str] = {}
+        for name, reference in known.items():
+            names.setdefault(reference, name)  # `base` and the stage that takes its place are one model
+        references = list(names)
+        return [names[one] for one in references[references.index(last) if last in names else 0 :]]
+
     def _no_such_model(self, name: str) -> str:
         if name == "base":
             return "`base` is the `model:` at the top, and there is none"
         below = self.above.is_below(name, self.stage)
         return f"`{name}` {'stands below or is the stage itself' if below else 'is no stage above that leaves a model'}"
+
+
+def joined(model: Any) -> Any:
+    """A list of a base and adapters as one reference; any other value as it is."""
+    is_chain = isinstance(model, list) and model and all(isinstance(part, str) and part for part in model)
+    return CHAIN.join(model) if is_chain else model
 
 
 def _unpinned(model: str) -> str | None:

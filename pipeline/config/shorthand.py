@@ -1,4 +1,4 @@
-"""Shorthand in a config, written out: `evaluate: …` in a stage becomes a stage of its own."""
+"""Shorthand in a config, written out: `evaluate: …` in a stage and `add_tokens: …` at the top become stages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +11,49 @@ from stages.model.references import Role
 def kind_of(name: str, raw: Any) -> str:
     """The kind of a stage as it is written: `use`, else its name."""
     return str(raw.get("use", name)) if isinstance(raw, dict) else name
+
+
+def at_top() -> dict[str, str]:
+    """Kinds of stage that are written at the top of a file, and the setting of each that a plain value stands for."""
+    found = {kind: find(kind).at_top for kind in kinds()}
+    return {kind: setting for kind, setting in found.items() if setting is not None}
+
+
+def place_top(root: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """The document with a stage for each kind that is written at the top.
+
+    The stage comes before the first stage that starts from a model. It starts from the model at the top, and what it
+    leaves takes the place of that model.
+    """
+    placed = dict(root)
+    for kind, setting in at_top().items():
+        written, given = placed.get("stages"), root.get(kind)
+        if given is None or not isinstance(written, dict):
+            continue
+        if kind in written:
+            problems.at_key(
+                (kind,), f"`{kind}` becomes the stage `{kind}`, which is here already; remove one of the two"
+            )
+            continue
+        problems.document.move((kind,), ("stages", kind))
+        if not isinstance(given, dict):
+            problems.document.move((kind,), ("stages", kind, setting))
+        stage = dict(given) if isinstance(given, dict) else {setting: given}
+        names = list(written)
+        first = names[: bool(names) and _makes_model(names[0], written[names[0]])]
+        before = {name: written[name] for name in first}
+        model = placed.get("model")
+        if model is not None and not before and "model" not in stage:
+            stage["model"], placed["model"] = model, f"${kind}"
+            problems.document.move(("model",), ("stages", kind, "model"))
+        placed["stages"] = before | {kind: stage} | written
+    return placed
+
+
+def _makes_model(name: str, raw: Any) -> bool:
+    """Whether a stage leaves a model that starts from no other model."""
+    use = kind_of(name, raw or {})
+    return use in kinds() and isinstance(find(use).leaves, Model) and find(use).setting(Role.START) is None
 
 
 def write_out(root: Mapping[str, Any], problems: Problems) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from stages.data.source import ROWS_FILE
 from stages.model.device import gpus
 from stages.model.facts import Facts, Needs
 from stages.model.inputs import Inputs
-from stages.runtime.errors import nearest
+from stages.model.tokens import check_rows
+from stages.runtime.errors import Problem, nearest
 
 NO_MODEL = Facts("no model", {}, known=False)
 
@@ -124,6 +125,7 @@ class Placer:
 
     def __init__(self, plan: Plan, fetch: bool, fresh: Collection[str]) -> None:
         self.plan, self.fresh = plan, fresh
+        self.rows_checked = set[str]()
         self.models = Models(plan.hashes, plan.notes, fetch=fetch)
         self.data = DataSets(plan, fetch=fetch)
         self.history = History(plan, self.data)
@@ -278,8 +280,20 @@ class Placer:
         found = entry.stage.check(entry.config)
         for model in [start] if start is not None else compared.values():
             found = found + entry.stage.check_model(entry.config, model.facts)
+        found = found + self.check_rows(entry, start, compared)
         for setting, text in found:
             self.problem(entry, setting, text)
+
+    def check_rows(
+        self, entry: StageEntry, start: PlacedModel | None, compared: Mapping[str, PlacedModel]
+    ) -> list[Problem]:
+        """The tokenizer of a model that no stage made may have more tokens than the model reads; told once."""
+        models = {entry.compared[name]: model for name, model in compared.items()}
+        models |= {entry.start: start} if start is not None and entry.start is not None else {}
+        names = [name for name in models if not name.startswith("$") and name not in self.rows_checked]
+        self.rows_checked |= set(names)
+        leaves = [entry.stage.facts(entry.config, models[name].facts) for name in names]
+        return [problem for facts in leaves for problem in check_rows(facts)]
 
     def check_tools(self, entry: StageEntry, start: PlacedModel | None) -> None:
         """Rows with tools need a template that writes them."""

@@ -5,7 +5,7 @@ A token whose id is no row of the embedding ends training with an IndexError. It
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,24 +84,20 @@ def check_rows(facts: Facts) -> list[Problem]:
     lost = without_row(facts)
     if not lost:
         return []
-    limit = rows(facts) or 0
-    few = f"its embedding has {limit:,} rows, and {len(lost):,} tokens of its tokenizer have a higher id"
     listed = ", ".join(json.dumps(token, ensure_ascii=False) for token in lost[:SHOWN])
     more = f" and {len(lost) - SHOWN:,} more" if lost[SHOWN:] else ""
+    count = f"{len(lost):,} token{'s' if len(lost) > 1 else ''} of its tokenizer {'have' if len(lost) > 1 else 'has'}"
+    clause = f"the embedding of {facts.source} has {rows(facts):,} rows, and {count} none ({listed}{more})"
     way = f"write `add_tokens: [{listed}]` at the top, which gives every token a row, or name a model with its own"
-    text = f"{facts.source} cannot read all tokens of its tokenizer: {few} ({listed}{more}); {way} tokenizer"
-    return [("model", text)]
+    return [("model", f"{clause}; {way} tokenizer")]
 
 
-def rows_to_train(folders: Sequence[str], *, head: bool = True) -> dict[str, list[int]]:
-    """The embeddings in which a model has rows of new tokens, and the ids of the rows; empty if it has none.
+def new_rows(base: Path) -> tuple[list[str], list[int]]:
+    """The rows that `add_tokens` made in the embeddings of a model, for `lora` to train.
 
-    `folders`: the base, which is the folder of `add_tokens`, then the adapters on it. Without `head` only the input
-    embedding is named.
+    Returns:
+        The names of the modules, the input embedding first, and the ids of the rows; both empty for any other model.
     """
-    file = Path(folders[0], NEW_ROWS) if folders else None
-    if file is None or not file.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    modules = content["modules"] if head else content["modules"][:1]
-    return {module: list(content["ids"]) for module in modules}
+    file = base / NEW_ROWS
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content.get("modules", []), content.get("ids", [])

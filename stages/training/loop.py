@@ -10,11 +10,12 @@ from stages.chat.template import install_template
 from stages.model.device import has_bf16
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 from stages.model.inputs import Inputs
+from stages.model.tokens import new_rows
 from stages.runtime.errors import Interrupted, StageError
 from stages.runtime.events import emit, main_process
 from stages.training.checkpoint import newest_whole
 from stages.training.progress import Progress, batch_sizes, check_finite
-from stages.training.settings import TrainingConfig, saving
+from stages.training.settings import TrainingConfig, is_named, saving
 
 if TYPE_CHECKING:
     from transformers import (
@@ -90,14 +91,27 @@ def build(trainer: Any, **parts: Any) -> Any:
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise StageError(f"TRL refuses these settings: {error}") from None
     if parts.get("peft_config") is not None:
+        _name_missing_bias(built.model)
         for parameter in built.model.parameters():
             if parameter.requires_grad:  # in bfloat16, as PEFT leaves `modules_to_save`, small steps get lost
                 parameter.data = parameter.data.float()
     return built
 
 
-def adapter(config: TrainingConfig) -> Any:
+def _name_missing_bias(model: Any) -> None:
+    """Give embeddings whose rows PEFT trains the attribute `bias`, None: TRL reads it of the output embedding."""
+    from peft.utils import TrainableTokensWrapper
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.register_parameter("bias", None)
+
+
+def adapter(config: TrainingConfig, inputs: Inputs | None = None, *, head: bool = True) -> Any:
     """PEFT's LoraConfig, or None when the whole model is trained.
+
+    With the rows of new tokens (`add_tokens`) of the starting model, in both embeddings, or without `head` in the input
+    embedding alone.
 
     Raises:
         StageError: PEFT refuses the settings.
@@ -106,10 +120,25 @@ def adapter(config: TrainingConfig) -> Any:
         return None
     from peft import LoraConfig
 
+    rows = _rows_to_train(config.lora, inputs, head=head) if inputs is not None else {}
+    ours = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config.lora})
+        return LoraConfig(**{**ours, **({"trainable_token_indices": rows} if rows else {}), **config.lora})
     except (ValueError, TypeError, ImportError) as error:
         raise StageError(f"PEFT refuses the settings under `lora`: {error}") from None
+
+
+def _rows_to_train(lora: Mapping[str, Any], inputs: Inputs, *, head: bool) -> dict[str, list[int]]:
+    """PEFT's `trainable_token_indices`: embedding → ids of the rows of new tokens.
+
+    Empty if the base has no new tokens, or if the settings say themselves how the embeddings are trained.
+    """
+    modules, ids = new_rows(Path(inputs.model[0]))
+    if "trainable_token_indices" in lora:
+        return {}
+    named = [lora.get("modules_to_save") or [], lora.get("target_modules") or []]
+    own = [module for module in modules if any(is_named(module, names) for names in named if names != "all-linear")]
+    return {module: ids for module in modules[: len(modules) if head else 1] if module not in own}
 
 
 def train(

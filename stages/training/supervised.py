@@ -72,7 +72,7 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
         train_dataset=train,
         eval_dataset=held,
         processing_class=tokenizer,
-        peft_config=loop.adapter(config),
+        peft_config=loop.adapter(config, inputs),
     )
     seen.clear()  # TRL has looked at the first row of the stream, for which it was read
     metrics = loop.train(trainer, config, inputs, out)

@@ -200,17 +200,20 @@ def test_a_mistake_in_a_stage_names_its_place_the_word_and_what_is_wanted(projec
         (
             "../x:",
             "8:3: there is no stage `../x` (a second of a kind is `../x: {use: KIND}`); "
-            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, `sft`",
+            "there is `add_tokens`, `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, "
+            "`sft`",
         ),
         (
             "_trainer:",
             "8:3: there is no stage `_trainer` (a second of a kind is `_trainer: {use: KIND}`); "
-            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, `sft`",
+            "there is `add_tokens`, `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, "
+            "`sft`",
         ),
         (
             "x: {use: ../x}",
             "8:12: there is no stage `../x`; "
-            "there is `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, `sft`",
+            "there is `add_tokens`, `dpo`, `evaluate`, `init`, `kto`, `merge`, `pt`, `quantize`, `reward`, `select`, "
+            "`sft`",
         ),
     ],
 )
@@ -300,8 +303,8 @@ def load_here(*assignments):
         (
             "a: 1\nstages: {merge: {model: ./m}}\nstages:\n",
             [
-                "x.yaml:1:1: there is no `a` here; there is `card`, `data`, `launch`, `model`, `question`, `seed`, "
-                "`stages`, `template`",
+                "x.yaml:1:1: there is no `a` here; there is `add_tokens`, `card`, `data`, `launch`, `model`, `question`, "
+                "`seed`, `stages`, `template`",
                 "x.yaml:3:1: `stages` is here twice; it is in line 2 already",
             ],
         ),
@@ -324,7 +327,11 @@ def test_a_mistake_at_the_top_names_its_place(project, text, expected):
             "8:31: `org/name@main` is not a folder here; for a model on the Hub pin its commit (40 hex digits), "
             "as `org/name@COMMIT`",
         ),
-        ("3", "8:31: `model` is `3`; it is a folder, `org/name@commit` on the Hub, or `$stage`"),
+        (
+            "3",
+            "8:31: `model` is `3`; it is a folder, `org/name@commit` on the Hub, `$stage`, or a list: a base, then "
+            "adapters on it",
+        ),
         ("$dpo", "8:31: stage `sft`: no stage `dpo` is above it; there is `init`"),
         ("$ini", "8:31: stage `sft`: no stage `ini` is above it; did you mean `init`?"),
         ("$sft", "8:31: stage `sft`: no stage `sft` is above it; it stands below or is the stage itself"),
@@ -369,8 +376,8 @@ def test_what_is_assigned_on_the_command_line_is_checked_like_the_file(project):
     text = TOP + "  sft: {data: consult}\n"
     words = ["sft.trainer.lerning_rate=1", "sft.seed=x", "dop.data=prefer", "stages.dpo.data=prefer"]
     assert project(text, *(word for value in words for word in ("--set", value))) == refused(
-        "--set dop.data: there is no `dop` here; there is `card`, `data`, `launch`, `model`, `question`, `seed`, "
-        "`stages`, `template`",
+        "--set dop.data: there is no `dop` here; there is `add_tokens`, `card`, `data`, `launch`, `model`, `question`, "
+        "`seed`, `stages`, `template`",
         "--set sft.trainer.lerning_rate: stage `sft`: SFTConfig has no setting `lerning_rate`; did you mean "
         "`learning_rate`?",
         "--set sft.seed: stage `sft`: `seed` is `x`; it wants a whole number",
