@@ -316,7 +316,7 @@ def _table(
 
 
 STAGE = Stage(
-    version=2,
+    version=3,
     config=Config,
     run=run,
     headline=headline,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages import Metrics, Stage
 from stages.chat.template import install_template
+from stages.data.row import message_texts
 from stages.data.source import Source, rows_of
 from stages.model.facts import Facts, Needs
 from stages.model.folder import set_stop_tokens
@@ -201,7 +202,7 @@ def _texts(sources: Sequence[Source]) -> Iterator[str]:
             if "text" in row:
                 yield row["text"]
             for key in ("messages", "prompt", "chosen", "completion"):
-                yield from (message["content"] for message in row.get(key, []))
+                yield from (text for message in row.get(key, []) for text in message_texts(message))
             if "tools" in row:
                 yield json.dumps(row["tools"], ensure_ascii=False)
 

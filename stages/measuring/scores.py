@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stages.chat.labels import IGNORED, encode_chat
 from stages.chat.rendering import render
 from stages.chat.template import install_template
-from stages.chat.writing import Refused
 from stages.data.row import Row, message_texts
 from stages.model.device import compute_dtype, torch_device
 from stages.model.folder import load_model, load_tokenizer, refuse_missing, set_stop_tokens
@@ -73,8 +72,7 @@ def answer_losses(
     after everything before it, and each alone.
 
     Returns:
-        Two lists with one value for each row; None for a row that is longer than `max_length` or the model's positions,
-        or that the template cannot be used for.
+        Two lists with one value for each row; None for a row that is longer than `max_length` or the model's positions.
     """
     engine = _own(config, inputs)
     tokenizer, limit = engine.tokenizer, min(config.max_length, positions(engine.model))
@@ -83,10 +81,7 @@ def answer_losses(
     owners: list[tuple[int, int]] = []  # the row of each text, and 1 if the answer is alone in it
     tokens = [0] * len(rows)
     for index, row in enumerate(rows):
-        try:
-            ids, labels = encode_chat(engine.encoder, row["messages"], row.get("tools"))
-        except Refused:
-            continue
+        ids, labels = encode_chat(engine.encoder, row["messages"], row.get("tools"))
         if len(ids) > limit:
             continue
         answers = _answers(labels)

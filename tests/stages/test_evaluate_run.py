@@ -23,6 +23,9 @@ pytestmark = pytest.mark.train
 
 ROOT = Path(__file__).parents[2]
 MED = template_text("med")
+WITH_TOOLS = """{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages -%}
+{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' else '\\n' }}
+{%- endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 
 
 def settings(models, **given):
@@ -130,6 +133,29 @@ def test_answer_match_swaps_questions(tiny, tmp_path, monkeypatch):
     assert found["answer_match"]["talks"]["one"] == pytest.approx(2 / 3)
     whole = [len(tokenizer(f"{said}</s>", add_special_tokens=False)["input_ids"]) for _, said in rows]
     assert found["answer_margin"]["talks"]["one"] == pytest.approx(2 / sum(whole))
+
+
+def test_answer_match_swaps_the_tools_with_the_question(tiny, tmp_path, monkeypatch):
+    lines = [
+        {
+            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
+            "tools": [{"name": tool, "description": "d"}] if tool else [],
+        }
+        for asked, said, tool in (("猫", "甲甲", "cat_tool"), ("狗", "乙乙", "dog_tool"), ("鱼", "丙丙", ""))
+    ]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    tokenizer = load_tokenizer([str(tiny("llama"))])
+    seen = []
+
+    def losses(model, texts, tokens, told=None):
+        seen.append([tokenizer.decode(ids) for ids, _ in texts])
+        return [1.0] * len(texts)
+
+    monkeypatch.setattr(inference, "losses", losses)
+    source = Source(path=str(tmp_path / "talks.jsonl"), format="messages")
+    measured({"one": tiny("llama")}, tmp_path, data={"talks": source}, template=WITH_TOOLS)
+    found = [[tool for tool in ("cat_tool", "dog_tool") if tool in text] for text in seen[1]]
+    assert found == [["cat_tool"], ["dog_tool"], ["dog_tool"], [], [], ["cat_tool"]]
 
 
 def test_answer_match_of_rows_that_are_cut_counts_the_same_tokens_twice(tiny, rows, tmp_path):
