@@ -3,6 +3,7 @@
 LLaMA-Factory's own defaults are written where a result depends on them and TRL's or PEFT's differ.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,8 @@ class Command:
         Settings(take, part, self.book).write()
         found = [part]
         if predicts and eval_data:
-            after = Part(part.place, "evaluate", leaves=None, template=part.template, adapters=[part.leaves or ""])
-            after.settings = self._questions(eval_data, samples, predicts)
-            found.append(after)
+            after = Part(part.place, "evaluate", part.model, adapters=[part.leaves or ""], template=part.template)
+            found += self._questions(after, eval_data, samples, predicts)
         return found
 
     def _mixture(self, data: list[str], eval_data: list[str], samples: int | None) -> bool:
@@ -238,32 +238,23 @@ class Command:
     def _evaluation(self, data: list[str], samples: int | None, template: str | None, predicts: bool) -> list[Part]:
         """`evaluate` for a command that trains nothing."""
         if not data:
-            self._note(
-                "not supported", "stage", "neither `dataset` nor `eval_dataset` is named, so no stage is written"
-            )
+            self._note("not supported", "stage", "no `dataset` or `eval_dataset` is named, so no stage is written")
             return []
-        self.part.leaves, self.part.kind, self.part.template = None, "evaluate", template
-        self.part.settings = self._questions(data, samples, predicts)
-        self.part.seed = self.arguments.take("seed", 42)
-        for name in ("finetuning_type", "per_device_eval_batch_size", "per_device_train_batch_size"):
+        self.part.leaves, self.part.template, self.part.seed = None, template, self.arguments.take("seed", 42)
+        for name in ("finetuning_type", "per_device_eval_batch_size", "per_device_train_batch_size", "output_dir"):
             self.arguments.left.pop(name, None)
-        return [self.part] if self.part.settings else []
+        return self._questions(self.part, data, samples, predicts)
 
-    def _questions(self, data: list[str], samples: int | None, predicts: bool) -> dict[str, Any]:
-        """Settings of `evaluate` on data sets, with answers to the first of them."""
+    def _questions(self, like: Part, data: list[str], samples: int | None, predicts: bool) -> list[Part]:
+        """`evaluate` on data sets; where answers are wanted, a stage for each of them."""
         take = self.arguments
         names = [self._sets_of().declared(name, "evaluate", take.place("eval_dataset"), samples) for name in data]
         found = [name for name in names if name is not None]
-        if not found:
-            return {}
-        length = take.take("cutoff_len", 2048)
-        settings: dict[str, Any] = {"data": found, "max_length": length}
-        if predicts:
-            settings |= {"prompts": found[0], "generation": self._generation()}
-            if len(found) > 1:
-                text = f"answers are written for `{found[0]}`; a second `evaluate` stage has those of another data set"
-                self._note("differs", "eval_dataset", text)
-        return settings
+        settings: dict[str, Any] = {"max_length": take.take("cutoff_len", 2048)}
+        settings |= {"generation": self._generation()} if predicts else {}
+        if not predicts:
+            return [replace(like, kind="evaluate", settings={"data": found, **settings})] if found else []
+        return [replace(like, kind="evaluate", settings={"data": name, "prompts": name, **settings}) for name in found]
 
     def _generation(self) -> dict[str, Any]:
         take = self.arguments

@@ -210,3 +210,5 @@ EARLIER: Mapping[str, str] = {
 
 OFF = {"num_beams": 1, "length_penalty": 1.0, "generation_num_beams": 1, "ray_num_workers": 1, "eval_num_beams": 1}
 KNOWN = Known(NOT_NEEDED, NOT_SUPPORTED, frozenset({*SAME, *MADE}), OFF)
+READ = frozenset({*MADE, *NOT_NEEDED, *NOT_SUPPORTED})
+"""Arguments that do not pass through, although TRL has settings of the same name."""

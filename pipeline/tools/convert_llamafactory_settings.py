@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.tools.convert_llamafactory_arguments import MADE, SAME
+from pipeline.tools.convert_llamafactory_arguments import READ, SAME
 from pipeline.tools.convert_parts import Arguments, Book, Part, is_off
 from pipeline.tools.convert_trainer import Trainer
 
@@ -27,7 +27,7 @@ class Settings:
     def write(self) -> None:
         """`trainer:` and what else belongs to a stage of this kind."""
         take, part, trainer = self.arguments, self.part, self.trainer
-        trainer.take_same(part.kind, part.settings, SAME, MADE)
+        trainer.take_same(part.kind, part.settings, SAME, READ)
         trainer.default("max_length", 2048, DEFAULT)
         trainer.default("learning_rate", 5e-5, DEFAULT)
         self._packing()
@@ -49,6 +49,7 @@ class Settings:
         if take.flag("enable_liger_kernel"):
             trainer.model("use_kernels", True)
         self._preferences()
+        self._pairs_of_answers()
         self._trackers()
         trainer.finish(part)
 
@@ -113,6 +114,20 @@ class Settings:
         if added:
             trainer.set("loss_weights", [1, *added.values()], "")
         self._reference()
+
+    def _pairs_of_answers(self) -> None:
+        """The KL term of KTO is estimated from other rows of a batch, so that a batch has two rows or more."""
+        trainer = self.trainer
+        if self.part.kind != "kto":
+            return
+        if trainer.found.get("per_device_eval_batch_size") == 1:
+            trainer.set("per_device_eval_batch_size", 2, "a batch of `kto` has two rows or more")
+        if trainer.found.get("per_device_train_batch_size") == 1:
+            steps = trainer.found.get("gradient_accumulation_steps", 1)
+            trainer.set("per_device_train_batch_size", 2, "a batch of `kto` has two rows or more")
+            trainer.set("gradient_accumulation_steps", max(1, steps // 2), "halved: as many rows a step as there")
+            text = "`per_device_train_batch_size: 1` becomes 2, because the KL term needs other rows of the batch"
+            self._note("differs", "per_device_train_batch_size", text)
 
     def _reference(self) -> None:
         take, part = self.arguments, self.part

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.settings import settings
 from stages.runtime.errors import nearest
 
 Kind = Literal["to do", "differs", "not supported", "not needed", "unknown"]
@@ -152,6 +153,8 @@ class Known:
     """Arguments that become settings."""
     off: Mapping[str, Any] = field(default_factory=dict)
     """Argument → its value when it does nothing, where that is neither null, false, zero nor empty."""
+    passes: str = "trl.trainer.sft_config:SFTConfig"
+    """The class of TRL whose settings pass through under their own names; empty for none."""
 
     def about(self, name: str, value: Any) -> tuple[Kind, str]:
         """The note for an argument that no setting came from."""
@@ -167,7 +170,7 @@ class Known:
 
     def names(self) -> Iterator[str]:
         """Every argument."""
-        yield from {*self.not_needed, *self.not_supported, *self.taken}
+        yield from {*self.not_needed, *self.not_supported, *self.taken, *(settings(self.passes) if self.passes else ())}
 
 
 def is_off(value: Any) -> bool:

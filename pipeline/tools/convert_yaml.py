@@ -12,7 +12,7 @@ from pipeline.tools.convert_parts import Noted
 WIDTH = 116
 COLUMN = 46  # where comments begin, if the line is short enough
 PLAIN = re.compile(r"[\w./@$*~+][\w./@$*~+ -]*(?<! )\Z")
-BLOCKS = ("trainer", "generation", "data", "stages")  # mappings that have a line for each key
+BLOCKS = ("trainer", "data", "stages")  # mappings that have a line for each key
 ORDER = (
     *("max_length", "packing", "packing_strategy", "beta", "loss_type", "loss_weights", "learning_rate"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
@@ -25,10 +25,15 @@ ORDER = (
 
 def document(root: Mapping[str, Any], head: list[str]) -> str:
     """The text of a config. `head` are the lines of the comment at its top."""
-    lines = [line for text in head for line in wrap(text, WIDTH, initial_indent="# ", subsequent_indent="#   ")]
+    lines = [line for text in head for line in _comment(text)]
     for key, value in root.items():
         lines += _entry(key, value, "")
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> list[str]:
+    marks = {"initial_indent": "# ", "subsequent_indent": "#   "}
+    return wrap(text, WIDTH, break_on_hyphens=False, break_long_words=False, **marks)
 
 
 def _entry(key: str, value: Any, indent: str) -> list[str]:
@@ -40,7 +45,7 @@ def _entry(key: str, value: Any, indent: str) -> list[str]:
     if isinstance(value, Mapping) and not value and indent and key not in ("lora",):
         return [_with_comment(head, comment)]
     flat = f"{head} {_flow(value)}"
-    nested = isinstance(value, Mapping) and (key in BLOCKS or _has_comment(value) or len(flat) > WIDTH)
+    nested = key in BLOCKS or _has_comment(value) or len(flat) > WIDTH
     if isinstance(value, Mapping) and nested and not _is_weights(value):
         lines = [_with_comment(head, comment)]
         for inner, item in _in_order(key, value).items():
