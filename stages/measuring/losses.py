@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from stages.chat import encoding
 from stages.chat.labels import IGNORED, encode_chat
+from stages.chat.writing import Refused
 from stages.data.row import Row
 from stages.measuring.metrics import Measured, metric_names
 from stages.model import inference
@@ -53,8 +54,12 @@ def perplexity(subject: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
     texts: Texts = []
     owners: list[int] = []
     size = [0] * len(rows)
+    why = "no row has a token in the loss within `max_length`"
     for index, row in enumerate(rows):
-        pieces, size[index] = _text(subject, row["text"]) if "text" in row else _conversation(subject, row)
+        try:
+            pieces, size[index] = _text(subject, row["text"]) if "text" in row else _conversation(subject, row)
+        except Refused as error:  # a bad row, which no model of this template could be trained on
+            pieces, why = [], str(error)
         texts += pieces
         owners += [index] * len(pieces)
     total, count = [0.0] * len(rows), [0] * len(rows)
@@ -65,7 +70,6 @@ def perplexity(subject: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
     by_byte = [
         (loss, float(size)) if size and tokens else None for loss, size, tokens in zip(total, size, count, strict=True)
     ]
-    why = "no row has a token in the loss within `max_length`"
     return {
         metric: Measured(values, None if any(values) else why)
         for metric, values in (("perplexity", by_token), ("bits_per_byte", by_byte))
@@ -176,8 +180,21 @@ def _shares(margins: Sequence[float | None]) -> Measured:
 
 
 def _completions(subject: Subject, rows: Sequence[Row]) -> list[Texts]:
-    """Of each row the sequences of its answers, one or two, each after the prompt; only an answer has labels."""
+    """Of each row the sequences of its answers, one or two, each after the prompt; only an answer has labels.
+
+    A bad row, which the template cannot be used for, has no labels.
+
+    Raises:
+        Refused: the template cannot be used for any row.
+    """
+    found = encoding.encode(subject.engine.encoder, rows)
+    refusals = [row for row in found if isinstance(row, Refused)]
+    if refusals and len(refusals) == len(found):
+        raise refusals[0]
+    nothing = ([0], [IGNORED])
     return [
-        [(one.ids[: subject.limit], one.labels[: subject.limit]) for one in row]
-        for row in encoding.encode(subject.engine.encoder, rows)
+        [nothing] * (2 if "chosen" in rows[number] else 1)
+        if isinstance(row, Refused)
+        else [(one.ids[: subject.limit], one.labels[: subject.limit]) for one in row]
+        for number, row in enumerate(found)
     ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stages.chat.labels import IGNORED, encode_chat
 from stages.chat.rendering import render
 from stages.chat.template import install_template
+from stages.chat.writing import Refused
 from stages.data.row import Row, message_texts
 from stages.model.device import compute_dtype, torch_device
 from stages.model.folder import load_model, load_tokenizer, refuse_missing, set_stop_tokens
@@ -72,7 +73,8 @@ def answer_losses(
     after everything before it, and each alone.
 
     Returns:
-        Two lists with one value for each row; None for a row that is longer than `max_length` or the model's positions.
+        Two lists with one value for each row; None for a row that is longer than `max_length` or the model's positions,
+        or that the template cannot be used for.
     """
     engine = _own(config, inputs)
     tokenizer, limit = engine.tokenizer, min(config.max_length, positions(engine.model))
@@ -81,7 +83,10 @@ def answer_losses(
     owners: list[tuple[int, int]] = []  # the row of each text, and 1 if the answer is alone in it
     tokens = [0] * len(rows)
     for index, row in enumerate(rows):
-        ids, labels = encode_chat(engine.encoder, row["messages"], row.get("tools"))
+        try:
+            ids, labels = encode_chat(engine.encoder, row["messages"], row.get("tools"))
+        except Refused:
+            continue
         if len(ids) > limit:
             continue
         answers = _answers(labels)
