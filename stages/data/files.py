@@ -1,33 +1,31 @@
 """Data files: which files a path names, and the rows of a file as the file has them."""
 
-import codecs
 import csv
 import glob
-import gzip
 import io
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, TextIO
 
-from stages.data.formats._values import listed, type_in_words
-from stages.data.row import FileRow, RowError
+from stages.data.compressed import COMPRESSED, DAMAGED, open_bytes, without_compression
+from stages.data.encodings import detected, undecodable
+from stages.data.formats._values import listed
+from stages.data.json_rows import JsonFile, Part, ReadRow, grouped
+from stages.data.row import RowError
 from stages.runtime.errors import StageError, nearest
+from stages.runtime.files import refuse_pointer
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
-BINARY = (".parquet", ".arrow")  # read by pyarrow; all other types are text, which may be compressed as .gz
+BINARY = (".parquet", ".arrow")  # read by pyarrow; all other types are text, which may be compressed
+JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", *BINARY)  # types in which every row has every column
-# Encodings that detection chooses from: among all encodings, a rare one often fits a short text best.
-_LIKELY = ("big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252")
-_SAMPLE = 256 * 1024  # bytes that encoding detection reads
 _FIELD = 64 * 1024 * 1024  # the most characters in a CSV field; a quote that is never closed makes a longer one
-
-ReadRow = tuple[str, FileRow | RowError]
-"""Where a row is, as `path:12` or `path: row 12`, and the row, or what is wrong with it."""
-
+# `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write these next to their .arrow files; none of them holds rows.
+_STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"
 
 # Paths
 
@@ -35,8 +33,8 @@ ReadRow = tuple[str, FileRow | RowError]
 def file_type(path: Path) -> str:
     """The type of a file by its name: `.csv` for `x.csv` and for `x.csv.gz`."""
     name = path.name.lower()
-    inner = Path(name.removesuffix(".gz")).suffix
-    return Path(name).suffix if not name.endswith(".gz") or inner in BINARY else inner
+    inner = Path(without_compression(name)).suffix
+    return Path(name).suffix if inner in BINARY else inner
 
 
 def find_files(path: str) -> list[Path]:
@@ -50,7 +48,7 @@ def find_files(path: str) -> list[Path]:
     place = Path(path).expanduser()
     try:
         if place.is_dir():
-            files = sorted(file for file in place.iterdir() if is_data(file))
+            files = _saved(place) or sorted(file for file in place.iterdir() if is_data(file))
             if not files:
                 raise StageError(f"`{path}` is a folder without data files; {_types()} files are read")
         elif not place.exists() and glob.has_magic(path):
@@ -66,8 +64,38 @@ def find_files(path: str) -> list[Path]:
         raise StageError(f"`{path}` cannot be read ({error.strerror or error})") from None
     for file in files:
         if file_type(file) not in FILE_TYPES:
-            raise StageError(f"`{file}` must be a {_types()} file")
+            packed = f"{', '.join(COMPRESSED[:-1])} or {COMPRESSED[-1]}"
+            raise StageError(f"`{file}` must be a {_types()} file; all but the last two may be compressed as {packed}")
     return files
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The files with the rows of a folder that `Dataset.save_to_disk` wrote, in their order; empty for other folders.
+
+    Raises:
+        StageError: the folder holds several data sets, or its list of files cannot be used.
+    """
+    if (folder / _DICT).is_file():
+        splits = [str(entry) for entry in sorted(folder.iterdir()) if (entry / _STATE).is_file()]
+        raise StageError(f"`{folder}` holds a data set for each split; name one of {listed(splits)} as `path:`")
+    if not ((folder / _STATE).is_file() and (folder / _INFO).is_file()):
+        return []
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        mapped = bool(state.get("_indices_data_files"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        names, mapped = [], True
+    if mapped or not names or any(Path(name).name != name for name in names):
+        raise StageError(f"`{folder / _STATE}` does not list the data files; save the data set again, as .parquet")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise StageError(f"`{folder / missing[0]}`, which `{_STATE}` lists, does not exist; save the data set again")
+    return [folder / name for name in names]
+
+
+def is_saved_metadata(path: Path) -> bool:
+    """Whether a file describes a data set that `save_to_disk` wrote, and holds no rows."""
+    return path.name in (_STATE, _INFO, _DICT) and any((path.parent / name).is_file() for name in (_STATE, _DICT))
 
 
 def is_data(path: Path) -> bool:
@@ -88,22 +116,73 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 # Rows
 
 
-def read_file(path: Path, encoding: str | None) -> Iterator[ReadRow]:
-    """The rows of a file, each with its place; a bad row does not end the iteration.
+@dataclass(frozen=True)
+class HowToRead:
+    """How to read the rows of a file."""
+
+    encoding: str | None = None
+    """None: it is detected."""
+    key: str | None = None
+    """The key of the list of rows in a JSON file that is one object."""
+    columns: Collection[str] = ()
+    """Columns of which every row has all. They tell a row from an object that holds a list of rows."""
+
+
+def parts(path: Path, how: HowToRead, told: Callable[[str], None]) -> Iterator[Part]:
+    """The rows of a file in parts, each row with its place; a bad row does not end the iteration.
+
+    Another process may ask a part for its rows. `told` is called with what a reader of the plan should know.
 
     Raises:
         StageError: the rest of the file cannot be read.
     """
-    shown = str(path)
+    shown, kind = str(path), file_type(path)
     try:
-        if file_type(path) in BINARY:
-            yield from _table(path, shown)
-        else:
-            yield from _decoded(path, encoding or _detected(path), shown)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise StageError(f"`{path}` is not a complete .gz file ({error}); compress it again") from None
+        refuse_pointer(path)
+        if how.key is not None and kind not in JSON:
+            raise StageError(f"`rows: {how.key}` names a key of a JSON file, and `{path}` is none; remove `rows:`")
+        if kind in BINARY:
+            yield from grouped(_table(path, shown))
+            return
+        encoding = how.encoding or detected(path)
+        try:
+            yield from _text_parts(path, encoding, how, told)
+        except UnicodeError:
+            raise StageError(undecodable(path, encoding)) from None
+    except DAMAGED as error:
+        raise StageError(_incomplete(path, error)) from None
     except OSError as error:
+        if path.suffix.lower() in COMPRESSED and error.errno is None:
+            raise StageError(_incomplete(path, error)) from None
         raise StageError(f"`{path}` cannot be read ({error.strerror or error})") from None
+
+
+def _incomplete(path: Path, error: Exception) -> str:
+    return f"`{path}` is not a complete {path.suffix.lower()} file ({error}); compress it again"
+
+
+def _text_parts(path: Path, encoding: str, how: HowToRead, told: Callable[[str], None]) -> Iterator[Part]:
+    shown, kind = str(path), file_type(path)
+    if kind in JSON:
+        file = JsonFile(shown, lambda: _opened(path, encoding), how.key, how.columns, told)
+        yield from file.parts(one_a_line=kind == ".jsonl")
+        return
+    with _opened(path, encoding, newline=None if kind == ".txt" else "") as text:
+        yield from grouped(_documents(text, shown) if kind == ".txt" else _csv(text, shown))
+
+
+def _opened(path: Path, encoding: str, newline: str | None = None) -> TextIO:
+    """The text of a file, without a byte order mark."""
+    for begin in (0, 1):
+        file = io.TextIOWrapper(open_bytes(path), encoding=encoding, newline=newline)
+        try:
+            if begin == 1 or file.read(1) == "\ufeff":  # a byte order mark is not text
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+    raise AssertionError
 
 
 def _table(path: Path, shown: str) -> Iterator[ReadRow]:
@@ -143,92 +222,12 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _bytes(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else open(path, "rb")
-
-
-def _decoded(path: Path, encoding: str, shown: str) -> Iterator[ReadRow]:
-    suffix = file_type(path)
-    newline = "" if suffix in (".csv", ".tsv") else None
-    try:
-        with io.TextIOWrapper(_bytes(path), encoding=encoding, newline=newline) as file:
-            if file.read(1) != "\ufeff":  # a byte order mark is not text
-                file.seek(0)
-            yield from _READERS[suffix](file, shown)
-    except UnicodeError:
-        raise StageError(_undecodable(path, encoding)) from None
-
-
 def _documents(file: TextIO, shown: str) -> Iterator[ReadRow]:
     """Documents are blocks of lines, separated by blank lines."""
     for filled, block in groupby(enumerate(file, 1), lambda numbered: bool(numbered[1].strip())):
         if filled:
             numbers, lines = zip(*block, strict=True)
             yield f"{shown}:{numbers[0]}", {"text": "".join(lines).strip()}
-
-
-def _json(file: TextIO, shown: str) -> Iterator[ReadRow]:
-    """The file is an array of objects, or has one object per line."""
-    text = file.read()
-    if text.lstrip()[:1] in ("{", ""):
-        yield from _lines(io.StringIO(text), shown)
-    else:
-        yield from _array(text, shown)
-
-
-def _array(text: str, shown: str) -> Iterator[ReadRow]:
-    try:
-        array = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise StageError(f"{shown}:{line}: not valid JSON ({_why(error)})") from None
-    if not isinstance(array, list):
-        raise StageError(f"`{shown}` holds {type_in_words(array)}, not an array of objects")
-    for number, value in enumerate(array, 1):
-        yield f"{shown}: row {number}", _object(value)
-
-
-def _jsonl(file: TextIO, shown: str) -> Iterator[ReadRow]:
-    """The file has one object per line; an array of objects, as in a .json file, is read too."""
-    start = [file.readline()]
-    while start[-1] and not start[-1].strip():
-        start.append(file.readline())
-    first = start[-1].strip()
-    if not first.startswith("["):
-        yield from _lines(chain(start, file), shown)
-        return
-    rest = file.read()
-    text = "".join(start) + rest
-    if rest.strip() and first.endswith("]"):  # a list on each line: every line is a bad row
-        yield from _lines(io.StringIO(text), shown)
-    else:
-        yield from _array(text, shown)
-
-
-def _lines(lines: Iterable[str], shown: str) -> Iterator[ReadRow]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{shown}:{number}", _parsed(line.rstrip())
-
-
-def _parsed(line: str) -> FileRow | RowError:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return RowError(f"not valid JSON ({_why(error)})")
-    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        return RowError("the row is a list of rows, not an object; write one row a line")
-    return _object(value)
-
-
-def _object(value: object) -> FileRow | RowError:
-    return value if isinstance(value, dict) else RowError(f"the row is {type_in_words(value)}, not an object")
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _csv(file: TextIO, shown: str) -> Iterator[ReadRow]:
@@ -273,64 +272,3 @@ def _records(lines: Iterable[str], delimiter: str, shown: str) -> Iterator[tuple
             return
         if any(field.strip() for field in record):
             yield place, record
-
-
-_READERS = {".txt": _documents, ".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}
-
-
-# Encodings
-
-
-def _detected(path: Path) -> str:
-    """The encoding of the file's first lines; UTF-8 when no encoding fits, so that reading reports the bad byte."""
-    with _bytes(path) as file:
-        sample = file.read(_SAMPLE)
-    if len(sample) == _SAMPLE:
-        sample = sample[: sample.rfind(b"\n") + 1] or sample
-    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    if _mostly_utf8(sample):
-        return "utf-8"
-    if _chinese(sample):
-        return "gb18030"
-    from charset_normalizer import from_bytes
-
-    best = from_bytes(sample, cp_isolation=list(_LIKELY)).best()
-    return best.encoding if best else "utf-8"
-
-
-def _mostly_utf8(sample: bytes) -> bool:
-    """Whether a sample is UTF-8; a few broken bytes are errors in the file, not a sign of another encoding."""
-    text = sample.decode("utf-8", "replace")
-    return text.count("\ufffd") * 10 <= len(text) - len(text.encode("ascii", "ignore"))
-
-
-def _chinese(sample: bytes) -> bool:
-    """Whether a sample decodes as GB18030, mostly to common characters: text in another encoding does not.
-
-    EUC-KR text is the exception, but nearly all of its characters are Hangul when it is decoded as EUC-KR.
-    """
-    try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(sample)
-    except UnicodeDecodeError:
-        return False
-    han = "".join(char for char in text if "一" <= char <= "鿿")
-    common = len(han.encode("gb2312", "ignore")) // 2
-    hangul = sum("가" <= char <= "힣" for char in sample.decode("euc_kr", "ignore"))
-    return common > 0.65 * sum(char > "\x7f" for char in text) and hangul < 0.9 * len(han)
-
-
-def _undecodable(path: Path, encoding: str) -> str:
-    """The message that names the first byte of the file that the encoding cannot decode, and its line."""
-    decoder, offset = codecs.getincrementaldecoder(encoding)(), 0
-    with _bytes(path) as file:
-        for number, line in enumerate(chain(file, [b""]), 1):
-            held = len(decoder.getstate()[0])
-            try:
-                decoder.decode(line, final=not line)
-            except UnicodeError as error:
-                byte = offset - held + getattr(error, "start", 0)  # UTF-16 without a byte order mark has no `start`
-                where = f"{path}:{number if line else number - 1}: byte {byte}"
-                return f"{where} of the file is not {encoding}; fix it, or name the encoding with `encoding:`"
-            offset += len(line)
-    return f"`{path}` is not {encoding}; name its encoding with `encoding:`"

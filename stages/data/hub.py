@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.data.files import FILE_TYPES, is_data
+from stages.data.compressed import COMPRESSED
+from stages.data.files import BINARY, FILE_TYPES, is_data, is_saved_metadata
 from stages.runtime.errors import StageError, nearest
 
 NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)@(?P<commit>[0-9a-f]{40})$")
@@ -42,10 +43,12 @@ def locate(path: str, subset: str | None, split: str, *, download: bool) -> list
     card = _snapshot(path, [CARD], download=download)
     prefix, declared = _declared(path, _configs(card), subset, split)
     asked = [form for pattern in declared or [] for form in (pattern, pattern.replace("**/", ""))]
-    by_type = [f"{prefix}*{file_type}{packed}" for file_type in FILE_TYPES for packed in ("", ".gz")]
+    packed = {kind: ("",) if kind in BINARY else ("", *COMPRESSED) for kind in FILE_TYPES}
+    by_type = [f"{prefix}*{kind}{suffix}" for kind, suffixes in packed.items() for suffix in suffixes]
     folder = _snapshot(path, asked or by_type, download=download)
     wanted = [_regex(pattern) for pattern in declared or [f"{prefix}**"]]
-    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if is_data(file))
+    files = (file for file in folder.rglob("*") if is_data(file) and not is_saved_metadata(file))
+    names = sorted(file.relative_to(folder).as_posix() for file in files)
     names = [name for name in names if any(pattern.fullmatch(name) for pattern in wanted)]
     if not names and not download:
         raise _not_fetched(path)
@@ -148,9 +151,12 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _of_split(path: str, names: Sequence[str], prefix: str, split: str) -> list[str]:
-    """The files of a split by their names; every file belongs to `train` when no name contains a split."""
+    """The files of a split by their names; every file belongs to `train` when no name contains a split.
+
+    `Dataset.save_to_disk` names its files `data-00000-of-00002.arrow`, and `data` is no split then.
+    """
     splits = {name: _split_of(name.removeprefix(prefix)) for name in names}
-    if not any(splits.values()):
+    if split not in splits.values() and not {*splits.values()} - {None, "data"}:
         splits = dict.fromkeys(names, "train")
     if split not in splits.values():
         raise StageError(

@@ -1,7 +1,7 @@
 """Data sets: the settings that describe one, the files that it names, and the rows that are read from them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 
 from stages.data import cleaning, formats, hub
 from stages.data.cleaning_steps import Steps
-from stages.data.files import FILE_TYPES, TABLES, ReadRow, did_you_mean, file_type, find_files, read_file
+from stages.data.files import FILE_TYPES, TABLES, HowToRead, did_you_mean, file_type, find_files, parts
 from stages.data.formats._message import KEYS, ROLES, MessageForm
 from stages.data.formats._values import MEDIA_COLUMNS, is_blank, listed
+from stages.data.json_rows import Part, ReadRow
 from stages.data.placeholders import Filler, placeholders
 from stages.data.row import FileRow, NotAnObject, PlacedRow, Row, RowError
 from stages.runtime.errors import StageError, nearest
@@ -32,6 +33,7 @@ _CAME_LATER: Mapping[str, Any] = {
     "message_keys": {},
     "turns": None,
     "fill": None,
+    "rows": None,
     "subset": None,
     "split": None,
     "clean": [],
@@ -63,6 +65,8 @@ class Source(BaseModel):
     turns: Literal["merge"] | None = None
     """`merge` joins messages of one role that follow each other, and keeps an assistant's first message out of the
     loss; without it such a row is bad."""
+    rows: str | None = None
+    """The key of the list of rows in a JSON file that is one object; needed only when several keys hold lists."""
     fill: dict[str, str] | None = None
     """Name → the text that replaces `{{name}}` in every text, such as `{name: 小医}`; `{}` keeps all placeholders."""
     subset: str | None = None
@@ -176,6 +180,8 @@ class Reading:
         self.problems: list[str] = []
         """What stops the run, one line each, complete after the last row: a missing column, more bad rows than
         `max_dropped` allows, a file that cannot be read to its end, placeholders."""
+        self.notes: list[str] = []
+        """What the reader of a plan should know of the files."""
         self.account = cleaning.Account()
         """What became of all rows, complete after the last row of `kept`."""
         self._form = source.message_form()
@@ -186,30 +192,62 @@ class Reading:
 
     def rows(self) -> Iterator[PlacedRow]:
         """Every good row, normalised, before cleaning. Raises nothing: see `problems` afterwards."""
-        normalise = self._normaliser()
-        stopped: list[str] = []
+        stopped = None
         try:
-            for place, row in self._file_rows():
-                self.read += 1
-                try:
-                    normalised = normalise(row)
-                except (RowError, RecursionError) as error:
-                    self.bad += 1
-                    if len(self.first_bad) < cleaning.SHOWN:
-                        text = error if isinstance(error, RowError) else "the row is nested too deeply"
-                        self.first_bad.append(f"{place}: {text}")
-                    continue
-                yield place, normalised
+            rows = (row for part in self.parts() for row in part.rows())
+            yield from self.good(islice(rows, self.source.max_samples))
         except StageError as error:
-            stopped = [str(error)]
-        if not self.read and not stopped:
-            stopped = [f"`{self.source.path}` holds no rows"]
+            stopped = str(error)
+        self.end(stopped)
+
+    def parts(self) -> Iterator[Part]:
+        """The rows of all files in parts, one file after the other. Raises StageError."""
+        source, files = self.source, data_files(self.source)
+        if source.format != "text" and (plain := [file for file in files if file_type(file) == ".txt"]):
+            raise StageError(
+                f"`{plain[0]}` is plain text, which has no {source.format} rows; use `format: text`"
+                + ("" if len(files) == 1 else ", or a pattern that excludes it")
+            )
+        needed = tuple(source.columns.get(name, name) for name in formats.module(source.format).NEEDED)
+        for file in files:
+            yield from parts(file, HowToRead(source.encoding, source.rows, needed), self.notes.append)
+
+    def good(self, rows: Iterable[ReadRow]) -> Iterator[PlacedRow]:
+        """The good rows among some, normalised; the bad ones are counted."""
+        normalise = self._normaliser()
+        for place, row in rows:
+            self.read += 1
+            try:
+                normalised = normalise(row)
+            except (RowError, RecursionError) as error:
+                self.bad += 1
+                if len(self.first_bad) < cleaning.SHOWN:
+                    text = error if isinstance(error, RowError) else "the row is nested too deeply"
+                    self.first_bad.append(f"{place}: {text}")
+                continue
+            yield place, normalised
+
+    def add(self, later: "Reading") -> None:
+        """Count what another reading found in rows of the same data set that follow those of this one."""
+        self.read += later.read
+        self.bad += later.bad
+        self.first_bad += later.first_bad[: cleaning.SHOWN - len(self.first_bad)]
+        self._columns.update(later._columns)
+        self._unread.update(later._unread)
+        self._form.unread.update(later._form.unread)
+        self._placeholders.update(later._placeholders)
+        self._filler.used |= later._filler.used
+
+    def end(self, stopped: str | None) -> None:
+        """Fill in `problems` after the last row; `stopped` is why the rest of the files could not be read."""
+        if not self.read and stopped is None:
+            stopped = f"`{self.source.path}` holds no rows"
         if self.bad > len(self.first_bad):
             more = self.bad - len(self.first_bad)
             self.first_bad[-1] += f" — and {more:,} more bad row{'s' if more > 1 else ''}"
         bad = self.first_bad if self._too_many_bad() else []
-        unfilled = [] if stopped else self._unfilled()
-        self.problems = self._missing_columns()[: cleaning.SHOWN] or bad + stopped + unfilled
+        rest = self._unfilled() if stopped is None else [stopped]
+        self.problems = self._missing_columns()[: cleaning.SHOWN] or bad + rest
 
     def kept(self, check_after: int | None = None) -> Iterator[PlacedRow]:
         """The good rows that `clean` keeps.
@@ -237,16 +275,6 @@ class Reading:
 
     def _too_many_bad(self) -> bool:
         return self.bad > self.source.max_dropped * self.read
-
-    def _file_rows(self) -> Iterator[ReadRow]:
-        """The rows of all files, one file after the other. Raises StageError."""
-        source, files = self.source, data_files(self.source)
-        if source.format != "text" and (plain := [file for file in files if file_type(file) == ".txt"]):
-            raise StageError(
-                f"`{plain[0]}` is plain text, which has no {source.format} rows; use `format: text`"
-                + ("" if len(files) == 1 else ", or a pattern that excludes it")
-            )
-        yield from islice((row for file in files for row in read_file(file, source.encoding)), source.max_samples)
 
     def _normaliser(self) -> Callable[[FileRow | RowError], Row]:
         """The function that normalises a row of the file, or raises RowError."""
@@ -317,7 +345,7 @@ class Reading:
         """A problem for each column that no row has; none when no row could be read."""
         source = self.source
         wanted = dict.fromkeys(formats.module(source.format).NEEDED)
-        if not source.max_samples or source.path.lower().removesuffix(".gz").endswith(TABLES):
+        if not source.max_samples or file_type(Path(source.path)) in TABLES:
             wanted |= dict.fromkeys(source.columns)  # in JSON the first rows may lack a rare column
         missing = [name for name in wanted if source.columns.get(name, name) not in self._columns]
         return [_no_column(source, name, list(self._columns)) for name in missing] if self._columns else []

@@ -13,6 +13,7 @@ from typing import Any
 from stages.chat.template import template_names
 from stages.chat.trial import Trial
 from stages.runtime.errors import Problem, StageError
+from stages.runtime.files import refuse_pointer
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
@@ -67,6 +68,18 @@ class Facts:
         """The number of experts of a mixture of experts; 0 for a dense model."""
         config = self.config.get("text_config") or self.config
         return max(int(config.get(name) or 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+    @property
+    def positions(self) -> int:
+        """The positions that the model was made for, in tokens; 0 if its config names no number."""
+        config = self.config.get("text_config") or self.config
+        return int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+
+    @property
+    def learned_positions(self) -> int:
+        """`positions` of a model that learned a vector for each of them; 0 for any other model."""
+        ends = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
+        return self.positions if any(name.endswith(ends) for name in self.weights) else 0
 
     def has_token(self, token: str) -> bool:
         """Whether the tokenizer knows a text as one token; True if the tokenizer is not known."""
@@ -156,8 +169,11 @@ def read_facts(folder: Path, source: str = "") -> Facts:
     """Read the facts of a model folder, without torch; `source` is its name in messages, the folder by default.
 
     Raises:
-        StageError: a file is missing or damaged, or the model needs code that transformers does not have.
+        StageError: a file is missing, damaged or a pointer of Git LFS, or the model needs code that transformers does
+            not have.
     """
+    for file in sorted((*folder.glob("*.json"), *folder.glob("*.jinja"))):
+        refuse_pointer(file)
     config = _json(
         folder / "config.json", f"the model folder `{folder}` has no config.json; it is not a transformers model"
     )
@@ -177,6 +193,7 @@ def read_facts(folder: Path, source: str = "") -> Facts:
     weights: dict[str, tuple[int, ...]] = {}
     stored = 0
     for shard in files:
+        refuse_pointer(shard)
         shapes, size = _header(shard)
         weights.update(shapes)
         stored += size

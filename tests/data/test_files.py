@@ -1,17 +1,22 @@
 """The files that a path names, and the rows of each type of file: folders, patterns, tables, .gz files, the Hub."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import shutil
+import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pyarrow
 import pytest
 from readings import problems, read_all
 
+from stages.data.compressed import COMPRESSED
 from stages.data.source import NotFetched, Source, data_files, rows_of
 from stages.runtime.errors import StageError
 
@@ -98,7 +103,10 @@ def test_plain_text_among_rows_is_not_passed_over():
 def test_a_pattern_that_matches_other_files():
     write("d/a.txt", "a")
     write("d/b.pdf", "b")
-    assert refusal("d/*") == "`d/b.pdf` must be a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file"
+    assert refusal("d/*") == (
+        "`d/b.pdf` must be a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file; "
+        "all but the last two may be compressed as .gz, .bz2, .xz, .zst or .zip"
+    )
 
 
 def test_a_path_that_is_empty():
@@ -127,12 +135,94 @@ def test_a_field_that_holds_the_separator():
     )
 
 
+def packed(content, suffix):
+    if suffix == ".zip":
+        held = io.BytesIO()
+        with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("inside", content)
+        return held.getvalue()
+    if suffix == ".zst":
+        return pyarrow.Codec("zstd").compress(content, asbytes=True)
+    return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(content)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("name", ["x.txt", "x.csv", "x.jsonl", "x.json"])
-def test_packed_files(name):
+def test_packed_files(name, suffix):
     rows = '{"text": "高血压"}\n'
     content = {"x.txt": "高血压", "x.csv": "text\n高血压\n", "x.jsonl": rows, "x.json": f"[{rows}]"}[name]
-    write(f"{name}.gz", gzip.compress(content.encode("gb18030")))
-    assert texts(f"{name}.gz") == ["高血压"]
+    write(f"{name}{suffix}", packed(content.encode("gb18030"), suffix))
+    assert texts(f"{name}{suffix}") == ["高血压"]
+    write(f"{name}{suffix}", packed(b"\xef\xbb\xbf" + content.encode(), suffix))
+    assert texts(f"{name}{suffix}") == ["高血压"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_a_packed_file_that_is_damaged(suffix):
+    whole = packed(os.urandom(20_000), suffix)
+    write(f"x.txt{suffix}", whole[:-200])
+    start = f"`x.txt{suffix}` is not a complete {suffix} file ("
+    assert refusal(f"x.txt{suffix}", encoding="latin-1").startswith(start)
+    write(f"x.txt{suffix}", "plain")
+    assert refusal(f"x.txt{suffix}").startswith(start)
+    assert refusal(f"x.txt{suffix}").endswith("); compress it again")
+
+
+def test_a_zip_file_of_several_files():
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("a.jsonl", "")
+        archive.writestr("b.jsonl", "")
+    write("x.jsonl.zip", held.getvalue())
+    assert refusal("x.jsonl.zip") == ("`x.jsonl.zip` holds 2 files, and a .zip file is read if it holds one; unpack it")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.json", "x.jsonl", "x.csv", "x.parquet", "x.arrow", "x.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_no_data(name):
+    write(name, POINTER)
+    assert refusal(name, "text") == (f"`{name}` is a Git LFS pointer, not the file; run `git lfs pull` in its folder")
+
+
+# Data sets of `datasets` on the disk
+
+
+@pytest.fixture
+def saved():
+    """A folder as `Dataset.save_to_disk` writes it, with two .arrow files and what it keeps next to them."""
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["一", "二", "三"]}).save_to_disk("d", num_shards=2)
+    write("d/cache-1f.arrow", "not listed")
+    return Path("d")
+
+
+def test_a_data_set_that_was_saved_to_disk(saved):
+    assert texts("d") == ["一", "二", "三"]
+    assert {path.name for path in data_files(Source(path="d", format="text"))} == {
+        "data-00000-of-00002.arrow",
+        "data-00001-of-00002.arrow",
+    }
+
+
+def test_a_saved_data_set_that_is_not_whole(saved):
+    (saved / "data-00001-of-00002.arrow").unlink()
+    assert refusal("d") == (
+        "`d/data-00001-of-00002.arrow`, which `state.json` lists, does not exist; save the data set again"
+    )
+    write("d/state.json", "{}")
+    assert refusal("d") == "`d/state.json` does not list the data files; save the data set again, as .parquet"
+
+
+def test_saved_splits():
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_dict({"text": ["一"]})
+    DatasetDict({"train": rows, "test": rows}).save_to_disk("d")
+    assert refusal("d") == "`d` holds a data set for each split; name one of `d/test`, `d/train` as `path:`"
+    assert texts("d/train") == ["一"]
 
 
 def test_a_packed_file_that_is_cut_off():
@@ -241,6 +331,18 @@ def test_a_data_set_is_fetched_only_where_that_is_allowed(hub):
 def test_a_data_set_without_an_organisation(hub):
     remote("train.jsonl", data_set="wiki_qa")
     assert fetched(of("wiki_qa")) == ["train.jsonl"]
+
+
+def test_what_describes_a_data_set_is_not_read_as_its_rows(hub, saved):
+    shutil.copytree(saved, "remote/org/set")
+    (Path("remote/org/set") / "cache-1f.arrow").unlink()
+    assert fetched(of()) == ["一", "二", "三"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_packed_files_are_fetched(hub, suffix):
+    write(f"remote/org/set/train.jsonl{suffix}", packed(b'{"text": "a"}\n', suffix))
+    assert fetched(of()) == ["a"]
 
 
 SHARDS = [f"data/{split}-0000{n}-of-00002.jsonl" for split in ("train_sft", "train_gen", "test_sft") for n in (0, 1)]

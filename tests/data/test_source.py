@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 from readings import problems
 
-from stages.data import files
+from stages.data import encodings
 from stages.data import source as source_module
-from stages.data.files import read_file
+from stages.data.files import HowToRead, parts
 from stages.data.source import Reading, Source, rows_of
 from stages.runtime.errors import StageError
 
@@ -29,6 +29,11 @@ def write(name, content, encoding="utf-8"):
     data = content if isinstance(content, bytes) else content.encode(encoding)
     Path(name).write_bytes(data)
     return name
+
+
+def read_file(path, encoding=None):
+    found = parts(Path(path), HowToRead(encoding), [].append)
+    return [row for part in found for row in part.rows()]
 
 
 def of(path, kind="text", **more):
@@ -314,7 +319,7 @@ def test_too_many_bad_rows_stop_a_reading_at_its_end_or_earlier(check_after, kep
 
 def test_rows_are_as_the_file_has_them():
     path = write("x.jsonl", '\n{"ask": 1, "id": 7}\n[1]\n{"ask": 2}\n')
-    first, (place, error), last = read_file(Path(path), None)
+    first, (place, error), last = read_file(path)
     assert first == ("x.jsonl:2", {"ask": 1, "id": 7})
     assert (place, str(error)) == ("x.jsonl:3", "the row is a list, not an object")
     assert last == ("x.jsonl:4", {"ask": 2})
@@ -409,7 +414,7 @@ def test_wrong_settings(settings, message):
 
 def test_documents():
     path = write("x.txt", "\r\n  一\r\n  二\r\n \t\r\n\r\n三\u2028四\0")
-    assert list(read_file(Path(path), None)) == [
+    assert read_file(path) == [
         ("x.txt:2", {"text": "一\n  二"}),
         ("x.txt:6", {"text": "三\u2028四\0"}),
     ]
@@ -454,7 +459,7 @@ QUOTE = 'inside a quoted field write `"` as `""`'
         (
             "x.json",
             '[{"text": "a"},\n{"text" 1}]',
-            0,
+            1,
             f"x.json:2: {JSON} (Expecting ':' delimiter at column 9)",
         ),
         ("x.json", "7", 0, "`x.json` holds a number, not an array of objects"),
@@ -473,7 +478,13 @@ QUOTE = 'inside a quoted field write `"` as `""`'
         ),
         ("x.csv", 'text,n\na,1\nb,"2\nc,3\n', 2, f"x.csv:3: not valid CSV (unexpected end of data); {QUOTE}"),
         ("x.csv", 'text,"n\na,1\n', 0, f"x.csv:1: not valid CSV (unexpected end of data); {QUOTE}"),
-        ("x.yaml", "", 0, "`x.yaml` must be a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file"),
+        (
+            "x.yaml",
+            "",
+            0,
+            "`x.yaml` must be a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file; "
+            "all but the last two may be compressed as .gz, .bz2, .xz, .zst or .zip",
+        ),
     ],
 )
 def test_broken_files(name, content, count, message):
@@ -482,7 +493,7 @@ def test_broken_files(name, content, count, message):
 
 def test_csv():
     path = write("x.csv", ' text ,n\r\n"a, ""b""\r\nc",1\r\n\r\n,\r\nd\0,2\r\n')
-    assert list(read_file(Path(path), None)) == [
+    assert read_file(path) == [
         ("x.csv:2", {"text": 'a, "b"\r\nc', "n": "1"}),
         ("x.csv:6", {"text": "d\0", "n": "2"}),
     ]
@@ -598,7 +609,7 @@ def test_encodings_are_detected(name, text, encoding):
 
 
 def test_only_the_first_lines_decide(monkeypatch):
-    monkeypatch.setattr(files, "_SAMPLE", 100)
+    monkeypatch.setattr(encodings, "_SAMPLE", 100)
     path = write("x.jsonl", [{"text": CHINESE}] * 50, "gb18030")
     assert rows_of(of(path)) == [{"text": CHINESE}] * 50
     path = write("x.txt", CHINESE * 50, "gb18030")
@@ -633,7 +644,7 @@ def test_undecodable(content, encoding, where):
     path, message = write("x.txt", content), f"{where}; {FIX}"
     assert problems(of(path, encoding=encoding))[1] == [message]
     with pytest.raises(StageError) as error:
-        list(read_file(Path(path), encoding))
+        read_file(path, encoding)
     assert str(error.value) == message
 
 

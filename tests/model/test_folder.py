@@ -130,3 +130,16 @@ def test_an_index_that_names_no_files_is_refused(tiny, tmp_path, content):
     with pytest.raises(StageError) as caught:
         read_facts(folder)
     assert str(caught.value) == f"`{index}` names no weight files; fetch it again"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_of_the_model_is_refused(tiny, tmp_path, name):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (folder / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n", encoding="utf-8"
+    )
+    with pytest.raises(StageError) as caught:
+        read_facts(folder)
+    assert str(caught.value) == (
+        f"`{folder / name}` is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
+    )
