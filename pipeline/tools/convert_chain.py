@@ -6,19 +6,21 @@ command with another base model starts from that model, and a note names the lin
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_datasets import CommitOf, pinned
-from pipeline.tools.convert_parts import Book, Noted, Part
+from pipeline.tools.convert_parts import Book, Part, shown
 from stages import Model, find
 from stages.model.facts import HUB_NAME
 
 # An order of kinds: a stage is chained to an earlier one of a lower rank.
 RANK = {"pt": 0, "sft": 1, "reward": 2, "dpo": 2, "kto": 2, "merge": 3, "quantize": 4, "evaluate": 5, "chat": 5}
+# The order of a stage's settings: these first, these last.
+FIRST = ("use", "model", "compare", "data", "rows", "eval_data", "eval_size", "prompts", "template", "seed", "launch")
+LAST = ("lora", "trainer")
 # First parts of paths that look like names on the Hub and are folders.
 FOLDERS = (
     *(
@@ -66,7 +68,8 @@ class Chain:
             written |= {"compare": [start[1:] if start.startswith("$") else "base"]}
         elif start != (f"${default}" if default else self.model):
             written["model"] = start
-        self.stages[name] = written | part.settings
+        settings = written | part.settings
+        self.stages[name] = {word: settings[word] for word in sorted(settings, key=_order)}
         self.kinds[name], self.bases[name] = part.kind, base
         if part.leaves:
             self.outputs[os.path.normpath(part.leaves)] = name
@@ -188,26 +191,18 @@ def _shared(word: str, values: Mapping[str, Any], stages: dict[str, dict[str, An
     if len(different) > 1:
         for name, value in values.items():
             if value != unset:
-                stages[name] = _before(stages[name], word, value)
+                settings = {**stages[name], word: value}
+                stages[name] = {key: settings[key] for key in sorted(settings, key=_order)}
     return {}
 
 
-def _before(settings: dict[str, Any], word: str, value: Any) -> dict[str, Any]:
-    """The settings with one more, above `lora` and `trainer`."""
-    first = {name: item for name, item in settings.items() if name not in ("lora", "trainer")}
-    return {**first, word: value, **settings}
-
-
-def plain(value: Any) -> Any:
-    """A value without its comments."""
-    if isinstance(value, Noted):
-        return plain(value.value)
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+def _order(word: str) -> int:
+    """Where a setting is written in its stage; those that are not named here stay where they are, above `lora`."""
+    return FIRST.index(word) if word in FIRST else len(FIRST) + (LAST.index(word) + 1 if word in LAST else 0)
 
 
 def title(sources: Sequence[str]) -> str:
     """The sources in words, for the first line of the config."""
-    names = [re.sub(r"\s+", " ", source)[:60] for source in sources]
-    return ", ".join(Path(name).name if "/" in name and " " not in name else name for name in names[:6])
+    names = [" ".join(source.split()) for source in sources]
+    short = [Path(name).name if " " not in name else shown(name) for name in names]
+    return ", ".join([*short[:6], *(["…"] if short[6:] else [])])

@@ -12,6 +12,7 @@ from pipeline.tools.convert_llamafactory_arguments import EARLIER, KNOWN
 from pipeline.tools.convert_llamafactory_settings import DEFAULT, Settings
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
 from pipeline.tools.convert_templates import chat_template
+from pipeline.tools.convert_trainer import adapter
 
 STAGES = {"pt": "pt", "sft": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 CHAT = ("chat", "api", "webchat", "webui")
@@ -157,16 +158,10 @@ class Command:
         alpha = take.take("lora_alpha", 2 * rank)
         if method != "lora":
             self._note("not supported", "finetuning_type", f"`{method}` is not supported; LoRA is written instead")
-        settings["lora"] = {"r": rank, "lora_alpha": alpha}
-        for name, word in (("lora_dropout", "lora_dropout"), ("use_rslora", "use_rslora"), ("use_dora", "use_dora")):
-            value = take.take(name)
-            if value is not None and not is_off(value):
-                settings["lora"][word] = value
-        targets = take.words("lora_target")
-        if targets and targets != ["all"]:
-            settings["lora"]["target_modules"] = targets
-        if extra := take.words("additional_target"):
-            settings["lora"]["modules_to_save"] = extra
+        flags = {name: take.take(name) for name in ("use_rslora", "use_dora")}
+        dropout, targets = take.take("lora_dropout", 0), take.words("lora_target")
+        saved = take.words("additional_target")
+        settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved, **flags)
         if self.part.adapters and not fresh:
             text = "LLaMA-Factory goes on with the adapter; here the adapter is folded in, and a new one is trained"
             if self.part.kind in ("dpo", "kto"):

@@ -32,15 +32,11 @@ class Settings:
         trainer.default("learning_rate", 5e-5, DEFAULT)
         self._packing()
         self._precision()
-        warmup = take.take("warmup_ratio")
-        if warmup is not None and not is_off(warmup) and not trainer.has("warmup_steps"):
-            trainer.set("warmup_steps", warmup, "warmup_ratio")
+        trainer.shared(part.kind)
         if take.flag("disable_gradient_checkpointing"):
             trainer.set("gradient_checkpointing", False, "disable_gradient_checkpointing")
         if take.flag("disable_shuffling"):
             trainer.set("train_sampling_strategy", "sequential", "disable_shuffling")
-        if take.flag("group_by_length"):
-            self._by_length()
         attention = str(take.take("flash_attn", "auto")).lower()
         if attention in ATTENTION:
             trainer.model("attn_implementation", ATTENTION[attention])
@@ -53,22 +49,12 @@ class Settings:
         self._trackers()
         trainer.finish(part)
 
-    def _by_length(self) -> None:
-        if self.part.kind in ("pt", "sft"):
-            self.trainer.set("train_sampling_strategy", "group_by_length", "group_by_length")
-        else:
-            self._note(
-                "not supported", "group_by_length", f"`group_by_length`: `{self.part.kind}` cannot sort by length"
-            )
-
     def _packing(self) -> None:
         take, kind, trainer = self.arguments, self.part.kind, self.trainer
         neat, packing = take.flag("neat_packing"), take.take("packing")
         if kind == "pt":
             packs = packing is None or not is_off(packing)
             trainer.set("packing", packs, "" if packing is not None else DEFAULT)
-            if packs:
-                trainer.set("packing_strategy", "wrapped", "texts run into one another, as there")
         elif kind == "sft" and (neat or not is_off(packing)):
             trainer.set("packing", True, "neat_packing" if neat else "")
             if not neat:
@@ -139,10 +125,8 @@ class Settings:
 
     def _trackers(self) -> None:
         take, trainer = self.arguments, self.trainer
-        trackers = [word for word in take.words("report_to") if word.lower() not in ("none", "null")]
-        trackers += ["swanlab"] if take.flag("use_swanlab") and "swanlab" not in trackers else []
-        if trackers:
-            trainer.set("report_to", trackers[0] if len(trackers) == 1 else trackers)
+        if take.flag("use_swanlab"):
+            trainer.report_to(["swanlab"])
         metric = take.take("metric_for_best_model")
         if metric is not None:
             accuracy = "rewards/accuracies" if self.part.kind in ("dpo", "reward") else "mean_token_accuracy"

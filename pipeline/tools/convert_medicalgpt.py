@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_datasets import CommitOf, declare, pinned
-from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name, is_off
+from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name
 from pipeline.tools.convert_templates import chat_template
-from pipeline.tools.convert_trainer import Trainer
+from pipeline.tools.convert_trainer import Trainer, adapter
 
 DEFAULT = "the default there"
 KINDS = ("pt", "sft", "dpo", "reward")
@@ -180,10 +180,7 @@ def _adapter(take: Arguments, part: Part) -> None:
     targets, saved = take.words("target_modules"), take.words("modules_to_save")
     if not wanted:
         return
-    lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha}
-    lora |= {"lora_dropout": dropout} if not is_off(dropout) else {}
-    lora |= {"target_modules": targets} if targets and targets != ["all"] else {}
-    part.settings["lora"] = lora | ({"modules_to_save": saved} if saved else {})
+    part.settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved)
 
 
 def _trainer(take: Arguments, part: Part, book: Book) -> None:
@@ -195,22 +192,14 @@ def _trainer(take: Arguments, part: Part, book: Book) -> None:
     for name, value in DEFAULTS[part.kind].items():
         trainer.default(name, value, DEFAULT)
     if part.kind == "pt":
-        packs = take.flag("packing", True)
-        trainer.set("packing", packs)
-        if packs:
-            trainer.set("packing_strategy", "wrapped", "texts run into one another, as there")
+        trainer.set("packing", take.flag("packing", True))
     if take.flag("flash_attn"):
         trainer.model("attn_implementation", "flash_attention_2")
     dtype = take.take("torch_dtype")
     if dtype not in (None, "auto"):
         trainer.model("dtype", str(dtype))
     if "bf16" not in trainer.found and "fp16" not in trainer.found:
-        trainer.set("bf16", False, DEFAULT)
-    warmup = take.take("warmup_ratio")
-    if warmup is not None and not is_off(warmup):
-        trainer.set("warmup_steps", warmup, "warmup_ratio")
-    trackers = [word for word in take.words("report_to") if word.lower() not in ("none", "null")]
-    if trackers:
-        trainer.set("report_to", trackers[0] if len(trackers) == 1 else trackers)
+        trainer.set("fp16" if part.kind == "dpo" else "bf16", part.kind == "dpo", DEFAULT)
+    trainer.shared(part.kind)
     take.left.pop("do_train", None)
     trainer.finish(part)

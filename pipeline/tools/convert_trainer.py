@@ -1,12 +1,13 @@
 """`trainer:` of a stage: settings of TRL, checked against the installed version before they are written."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline.config import settings
 from pipeline.tools.convert_parts import Arguments, Book, Kind, Noted, Part, is_off, shown
 from stages import find
 
+EVERY = (["all"], ["all-linear"])  # how programs say that every linear layer gets an adapter
 POINTLESS = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end")
 BOOLEANS: Mapping[str, bool] = {
     **dict.fromkeys(("yes", "on", "true"), True),
@@ -61,6 +62,30 @@ class Trainer:
                 value, place = self.arguments.take(name), given.place
                 self.set(word, _typed(known[word], value), name if word != name else "", place)
 
+    def shared(self, kind: str) -> None:
+        """Take what transformers' Trainer called otherwise in earlier versions, and the trackers."""
+        take = self.arguments
+        warmup = take.take("warmup_ratio")
+        if warmup is not None and not is_off(warmup) and not self.has("warmup_steps"):
+            self.set("warmup_steps", warmup, "warmup_ratio")
+        if take.flag("group_by_length"):
+            if kind in ("pt", "sft"):
+                self.set("train_sampling_strategy", "group_by_length", "group_by_length")
+            else:
+                text = f"`group_by_length`: `{kind}` cannot sort rows by length"
+                self.book.note("not supported", take.place("group_by_length"), text)
+        trackers = [word for word in take.words("report_to") if word.lower() not in ("none", "null")]
+        self.report_to(trackers)
+        if kind == "pt" and "packing_strategy" not in self.found and self.has("packing"):
+            self.set("packing_strategy", "wrapped", "texts run into one another, as there")
+
+    def report_to(self, trackers: list[str]) -> None:
+        """Add trackers to those that are set."""
+        set_ = self.found.get("report_to", [])
+        every = list(dict.fromkeys([*(set_ if isinstance(set_, list) else [set_]), *trackers]))
+        if every:
+            self.set("report_to", every[0] if len(every) == 1 else every)
+
     def finish(self, part: Part) -> None:
         """Check every setting, note what does not fit, and put the rest into the part."""
         reference = find(part.kind).settings["trainer"]
@@ -87,6 +112,17 @@ class Trainer:
         """transformers evaluates every `logging_steps`, 500 by default, where TRL logs every 10."""
         if self.found.get("eval_strategy") == "steps" and "eval_steps" not in self.found:
             self.default("logging_steps", 500, "the default there")
+
+
+def adapter(
+    rank: Any, alpha: Any, *, dropout: Any = 0, targets: Sequence[str] = (), saved: Sequence[str] = (), **flags: Any
+) -> dict[str, Any]:
+    """`lora:`. `targets` that mean every linear layer are the default here; `flags` are written where they are on."""
+    lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha}
+    lora |= {} if is_off(dropout) else {"lora_dropout": dropout}
+    lora |= {"target_modules": list(targets)} if targets and list(targets) not in EVERY else {}
+    lora |= {"modules_to_save": list(saved)} if saved else {}
+    return lora | {name: True for name, on in flags.items() if not is_off(on)}
 
 
 def _typed(setting: settings.Setting, value: Any) -> Any:

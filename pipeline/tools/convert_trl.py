@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.tools.convert_datasets import FORMATS, CommitOf, declare, pinned
 from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name, is_off, shown
-from pipeline.tools.convert_trainer import Trainer
+from pipeline.tools.convert_trainer import Trainer, adapter
 
 VERBS = {"sft": "sft", "cpt": "pt", "dpo": "dpo", "kto": "kto", "reward": "reward"}
 DEFAULT = "the default there"
@@ -228,12 +228,8 @@ def _adapter(take: Arguments, part: Part) -> None:
     flags = {name: take.flag(name) for name in ("use_rslora", "use_dora")}
     if not (wanted or (quantized and rank)):
         return
-    lora: dict[str, Any] = {"r": 16 if rank is None else rank, "lora_alpha": 32 if alpha is None else alpha}
-    lora |= {"lora_dropout": dropout} if not is_off(dropout) else {}
-    if targets and targets not in (["all-linear"], ["all"]):
-        lora["target_modules"] = targets
-    lora |= {"modules_to_save": saved} if saved else {}
-    part.settings["lora"] = lora | {name: True for name, on in flags.items() if on}
+    rank, alpha = 16 if rank is None else rank, 32 if alpha is None else alpha
+    part.settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved, **flags)
 
 
 def _trainer(take: Arguments, part: Part, book: Book) -> None:
@@ -250,17 +246,10 @@ def _trainer(take: Arguments, part: Part, book: Book) -> None:
         trainer.model("attn_implementation", str(attention))
     if take.flag("use_liger_kernel"):
         trainer.model("use_kernels", True)
-    warmup = take.take("warmup_ratio")
-    if warmup is not None and not is_off(warmup) and not trainer.has("warmup_steps"):
-        trainer.set("warmup_steps", warmup, "warmup_ratio")
-    if take.flag("group_by_length") and part.kind in ("pt", "sft"):
-        trainer.set("train_sampling_strategy", "group_by_length", "group_by_length")
+    trainer.shared(part.kind)
     alpha = take.take("rpo_alpha")
     if alpha is not None:
         trainer.set("loss_type", ["sigmoid", "sft"], "rpo_alpha")
         trainer.set("loss_weights", [1, alpha])
-    trackers = [word for word in take.words("report_to") if word.lower() not in ("none", "null")]
-    if trackers:
-        trainer.set("report_to", trackers[0] if len(trackers) == 1 else trackers)
     take.left.pop("do_train", None)
     trainer.finish(part)

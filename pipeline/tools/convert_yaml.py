@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config.document import parse
 from pipeline.tools.convert_parts import Noted
 
-WIDTH = 116
+WIDTH = 119
 COLUMN = 46  # where comments begin, if the line is short enough
 PLAIN = re.compile(r"[\w./@$*~+][\w./@$*~+ -]*(?<! )\Z")
 BLOCKS = ("trainer", "data", "stages")  # mappings that have a line for each key
@@ -32,8 +32,9 @@ def document(root: Mapping[str, Any], head: list[str]) -> str:
 
 
 def _comment(text: str) -> list[str]:
-    marks = {"initial_indent": "# ", "subsequent_indent": "#   "}
-    return wrap(text, WIDTH, break_on_hyphens=False, break_long_words=False, **marks)
+    return wrap(
+        text, WIDTH, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _entry(key: str, value: Any, indent: str) -> list[str]:
