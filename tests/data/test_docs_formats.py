@@ -87,7 +87,9 @@ def shown(row):
 def said(message):
     calls = (call["function"] for call in message.get("tool_calls", ()))
     calls = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls]
-    return f"{message['role']}: " + " ".join([message["content"]] * bool(message["content"]) + calls)
+    thought = [f"({message['reasoning_content']})"] if "reasoning_content" in message else []
+    words = [*thought, *[message["content"]] * bool(message["content"]), *calls]
+    return f"{message['role']}: {' '.join(words)}" + " (weight 0)" * ("weight" in message)
 
 
 def content(cell, encoding="utf-8"):

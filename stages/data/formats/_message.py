@@ -93,9 +93,8 @@ class _Extra:
         if media := [name for name in _MEDIA_KEYS if name in rest]:
             raise RowError(f"{self.name} has `{media[0]}`; only text can be trained on")
         if "train_detail" in rest:
-            raise RowError(
-                f"{self.name} has `train_detail`; a message is trained on as a whole, or not with `train`: false"
-            )
+            whole = "a message is trained on as a whole, or kept out of the loss with `train`: false"
+            raise RowError(f"{self.name} has `train_detail`; {whole}")
         self.form.unread.update(dict.fromkeys(key for key in self.more if key in rest))
 
 
@@ -139,7 +138,7 @@ def _thought(message: Message, first: str, extra: _Extra) -> str:
     if not found:
         return ""
     if message["role"] != "assistant":
-        raise RowError(f"{extra.name} is a thought of the {message['role']}; only the assistant thinks")
+        raise RowError(f"{extra.name} has a thought and is from the {message['role']}; only the assistant thinks")
     inside = thought_in(message["content"])
     different = set(found.values()) | ({inside} if inside is not None else set())
     if len(different) > 1:
@@ -158,7 +157,8 @@ def _weight(role: str, extra: _Extra) -> dict[str, int]:
             must = "it must be 1 or true for a message to train on, 0 or false for another"
             raise RowError(f"{extra.name} has `{key}` {shown}; {must}")
         if weight and role != "assistant":
-            raise RowError(f"{extra.name} from the {role} has `{key}` {value}; only the assistant's are trained on")
+            only = "only the assistant's messages are trained on"
+            raise RowError(f"{extra.name} is from the {role} and has `{key}` {value}; {only}")
         weights[weight] = key
     if len(weights) > 1:
         raise RowError(f"{extra.name} has `{weights[1]}` for training on it and `{weights[0]}` against it; keep one")
