@@ -1,6 +1,6 @@
 """Data in a plan: which files a source names, their hashes, and what a first look at their rows found."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pipeline.plan.fingerprint import digest
 from pipeline.plan.step import Plan, Step
 from pipeline.saves.content import ROWS, Inspection, Inspections
+from stages.chat.shapes import Shapes
 from stages.data.mixture import Mixture
 from stages.data.source import NotFetched, Source, data_files, file_types, is_on_hub
 from stages.runtime.errors import StageError
@@ -35,8 +36,8 @@ class DataSets:
     def __init__(self, plan: Plan, *, fetch: bool) -> None:
         self.plan, self.fetch = plan, fetch
         self.inspections = Inspections(plan.saves / ROWS)
-        self.with_tools: set[str] = set()
-        """Names of data sets that hold tools or their calls."""
+        self.shapes: dict[str, Shapes] = {}
+        """Name of a data set that could be read → the shapes of its conversations."""
         self.made: dict[str, Step] = {}
         """`$stage` → the step that leaves rows."""
         self._found: dict[tuple[str, str | None, str | None], tuple[list[Path], StageError | None]] = {}
@@ -75,18 +76,23 @@ class DataSets:
             self.plan.notes += [note] if note not in self.plan.notes else []
             return
         known = self.digest(source)
-        inspection = Inspection(0, 0, [], False, [str(missing)])
+        inspection = Inspection(0, 0, [], [str(missing)])
         if known is not None:
             inspection = self.inspections.of(source, known, file_types(files))
-        if inspection.tools:
-            self.with_tools.add(names[0])
+        self.shapes[names[0]] = Shapes(inspection.shapes)
         if inspection.bad and not inspection.problems:
             note = f"data `{names[0]}`: {inspection.bad:,} of {inspection.rows:,} rows are bad and skipped"
             self.plan.notes.append(f"{note}: {'; '.join(inspection.first)}")
-        self.plan.notes += [f"data `{names[0]}`: {clause}" for clause in inspection.unread]
+        self.plan.notes += [f"data `{names[0]}`: {clause}" for clause in (*inspection.notes, *inspection.unread)]
         self.plan.rows.update(dict.fromkeys(names, inspection.rows))
         place = self.plan.pipeline.document.key_place(("data", names[0]))
         self.plan.problems += [f"{place}: data `{names[0]}`: {text}" for text in inspection.problems]
+
+    def keep_shapes(self, name: str, sources: Iterable[Source]) -> None:
+        """Let the rows that a stage leaves have the shapes of those that it reads."""
+        self.shapes[name] = Shapes()
+        for source in sources:
+            self.shapes[name].merge(self.shapes.get(self.names(source)[0], Shapes()))
 
     def content(self, value: Any) -> Any:
         """A value of JSON settings with every data set replaced by the hash of its content.

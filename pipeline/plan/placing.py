@@ -17,11 +17,12 @@ from pipeline.plan.fingerprint import digest, installed_versions, settings_of
 from pipeline.plan.history import History
 from pipeline.plan.models import Models, PlacedModel
 from pipeline.plan.step import Plan, Step, gate_verdicts
+from pipeline.plan.templates import Templates
 from pipeline.saves import artifact
 from pipeline.saves.content import HASHES, Hashes
 from pipeline.saves.links import belongs, same_file
 from stages import Scorer
-from stages.chat.trial import Trial
+from stages.chat.encoding import refused_rows, too_many
 from stages.data.source import ROWS_FILE
 from stages.model.device import gpus
 from stages.model.facts import Facts, Needs
@@ -127,7 +128,7 @@ class Placer:
         self.plan, self.fresh = plan, fresh
         self.rows_checked = set[str]()
         self.models = Models(plan.hashes, plan.notes, fetch=fetch)
-        self.data = DataSets(plan, fetch=fetch)
+        self.data, self.templates = DataSets(plan, fetch=fetch), Templates()
         self.history = History(plan, self.data)
 
     def place(self, entry: StageEntry) -> None:
@@ -274,12 +275,15 @@ class Placer:
         self.check_held_out(entry)
         self.check_unseen(entry)
         self.check_processes(entry)
-        self.check_tools(entry, start)
-        if entry.leaves_rows and any(self.data.names(source)[0] in self.data.with_tools for source in sources):
-            self.data.with_tools.add(f"${entry.name}")
+        if entry.leaves_rows:
+            self.data.keep_shapes(f"${entry.name}", sources)
         found = entry.stage.check(entry.config)
-        for model in [start] if start is not None else compared.values():
+        models = [start] if start is not None else list(compared.values())
+        for model in models:
             found = found + entry.stage.check_model(entry.config, model.facts)
+        if not any(setting in ("", "template") for setting, _ in found):
+            for model in models:
+                self.check_shapes(entry, model.facts)
         found = found + self.check_rows(entry, start, compared)
         for setting, text in found:
             self.problem(entry, setting, text)
@@ -295,16 +299,27 @@ class Placer:
         leaves = [entry.stage.facts(entry.config, models[name].facts) for name in names]
         return [problem for facts in leaves for problem in check_rows(facts)]
 
-    def check_tools(self, entry: StageEntry, start: PlacedModel | None) -> None:
-        """Rows with tools need a template that writes them."""
-        template = entry.template or (start.facts.template if start else None)
-        names = [self.data.names(source)[0] for source in sources_in(entry.config)]
-        with_tools = [name for name in names if name in self.data.with_tools]
-        if start is not None and template is not None and with_tools:
-            trial = Trial(template, start.facts.tokenizer, start.facts.has_token)
-            trouble = trial.refusal("T u acc t t a", answered=False)
-            if trouble is not None:
-                self.problem(entry, "template", f"data `{with_tools[0]}` holds tool calls, and {trouble}")
+    def check_shapes(self, entry: StageEntry, facts: Facts) -> None:
+        """The chat template must be usable for the rows; those that it is not usable for are bad ones."""
+        template = entry.template or facts.template
+        if template is None or not facts.known:
+            return
+        draw = entry.training.draw if entry.training is not None else None
+        sources = [*draw.sources, *draw.eval_data] if draw is not None else sources_in(entry.config)
+        for name, source in {self.data.names(source)[0]: source for source in sources}.items():
+            shapes = self.data.shapes.get(name)
+            if shapes is None:
+                continue
+            rows = self.plan.rows.get(name, shapes.rows)
+            allowed = source.max_dropped if name in self.plan.rows else 1.0  # which rows a stage leaves is not known
+            found = self.templates.refusals(template, facts, shapes, answered=draw is not None)
+            if found.marks is not None:
+                self.problem(entry, "template", found.marks)
+            text = refused_rows(found.rows, rows, allowed, found.why, data=name)
+            if too_many(found.rows, rows, allowed):
+                self.problem(entry, "template", text)
+            elif found.rows:
+                self.plan.notes.append(f"stage `{entry.name}`: {text}")
 
     def check_held_out(self, entry: StageEntry) -> None:
         """Rows must be left to train on, where their number is known."""

@@ -129,6 +129,27 @@ class Tokens:
         return asdict(self)
 
 
+def refused_rows(count: int, rows: int, allowed: float, why: Mapping[str, Sequence[str]], *, data: str = "") -> str:
+    """What becomes of rows that the template cannot be used for: of `rows`, a share `allowed` may be dropped.
+
+    Args:
+        why: reasons, and the places that each of them holds for.
+        data: the name of the data set, or empty for all data of a stage.
+    """
+    text = f"the chat template cannot be used for {count:,} of {rows:,} rows" + (f" of data `{data}`" if data else "")
+    found = reasons(why)
+    if not too_many(count, rows, allowed):
+        return f"{text}, which are dropped: {found}"
+    way = "" if "`template:" in found else "; choose another `template:`"
+    limit = f"which is more than `max_dropped` {allowed:g} of them" if count > allowed * rows else "so none is left"
+    return f"{text}, {limit}: {found}{way}"
+
+
+def too_many(count: int, rows: int, allowed: float) -> bool:
+    """Whether so many of the rows may not be dropped: more than the share `allowed`, or all of them."""
+    return count > allowed * rows or 0 < count == rows
+
+
 def reasons(why: Mapping[str, Sequence[str]]) -> str:
     """Reasons and the places that each of them holds for, as one clause."""
     return "; ".join(f"{', '.join(places)}: {reason}" for reason, places in why.items())

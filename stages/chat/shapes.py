@@ -3,7 +3,7 @@
 A data set has few shapes, so each of them can be tried with a template before the first stage starts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stages.data.row import Message, Messages, Row, Tools
@@ -16,7 +16,9 @@ one tool call, `cc` several, `0` it is not in the loss. A `T` before them stands
 CALLED = "probe_call"
 _LETTERS = {"system": "s", "user": "u", "tool": "t"}
 _TOOL = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
-_LONGEST = 12  # letters of a shape after which repeated turns are left out
+_LONGEST = 12  # messages of a conversation after which repeated turns are left out of its shape
+_MOST = 1000  # shapes of a data set that are counted; conversations with many tool calls can have more
+_NAMED = 3  # places of rows that are kept for a shape
 
 
 def in_loss(message: Message) -> bool:
@@ -34,13 +36,58 @@ def shape(messages: Iterable[Message], tools: Tools | None, *, last_only: bool =
     return ("T " if tools else "") + " ".join(codes)
 
 
-def shapes(row: Row) -> set[Shape]:
-    """The shapes of a row's conversations: one, or one for each answer of a pair; none for a text."""
+def shape_of_row(row: Row) -> str:
+    """The shapes of a row's conversations, joined by `|`: one, or two of a pair; empty for a text."""
+    if "text" in row:
+        return ""
     tools = row.get("tools")
     if "messages" in row:
-        return {shape(row["messages"], tools)}
+        return shape(row["messages"], tools)
     answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
-    return {shape(row["prompt"] + answer, tools, last_only=True) for answer in answers}
+    return "|".join(dict.fromkeys(shape(row["prompt"] + answer, tools, last_only=True) for answer in answers))
+
+
+class Shapes:
+    """The shapes of the rows of a data set: how many rows have each, and the places of the first ones."""
+
+    def __init__(self, known: Mapping[str, tuple[int, list[str]]] | None = None) -> None:
+        self._counts = {of_row: count for of_row, (count, _) in (known or {}).items()}
+        self._first = {of_row: first for of_row, (_, first) in (known or {}).items()}
+
+    def add(self, place: str, row: Row) -> None:
+        """Count a normalised row."""
+        of_row = shape_of_row(row)
+        if of_row in self._counts:
+            self._counts[of_row] += 1
+            if self._counts[of_row] <= _NAMED:
+                self._first[of_row].append(place)
+        elif of_row and len(self._counts) < _MOST:
+            self._counts[of_row], self._first[of_row] = 1, [place]
+
+    def merge(self, later: "Shapes") -> None:
+        """Count the rows that follow."""
+        for of_row, count in later._counts.items():
+            if of_row in self._counts or len(self._counts) < _MOST:
+                self._counts[of_row] = self._counts.get(of_row, 0) + count
+                self._first[of_row] = [*self._first.get(of_row, []), *later._first[of_row]][:_NAMED]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that were counted."""
+        return sum(self._counts.values())
+
+    def counted(self) -> Iterator[tuple[list[Shape], tuple[int, list[str]]]]:
+        """For each kind of row the shapes of its conversations, the number of rows, and the places of the first."""
+        for of_row, count in self._counts.items():
+            yield of_row.split("|"), (count, self._first[of_row])
+
+    def all(self) -> list[Shape]:
+        """Every shape of a conversation, once."""
+        return list(dict.fromkeys(found for of_row in self._counts for found in of_row.split("|")))
+
+    def as_json(self) -> dict[str, tuple[int, list[str]]]:
+        """What `Shapes` takes."""
+        return {of_row: (count, self._first[of_row]) for of_row, count in self._counts.items()}
 
 
 def _answer(message: Message) -> str:

@@ -66,14 +66,14 @@ def write(render: Render, find_marks: Marks, talk: Talk, *, last_only: bool = Fa
         text = _after_opened_thought(prompts[-1], messages, text)
     for number, prompt in zip(asked, prompts, strict=True):
         if not text.startswith(prompt):
-            raise Refused(_OTHER_PROMPT.format(number + 1) + (_GIVEN if number < asked[-1] else _OTHER))
+            raise Refused(_OTHER_PROMPT.format(number + 1) + (_GIVEN if number < asked[-1] else ""))
     marks, turns = find_marks(text), list[Turn]()
     limits = [*map(len, prompts[1:]), len(text)]
     before = 0
     for number, prompt, limit in zip(asked, prompts, limits, strict=True):
         while before < len(marks) and marks[before].end() <= len(prompt):
             before += 1
-        stop = _end_of_words(text, len(prompt), limit, messages[number], number)
+        stop = _end_of_words(text, len(prompt), limit, messages, number)
         if messages[number].get("tool_calls"):
             end = _end_of_calls(render, (messages[: number + 1], tools), text, stop, marks)
         else:
@@ -91,8 +91,8 @@ def _is_asked(messages: Messages, number: int, last_only: bool) -> bool:
 
 # Reasons
 
-_OTHER = "; choose another `template:`"
-_GIVEN = "; give that message `weight: 0`, so that only later answers are trained, or choose another `template:`"
+_GIVEN = "; give that message `weight: 0`, so that only later answers are trained"
+_IN_CONTENT = "; write it into `content`, as `<think>…</think>` before the words"
 _OTHER_PROMPT = "the prompt that the chat template writes for message {} is not how the whole conversation begins"
 NO_END = (
     "the chat template does not end the assistant's turn with a special token, so the model could not learn "
@@ -101,12 +101,12 @@ NO_END = (
 WITH_TOOLS = "choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
 _NO_THOUGHT = (
     "the chat template's prompt opens a thought with `<think>`, and the answer has none; write the thought before the "
-    "answer, as `<think>…</think>`, or choose another `template:`"
+    "answer, as `<think>…</think>`"
 )
 
 
 def _left_out(what: str, number: int) -> str:
-    return f"the chat template leaves out {what} of message {number + 1}, or changes them"
+    return f"the chat template leaves out or changes the {what} of message {number + 1}"
 
 
 # The words of an answer
@@ -121,16 +121,17 @@ def _thought_and_words(message: Message) -> tuple[str, str]:
     return (head.partition("<think>")[2] if "<think>" in head else head).strip(), words.strip()
 
 
-def _end_of_words(text: str, begin: int, limit: int, message: Message, number: int) -> int:
+def _end_of_words(text: str, begin: int, limit: int, messages: Messages, number: int) -> int:
     """The place in the text where the words of an answer end; it is somewhere between `begin` and `limit`."""
-    thought, words = _thought_and_words(message)
+    thought, words = _thought_and_words(messages[number])
     if thought:
         begin = text.find(thought, begin, limit) + len(thought)
         if begin < len(thought):
-            raise Refused(_left_out("the thought", number) + _GIVEN)
+            way = _IN_CONTENT if "reasoning_content" in messages[number] else ""
+            raise Refused(_left_out("thought", number) + (_GIVEN if number < len(messages) - 1 else way))
     found = text.find(words or "</think>", begin, limit) if thought or words else begin
     if found < 0:
-        raise Refused(_left_out("the words", number) + _OTHER)
+        raise Refused(_left_out("words", number))
     return found + len(words or "</think>" * bool(thought))
 
 
@@ -145,7 +146,7 @@ def _after_opened_thought(prompt: str, messages: Messages, text: str) -> str:
     thought, words = _thought_and_words(message)
     after = text.rpartition(words)[2] if words else ""
     if opened is None or message.get("tool_calls") or not after:
-        raise Refused(_OTHER_PROMPT.format(len(messages)) + _OTHER)
+        raise Refused(_OTHER_PROMPT.format(len(messages)))
     if not thought:
         raise Refused(_NO_THOUGHT)
     content = str(message["content"]).strip()
@@ -170,7 +171,9 @@ def _end_of_calls(render: Render, upto: Talk, text: str, begin: int, marks: Sequ
     turn = written[len(prompt) :]
     turn = turn if text.startswith(prompt + turn) else _EMPTY_THOUGHT.sub("", turn)
     if not written.startswith(prompt) or not text.startswith(prompt + turn):
-        raise Refused(_OTHER_PROMPT.format(number + 2) + _OTHER)
+        raise Refused(
+            f"the chat template writes message {number + 1} differently once the conversation goes on{_GIVEN}"
+        )
     for call in upto[0][-1]["tool_calls"]:
         if call["function"]["name"] not in turn:
             raise Refused(f"the chat template leaves out a tool call of message {number + 1}; {WITH_TOOLS}")
@@ -197,8 +200,8 @@ def try_shape(render: Render, find_marks: Marks, shape: Shape, *, answered: bool
     text = render(messages, tools, prompt=messages[-1]["role"] != "assistant")
     lost = list(dict.fromkeys(what for what, word in _words(messages, tools) if word not in text))
     if lost:
-        way = WITH_TOOLS if tools or any("tool" in what for what in lost) else _OTHER[2:]
-        raise Refused(f"the template does not write {', '.join(lost)}; {way}")
+        way = f"; {WITH_TOOLS}" if tools or any("tool" in what for what in lost) else ""
+        raise Refused(f"the template does not write {', '.join(lost)}{way}")
     return write(render, find_marks, (messages, tools)).text if answered else text
 
 

@@ -243,11 +243,8 @@ def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None) ->
     allowed = max(source.max_dropped for source in draw.sources)
     rows = total.rows + total.untrained
     every = rows + total.refused
-    if total.refused > allowed * every or (total.refused and not rows):
-        raise StageError(
-            f"the chat template cannot be used for {total.refused:,} of {every:,} rows, which is more than "
-            f"`max_dropped` {allowed:g} of them: {encoding.reasons(total.why)}"
-        )
+    if encoding.too_many(total.refused, every, allowed):
+        raise StageError(encoding.refused_rows(total.refused, every, allowed, total.why))
     if not total.rows:
         raise StageError(f"all {rows} rows lose their answer at `max_length` {max_length}; raise it")
     if total.untrained > allowed * rows:

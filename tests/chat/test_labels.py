@@ -339,8 +339,7 @@ WRONG = {
     ),
     "a start that changes": (
         "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
-        "the prompt that the chat template writes for message 4 is not how the whole conversation begins; choose "
-        "another `template:`",
+        "the prompt that the chat template writes for message 4 is not how the whole conversation begins",
     ),
     "a role it refuses": (
         "{{ raise_exception('no system prompt, please') }}",

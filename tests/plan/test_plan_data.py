@@ -125,41 +125,132 @@ def test_why_a_data_set_cannot_be_fetched(project, hub, monkeypatch):
 
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALLS = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-LOST = "the tools, tool calls, the arguments of tool calls"
+TOOLS = "choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
 CHAT = TOP.replace("path: consult.jsonl, format: alpaca", "path: chat.jsonl, format: messages")
 CHAT += "stages:\n  init: {architecture: bloom, data: consult}\n  sft: {data: consult}\n"
 
 
 @pytest.mark.parametrize(
-    ("row", "template", "refused"),
+    ("row", "template", "lost"),
     [
-        ({"messages": [ASK, ANSWER], "tools": [{"name": "f"}]}, "med", True),
-        ({"messages": [ASK, CALLS]}, "alpaca_zh", True),
-        ({"messages": [ASK, ANSWER, {"role": "tool", "content": "c"}, ANSWER]}, "plain", True),
-        ({"messages": [ASK, ANSWER], "tools": []}, "med", False),
-        ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "chatml", False),
-        ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "llama3", False),
-        ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "qwen", False),
+        ({"messages": [ASK, ANSWER], "tools": [{"name": "f"}]}, "med", "the tools"),
+        ({"messages": [ASK, CALLS]}, "alpaca_zh", "tool calls, the arguments of tool calls"),
+        (
+            {"messages": [ASK, CALLS], "tools": [{"name": "f"}]},
+            "plain",
+            "the tools, tool calls, the arguments of tool calls",
+        ),
+        ({"messages": [ASK, ANSWER], "tools": []}, "med", None),
+        ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "chatml", None),
+        ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "llama3", None),
+        ({"messages": [ASK, CALLS], "tools": [{"name": "f"}]}, "qwen", None),
     ],
 )
-def test_rows_with_tools_need_a_template_that_writes_them(project, row, template, refused):
+def test_rows_with_tools_need_a_template_that_writes_them(project, row, template, lost):
     project.write("chat.jsonl", json.dumps(row))
+    expected = [
+        "x.yaml:1:11: stage `sft`: the chat template cannot be used for 1 of 1 rows of data `consult`, which is "
+        f"more than `max_dropped` 0.01 of them: chat.jsonl:1: the template does not write {lost}; {TOOLS}"
+    ]
     for _ in range(2):  # the second time the rows are not read again
-        assert (
-            build(project, CHAT.replace("template: med", f"template: {template}")).problems
-            == [
-                f"x.yaml:1:11: stage `sft`: data `consult` holds tool calls, and the template does not write {LOST}; "
-                "choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
-            ]
-            * refused
-        )
+        assert build(project, CHAT.replace("template: med", f"template: {template}")).problems == expected * bool(lost)
 
 
-def test_a_template_that_raises_at_a_tool(project):
-    project.write("chat.jsonl", json.dumps({"messages": [ASK, CALLS]}))
-    own = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    project.write("own.jinja", own + "{{ m.content }}{{ eos_token }}{% endfor %}")
-    assert build(project, CHAT.replace("template: med", "template: own.jinja")).problems == [
-        "x.yaml:1:11: stage `sft`: data `consult` holds tool calls, and the template cannot render tool calls "
-        "(no tools); choose `template: chatml`, `llama3` or `qwen`, or remove rows with tools"
+# Rows that a template cannot be used for
+
+PLAIN = {"messages": [ASK, ANSWER]}
+WITH_SYSTEM = {"messages": [{"role": "system", "content": "c"}, ASK, ANSWER]}
+THOUGHT = {"role": "assistant", "content": "<think>\nd\n</think>\n\nb"}
+EARLIER = {"messages": [ASK, THOUGHT, ASK, THOUGHT]}
+# As Gemma's: a system turn is refused, and roles must alternate.
+NO_SYSTEM = (
+    "{%- for m in messages -%}{%- if m.role == 'system' -%}"
+    "{{ raise_exception('System role not supported') }}{%- endif -%}"
+    "{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else '\\n') }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
+)
+# As Qwen3's: only the answer after the last question keeps its thought.
+NO_EARLIER_THOUGHT = (
+    "{%- for m in messages -%}"
+    "{%- set words = m.content if loop.last else m.content.split('</think>')[-1].lstrip('\\n') -%}"
+    "{{ m.role + ': ' + words + (eos_token if m.role == 'assistant' else '\\n') }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
+)
+REFUSED = {
+    "a system turn": (
+        NO_SYSTEM,
+        WITH_SYSTEM,
+        "the chat template cannot render the roles system, user, assistant: System role not supported",
+    ),
+    "a thought in an earlier turn": (
+        NO_EARLIER_THOUGHT,
+        EARLIER,
+        "the chat template leaves out or changes the thought of message 2; give that message `weight: 0`, so that only "
+        "later answers are trained",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "row", "why"), REFUSED.values(), ids=REFUSED)
+def test_a_row_that_the_template_refuses_is_a_bad_row(project, template, row, why):
+    project.write("own.jinja", template)
+    text = CHAT.replace("template: med", "template: own.jinja")
+    project.write("chat.jsonl", "\n".join(map(json.dumps, [PLAIN, row, PLAIN, row])))
+    found = "stage `sft`: the chat template cannot be used for 2 of 4 rows of data `consult`, which"
+    places = f"chat.jsonl:2, chat.jsonl:4: {why}"
+    assert build(project, text).problems == [
+        f"x.yaml:1:11: {found} is more than `max_dropped` 0.01 of them: {places}; choose another `template:`"
+    ]
+    planned = build(project, text.replace("format: messages", "format: messages, max_dropped: 0.5"))
+    assert planned.problems == []
+    assert planned.notes == [f"{found} are dropped: {places}"]
+    project.write("chat.jsonl", json.dumps(row))
+    (problem,) = build(project, text.replace("format: messages", "format: messages, max_dropped: 1")).problems
+    assert f"cannot be used for 1 of 1 rows of data `consult`, so none is left: chat.jsonl:1: {why}; choose" in problem
+
+
+def test_rows_are_tried_with_the_template_of_their_stage_only(project):
+    """The tokenizer is trained on them too, without any template."""
+    project.write("own.jinja", NO_SYSTEM)
+    project.write("chat.jsonl", json.dumps(WITH_SYSTEM))
+    text = CHAT.replace(
+        "  sft: {data: consult}", "  sft: {data: consult, template: own.jinja}\n  again: {use: sft, data: consult}"
+    )
+    (problem,) = build(project, text).problems
+    assert problem.startswith("x.yaml:8:34: stage `sft`: the chat template cannot be used for 1 of 1 rows of data")
+
+
+def test_an_answer_that_is_not_trained_on_may_lose_its_thought(project):
+    project.write("own.jinja", NO_EARLIER_THOUGHT)
+    project.write("chat.jsonl", json.dumps({"messages": [ASK, {**THOUGHT, "weight": 0}, ASK, THOUGHT]}))
+    planned = build(project, CHAT.replace("template: med", "template: own.jinja"))
+    assert (planned.problems, planned.notes) == ([], [])
+
+
+def test_the_words_before_the_answers_of_a_pair_are_not_trained_on(project):
+    project.write("own.jinja", NO_EARLIER_THOUGHT)
+    pair = {"prompt": [ASK, THOUGHT, ASK], "chosen": [THOUGHT], "rejected": [ANSWER]}
+    project.write("prefer.jsonl", json.dumps(pair))
+    text = TOP.replace("template: med", "template: own.jinja")
+    text += "stages:\n  init: {architecture: bloom, data: books}\n  dpo: {data: prefer}\n"
+    assert build(project, text).problems == []
+
+
+MARK = "{%- if messages[0].role == 'system' -%}{{ '<|system|>' }}{%- endif -%}{#- <|end|> -#}"
+
+
+def test_a_token_counts_where_the_template_writes_it_for_the_rows(project):
+    """Neither in a comment nor in a branch that no row reaches."""
+    own = MARK + NO_EARLIER_THOUGHT
+    text = project.model(template=own).replace("template: med\n", "")
+    text = (
+        text.replace("path: consult.jsonl, format: alpaca", "path: chat.jsonl, format: messages")
+        + "  sft: {data: consult}\n"
+    )
+    project.write("chat.jsonl", json.dumps(PLAIN))
+    assert build(project, text).problems == []
+    project.write("chat.jsonl", json.dumps(WITH_SYSTEM))
+    assert build(project, text).problems == [
+        "x.yaml:7:3: stage `sft`: the template writes `<|system|>`, which the tokenizer of `m` does not know as one "
+        "token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token"
     ]
