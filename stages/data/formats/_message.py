@@ -52,8 +52,10 @@ def read_message(item: object, name: str, form: MessageForm) -> Message:
     usual = ("from", "value") if "from" in item else ("role", "content")
     role_key, content_key = form.keys.get("role", usual[0]), form.keys.get("content", usual[1])
     role = _role(item.get(role_key), role_key, name, form)
-    more = {key: value for key, value in item.items() if key not in (role_key, content_key) and not is_blank(value)}
     content = item.get(content_key)
+    if len(item) == 2 and isinstance(content, str) and role in ("system", "user", "assistant"):  # most messages
+        return {"role": role, "content": said(role, content, name, may_be_empty=role == "system")}
+    more = {key: value for key, value in item.items() if key not in (role_key, content_key) and not is_blank(value)}
     if role == "function_call":
         content, thought = split_call(content)
         held = Content("", thought, tuple(calls(content, name)))

@@ -88,7 +88,7 @@ def plain_message(role: str, value: object, name: str) -> Message:
 
 def with_thought(row: FileRow, answer: Message, column: str) -> Message:
     """The answer in a column with the thought in the row's `reasoning_content`, if it has one. Raises RowError."""
-    if is_blank(row.get("reasoning_content")):
+    if "reasoning_content" not in row or is_blank(row["reasoning_content"]):
         return answer
     if "reasoning_content" in answer or thought_in(answer["content"]) is not None:
         raise RowError(f"the row has two thoughts, in `{column}` and in `reasoning_content`; keep one")
@@ -108,21 +108,21 @@ def in_order(messages: Messages, name: str, last: str, form: MessageForm) -> Mes
     turns: Messages = []
     before = ""
     for number, message in enumerate(messages, 1):
-        where = f"message {number} of {name}"
-        if turns and _joins(turns[-1], message, where, form):
+        role = message["role"]
+        if turns and role == turns[-1]["role"] and _joins(turns[-1], message, f"message {number} of {name}", form):
             turns[-1] = _joined(turns[-1], message)
-        elif number == 1 and message["role"] == "system":
+        elif number == 1 and role == "system":
             turns.append(message)
             continue
-        elif form.merge and not before and message["role"] == "assistant":
+        elif form.merge and not before and role == "assistant":
             turns.append({**message, "weight": 0})
         else:
             following, rule = _FOLLOWING[before]
-            if message["role"] not in following:
-                hint = _hint(before, message, name, alone=len(messages) == 1 and last == "assistant")
-                raise RowError(f"{where} is from the {message['role']}, not the {following[0]}; {rule}{hint}")
+            if role not in following:
+                hint = _hint(before, role, name, alone=len(messages) == 1 and last == "assistant")
+                raise RowError(f"message {number} of {name} is from the {role}, not the {following[0]}; {rule}{hint}")
             turns.append(message)
-        before = "" if message["role"] == "system" else "call" if turns[-1].get("tool_calls") else message["role"]
+        before = "" if role == "system" else "call" if "tool_calls" in turns[-1] else role
     if turns[-1]["role"] not in ((last, "tool") if last == "user" else (last,)):
         add = "; add the answer, or remove the row" if last == "assistant" else ""
         raise RowError(f"{name} must end with a message from the {last}, not from the {turns[-1]['role']}{add}")
@@ -130,12 +130,12 @@ def in_order(messages: Messages, name: str, last: str, form: MessageForm) -> Mes
 
 
 def _joins(before: Message, message: Message, where: str, form: MessageForm) -> bool:
-    """Whether a message and the one before it are one turn.
+    """Whether a message and the one before it, of the same role, are one turn.
 
     Raises:
         RowError: all messages of one role are to be joined, and these cannot be.
     """
-    if before["role"] != message["role"] or message["role"] == "tool":
+    if message["role"] == "tool":
         return False
     only_calls = "tool_calls" in message and not message["content"]
     if "reasoning_content" in message:
@@ -157,13 +157,13 @@ def _joined(before: Message, message: Message) -> Message:
     return {**before, "content": words, **({"tool_calls": called} if called else {})}
 
 
-def _hint(before: str, message: Message, name: str, *, alone: bool) -> str:
+def _hint(before: str, role: str, name: str, *, alone: bool) -> str:
     """What makes a row readable whose message is out of order; empty where only the file can be changed."""
-    if not before and message["role"] == "assistant":
+    if not before and role == "assistant":
         if alone:
             return f"; for text without a question use `format: text` with `columns: {{text: {name.strip('`')}}}`"
         return "; with `turns: merge` it stays in the prompt, outside the loss"
-    is_same = message["role"] == {"call": "assistant"}.get(before, before)
+    is_same = role == {"call": "assistant"}.get(before, before)
     return "; `turns: merge` joins messages of one role" if is_same else ""
 
 
@@ -173,7 +173,9 @@ def up_to_trained(messages: Messages, name: str) -> Messages:
     Raises:
         RowError: no message is trained on.
     """
-    end = max((n for n, message in enumerate(messages, 1) if is_trained(message)), default=0)
+    end = len(messages)
+    while end and not is_trained(messages[end - 1]):
+        end -= 1
     if not end:
         raise RowError(f"every answer in {name} has the weight 0, so the row teaches nothing; remove the row")
     return messages[:end]
@@ -206,9 +208,12 @@ def with_context(row: FileRow, messages: Messages, form: MessageForm) -> Message
         if row.get(media):
             raise RowError(f"the row has `{media}`; only text can be trained on")
     system = optional(row.get("system"), "`system`")
+    history = _history(row.get("history"), form)
+    if not system and not history:
+        return messages
     parts = {
         "`system`": [{"role": "system", "content": system}] if system else [],
-        "`history`": _history(row.get("history"), form),
+        "`history`": history,
         "the first message": messages,
     }
     if len(prompts := [name for name, part in parts.items() if part and part[0]["role"] == "system"]) > 1:
@@ -230,7 +235,7 @@ def _history(value: object, form: MessageForm) -> Messages:
         return in_order(as_messages(value, "history", form), "`history`", "assistant", form)
     messages: Messages = []
     for number, pair in enumerate(value if isinstance(value, list) else [value], 1):
-        if isinstance(pair, list) and all(map(is_blank, pair)):
+        if isinstance(pair, list) and not any(pair):
             continue
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(f"`history` must be {_PAIRS}")

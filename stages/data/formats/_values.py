@@ -16,15 +16,20 @@ MEDIA_COLUMNS = ("images", "videos", "audios")
 
 def text(value: object, name: str) -> str:
     """The value, which must be text that is not blank; a list of one text is that text. Raises RowError."""
-    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
-        if len(value) > 1:
-            raise RowError(f"{name} is a list of {len(value)} texts; keep one, or write a row for each")
-        (value,) = value
-    if not isinstance(value, str):
-        raise RowError(f"{name} is {type_in_words(value)}; it must be text")
-    if not value.strip():
+    words = value if isinstance(value, str) else _only(value, name)
+    if not words.strip():
         raise RowError(f"{name} is empty; fill it in or remove the row")
-    return encodable(value, name)
+    return encodable(words, name)
+
+
+def _only(value: object, name: str) -> str:
+    """The text in a list of one text. Raises RowError."""
+    texts = value if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else []
+    if len(texts) > 1:
+        raise RowError(f"{name} is a list of {len(texts)} texts; keep one, or write a row for each")
+    if not texts:
+        raise RowError(f"{name} is {type_in_words(value)}; it must be text")
+    return str(texts[0])
 
 
 def optional(value: object, name: str) -> str:
@@ -60,7 +65,9 @@ def _refuse_constant(name: str) -> None:
 
 def is_blank(value: object) -> bool:
     """Whether a JSON value holds nothing: null, blank text, an empty list or an empty object."""
-    return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value in ([], {})
 
 
 def type_in_words(value: object) -> str:
