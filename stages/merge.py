@@ -87,7 +87,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     count = shards.write(source, lambda name, weight: chain.fold(names[name], weight), out, limit)
     chain.check_used()
     shutil.copy(base / "config.json", out)
-    for path in carried_files(Path(inputs.model[-1])):
+    for path in carried_files(*map(Path, inputs.model)):
         shutil.copy(path, out)
     metrics: dict[str, Any] = {
         "adapters": len(adapters),

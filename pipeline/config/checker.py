@@ -71,7 +71,7 @@ class Checker:
         for name, raw in written.items():
             self._read_stage(name, raw, template, launch)
         first = self.stages[0] if self.stages else None
-        if self.root.get("model") is not None and first is not None and first.start is None and first.leaves_model:
+        if self.root.get("model") is not None and first is not None and first.makes_model:
             text = f"`model` is not used: stage `{first.name}` makes a model; remove one of the two"
             problems.at_key(("model",), text)
         return Pipeline(self.path, problems.document, self.data, self.stages, root.get("question"), card)

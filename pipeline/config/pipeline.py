@@ -46,7 +46,10 @@ class Card(BaseModel):
 
 @dataclass(frozen=True)
 class StageEntry:
-    """A stage as the config has it. Models and rows are references: a folder, a Hub name, or `$stage`."""
+    """A stage as the config has it. Models and rows are references: a folder, a Hub name, or `$stage`.
+
+    A base with adapters on it is one reference; `chain_of` takes it apart.
+    """
 
     name: str
     use: str
@@ -66,6 +69,11 @@ class StageEntry:
     @property
     def leaves_model(self) -> bool:
         return isinstance(self.stage.leaves, Model)
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether it leaves a model that starts from no other model."""
+        return self.leaves_model and self.stage.setting(Role.START) is None
 
     @property
     def leaves_rows(self) -> bool:

@@ -196,15 +196,15 @@ class References:
             return f"`model` is `{settings.shown(model)}`; {what}"
         if model in above and not Path(model).exists():
             return f"`{model}` is not a folder; for the stage of that name write `model: ${model}`"
+        parts = chain_of(model)
+        if parts[1:] and (stage := next((part for part in parts if part.startswith("$")), None)):
+            return f"`{stage}` is in a list of folders; write `model: {stage}` alone, which has its adapters with it"
         if model.startswith("$"):
             name = model[1:]
             rows = name in self.above.leaving(self.stage, Rows)
             advice = "name it under `data`" if rows else "name another"
             text = self._not_above(name) or self._leaves_other(name, Model, "a model", advice)
             return None if text is None else f"stage `{self.stage}`: {text}"
-        parts = chain_of(model)
-        if stage := next((part for part in parts if part.startswith("$")), None):
-            return f"`{stage}` is in a list of folders; write `model: {stage}` alone, which has its adapters with it"
         return next((problem for part in parts if (problem := _unpinned(part)) is not None), None)
 
     def check_others(self, kind: Stage[Any], raw: Mapping[str, Any]) -> None:

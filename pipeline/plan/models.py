@@ -1,13 +1,14 @@
 """Models in a plan: a reference in, its folders, what identifies its content, and what is known of it out."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.plan.fingerprint import digest
 from pipeline.saves import artifact
 from pipeline.saves.content import Hashes
-from stages.model.facts import Facts, is_hub_name, locate_model, read_facts
+from stages.model.adapters import base_of, is_adapter, with_adapter
+from stages.model.facts import Facts, chain_of, is_hub_name, locate_model, read_facts
 from stages.runtime.errors import StageError
 
 KINDS = (".safetensors", ".json", ".jinja", ".model")  # files of a model folder that later stages read
@@ -43,22 +44,71 @@ class Models:
             self._bases[reference] = self._base(reference, report)
         return self._bases[reference]
 
-    def _base(self, model: str, report: Callable[[str], None]) -> PlacedModel | None:
-        """A model that no stage makes: a folder by the hashes of its files, a Hub model by its pinned revision."""
+    def _base(self, reference: str, report: Callable[[str], None]) -> PlacedModel | None:
+        """A model that no stage makes: a folder by the hashes of its files, a Hub model by its pinned revision.
+
+        With adapters on it, it is as an earlier stage would have left it.
+        """
         try:
-            folder = locate_model(model, download=self.fetch)
-            if folder is None:
-                self.notes.append(f"`{model}` is not on this machine; `run` fetches it, until then it is unchecked")
-                return PlacedModel([model], f"hub:{model}", Facts(f"`{model}`", {}, known=False))
-            facts = read_facts(folder, f"`{model}`")
+            parts = self._parts(chain_of(reference))
+            return self._placed(reference, parts)
         except StageError as error:
             report(str(error))
             return None
-        if is_hub_name(model):
-            return PlacedModel([str(folder)], f"hub:{model}", facts)
+
+    def _parts(self, names: Sequence[str]) -> dict[str, Path | None]:
+        """Name → folder of a base and of the adapters on it, in their order; None where it is not on this machine.
+
+        An adapter that comes first brings the model that it was trained on, which may have adapters itself.
+
+        Raises:
+            StageError: a folder cannot be found, or an adapter does not say what it was trained on.
+        """
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise StageError(f"`{twice}` is in the list twice; write it once")
+        found = {name: locate_model(name, download=self.fetch) for name in names}
+        first, folder = next(iter(found.items()))
+        while folder is not None and is_adapter(folder):
+            before = _recorded(folder) or [base_of(first, folder)]
+            if set(before) & found.keys():
+                raise StageError(f"the adapter `{first}` was trained on itself, as it says; name its base first")
+            found = {name: locate_model(name, download=self.fetch) for name in before} | found
+            first, folder = next(iter(found.items()))
+        return found
+
+    def _placed(self, reference: str, parts: Mapping[str, Path | None]) -> PlacedModel:
+        """
+        Raises:
+            StageError: a folder is damaged, or an adapter does not fit.
+        """
+        identities, content = list[str](), dict[str, str]()
+        for name, folder in parts.items():
+            files = {} if folder is None or is_hub_name(name) else self._content(folder)
+            content |= files
+            known = {Path(path).name: sha for path, sha in files.items()}
+            identities.append("folder:" + digest(known) if files else f"hub:{name}")
+        identity = identities[0] if len(parts) == 1 else "chain:" + digest(identities)
+        folders = [str(folder or name) for name, folder in parts.items()]
+        lacking = [name for name, folder in parts.items() if folder is None]
+        for name in lacking:
+            self.notes.append(f"`{name}` is not on this machine; `run` fetches it, until then it is unchecked")
+        if lacking:
+            return PlacedModel(folders, identity, Facts(f"`{reference}`", {}, known=False), content)
+        (base, folder), *adapters = ((name, Path(folder)) for name, folder in parts.items() if folder is not None)
+        facts = read_facts(folder, f"`{base}`")
+        for name, folder in adapters:
+            facts = with_adapter(facts, name, folder)
+        return PlacedModel(folders, identity, replace(facts, source=f"`{reference}`"), content)
+
+    def _content(self, folder: Path) -> dict[str, str]:
+        """Path → sha256 of the files of a folder that stages read."""
         files = sorted(
             path for path in folder.iterdir() if path.suffix in KINDS and path.name not in artifact.NOT_CONTENT
         )
-        content = dict(zip(map(str, files), self.hashes.of(files), strict=True))
-        identity = "folder:" + digest({Path(path).name: known for path, known in content.items()})
-        return PlacedModel([str(folder)], identity, facts, content)
+        return dict(zip(map(str, files), self.hashes.of(files), strict=True))
+
+
+def _recorded(folder: Path) -> list[str]:
+    """The folders below an adapter that a stage has left, as its record names them; empty if they are not there."""
+    folders = list((artifact.read(folder) or {}).get("model") or [])[:-1]
+    return folders if all(Path(name).is_dir() for name in folders) else []

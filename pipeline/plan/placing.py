@@ -183,6 +183,11 @@ class Placer:
     ) -> dict[str, PlacedModel]:
         """Models by name; models that could not be resolved are skipped, the problem is already reported."""
         found = {name: self.find(entry, setting or name, reference) for name, reference in references.items()}
+        for name, model in found.items() if setting is None else ():
+            if model is not None and len(model.folders) > 1:
+                text = f"{model.facts.source} is a LoRA adapter, and `{name}` is a whole model; merge it and name that"
+                self.problem(entry, name, text)
+                found[name] = None
         return {name: model for name, model in found.items() if model is not None}
 
     def inputs(

@@ -13,7 +13,7 @@ from pipeline import secret
 from pipeline.config.pipeline import Card
 from pipeline.plan.datasets import sources_in
 from stages.data.source import Source, is_on_hub
-from stages.model.facts import is_hub_name
+from stages.model.facts import chain_of, is_hub_name
 from stages.runtime.figures import count, number
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def _license_of_base(first: FinishedStep) -> dict[str, str]:
 
 
 def _hub_name(first: FinishedStep) -> str | None:
-    start = first.step.entry.start
-    return start.partition("@")[0] if start is not None and is_hub_name(start) else None
+    start = chain_of(first.step.entry.start or "")[0]
+    return start.partition("@")[0] if is_hub_name(start) else None
 
 
 def _base(first: FinishedStep) -> str:
@@ -162,8 +162,10 @@ def _base(first: FinishedStep) -> str:
     start = first.step.entry.start
     if start is None:
         return "A model that starts from random weights"
-    name, _, commit = start.partition("@")
-    return f"`{name}` at commit `{commit}`" if is_hub_name(start) else f"The model `{_shown(start)}`"
+    base, *adapters = chain_of(start)
+    name, _, commit = base.partition("@")
+    text = f"`{name}` at commit `{commit}`" if is_hub_name(base) else f"The model `{_shown(base)}`"
+    return text + "".join(f" with the adapter `{_shown(adapter)}`" for adapter in adapters)
 
 
 def _shown(path: str) -> str:

@@ -125,7 +125,28 @@ def chain_of(reference: str) -> list[str]:
 
 def is_hub_name(model: str) -> bool:
     """Whether this is `org/name` or `org/name@revision`, and not a folder on this machine."""
-    return bool(HUB_NAME.match(model)) and not Path(model).exists()
+    return bool(HUB_NAME.match(model)) and Path(model).suffix not in FILES and not Path(model).exists()
+
+
+FILES = {
+    ".safetensors": "holds weights alone, and a model is a folder: weights, config.json and tokenizer.json",
+    ".gguf": "is a model of llama.cpp, which cannot be trained; a model is a folder with .safetensors weights",
+    **dict.fromkeys(
+        (".bin", ".pt", ".pth", ".ckpt"),
+        "is a pickle, which can run code; a model is a folder with .safetensors weights",
+    ),
+}
+"""Files that are named as models, by their suffix: what is wrong with that."""
+
+
+def _no_folder(model: str) -> str:
+    """What is wrong with a model that is no folder, and what to write."""
+    path = Path(model)
+    if not path.is_file():
+        return f"the model folder `{model}` does not exist; name a folder or a Hub model as `org/name@commit`"
+    what = FILES.get(path.suffix.lower(), "is a file, and a model is a folder")
+    whole = (path.parent / "config.json").is_file() and path.suffix == ".safetensors"
+    return f"`{model}` {what}; " + (f"write `model: {path.parent}`" if whole else "name a folder or `org/name@commit`")
 
 
 def locate_model(model: str, *, download: bool) -> Path | None:
@@ -138,9 +159,7 @@ def locate_model(model: str, *, download: bool) -> Path | None:
     """
     if not is_hub_name(model):
         if not Path(model).is_dir():
-            raise StageError(
-                f"the model folder `{model}` does not exist; name a folder or a Hub model as `org/name@commit`"
-            )
+            raise StageError(_no_folder(model))
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -174,9 +193,9 @@ def read_facts(folder: Path, source: str = "") -> Facts:
     """
     for file in sorted((*folder.glob("*.json"), *folder.glob("*.jinja"))):
         refuse_pointer(file)
-    config = _json(
-        folder / "config.json", f"the model folder `{folder}` has no config.json; it is not a transformers model"
-    )
+    if not (folder / "config.json").is_file():
+        raise StageError(_no_model(folder))
+    config = read_json(folder / "config.json", "")
     if "auto_map" in config and not _is_native(str(config.get("model_type", ""))):
         kind = config.get("model_type")
         raise StageError(
@@ -194,18 +213,37 @@ def read_facts(folder: Path, source: str = "") -> Facts:
     stored = 0
     for shard in files:
         refuse_pointer(shard)
-        shapes, size = _header(shard)
+        shapes, size = read_header(shard)
         weights.update(shapes)
         stored += size
+    return Facts(source or str(folder), config, weights, *read_tokenizer(folder), stored=stored)
+
+
+def read_tokenizer(folder: Path) -> tuple[str, dict[str, Any], str | None]:
+    """The text of tokenizer.json, the content of tokenizer_config.json, and the text of the chat template, if any.
+
+    Raises:
+        StageError: a file is missing or damaged.
+    """
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise StageError(
             f"the model folder `{folder}` has no tokenizer.json; save its fast tokenizer beside the weights"
         )
-    settings = _json(folder / "tokenizer_config.json", f"the model folder `{folder}` has no tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json", f"the model folder `{folder}` has no tokenizer_config.json")
     template = folder / "chat_template.jinja"
     own = _read(template) if template.is_file() else settings.get("chat_template")
-    return Facts(source or str(folder), config, weights, _read(tokenizer), settings, own, stored=stored)
+    return _read(tokenizer), settings, own
+
+
+def _no_model(folder: Path) -> str:
+    """What is wrong with a folder without config.json, and the nearest folder that has one."""
+    text = f"the model folder `{folder}` has no config.json; it is not a transformers model"
+    inside = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/config.json"))]
+    if inside:
+        return f"{text}, and `{inside[-1]}` below it may be one"
+    gguf = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
+    return text if gguf is None else f"{text}, and `{gguf}` {FILES['.gguf']}"
 
 
 def _is_native(model_type: str) -> bool:
@@ -223,7 +261,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        names = _json(index, "").get("weight_map")
+        names = read_json(index, "").get("weight_map")
         if not isinstance(names, dict) or not names:
             raise StageError(f"`{index}` names no weight files; fetch it again")
         files = sorted({folder / str(name) for name in names.values()})
@@ -243,7 +281,12 @@ def _read(path: Path) -> str:
         raise StageError(f"`{path}` is not UTF-8; fetch it again") from None
 
 
-def _json(path: Path, missing: str) -> dict[str, Any]:
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The content of a JSON file; `missing` is the message if there is none.
+
+    Raises:
+        StageError: the file is missing or damaged.
+    """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -252,7 +295,7 @@ def _json(path: Path, missing: str) -> dict[str, Any]:
         raise StageError(f"`{path}` cannot be read ({error})") from None
 
 
-def _header(shard: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+def read_header(shard: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     """Weight name → shape, and the bytes of all weights, of a safetensors file.
 
     The file has 8 bytes with the length of the header, the header as JSON, and the weights
@@ -311,8 +354,10 @@ ANY_DATA = ("u a", "u ak")
 def unknown_marks(lost: Sequence[str], facts: Facts) -> Problem:
     """The problem of a template that writes special tokens that the tokenizer does not have."""
     shown = ", ".join(f"`{token}`" for token in lost)
+    listed = ", ".join(json.dumps(token, ensure_ascii=False) for token in lost)
     return (
         "template",
-        f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; "
-        "`med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        f"the template writes {shown}, which the tokenizer of {facts.source} does not know as one token; write "
+        f"`add_tokens: [{listed}]` at the top, or choose `med`, `alpaca_zh` or `plain`, which end a turn with the "
+        "model's own eos_token",
     )

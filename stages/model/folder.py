@@ -72,8 +72,17 @@ def load_with_missing(folders: Sequence[str], **settings: Any) -> tuple["PreTrai
     return model, sorted(info["missing_keys"])
 
 
+def tokenizer_folder(folders: Sequence[str | Path]) -> Path:
+    """The folder with the tokenizer of a model: the last one that has a tokenizer.json.
+
+    Every folder that a stage leaves has one; an adapter from elsewhere may lack it.
+    """
+    paths = [Path(folder) for folder in folders]
+    return next((path for path in reversed(paths) if (path / "tokenizer.json").is_file()), paths[-1])
+
+
 def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the last folder (every artifact has one); without a pad token it pads with end-of-text.
+    """The tokenizer of the last folder that has one; without a pad token it pads with end-of-text.
 
     Raises:
         StageError: it has no end-of-text token, it is not a fast tokenizer, or the installed tokenizers cannot do what
@@ -81,16 +90,17 @@ def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folders[-1], trust_remote_code=False, local_files_only=True)
+    folder = tokenizer_folder(folders)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not tokenizer.is_fast:
-        raise StageError(f"the tokenizer of `{folders[-1]}` is not a fast one; save it with its tokenizer.json")
+        raise StageError(f"the tokenizer of `{folder}` is not a fast one; save it with its tokenizer.json")
     require("transformers", tokenizer, "backend_tokenizer")
     backend = tokenizer.backend_tokenizer
     require(
         "tokenizers", backend, "encode_batch_fast", "encode_special_tokens", "no_padding", "no_truncation", "to_str"
     )
     if tokenizer.eos_token is None:
-        raise StageError(f"the tokenizer of `{folders[-1]}` has no eos_token; set it in its tokenizer_config.json")
+        raise StageError(f"the tokenizer of `{folder}` has no eos_token; set it in its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -111,6 +121,16 @@ def set_stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def carried_files(folder: Path) -> list[Path]:
-    """The files of a folder that go unchanged from stage to stage: tokenizer, template, generation config."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(CARRIED))
+def carried_files(*folders: Path) -> list[Path]:
+    """The files of a model that go unchanged from stage to stage: tokenizer, template, generation config.
+
+    Args:
+        folders: the base, then the adapters on it. The tokenizer with its template comes from one folder; a generation
+            config that this folder lacks comes from the last one that has it.
+    """
+    found = {
+        path.name: path for folder in folders for path in folder.iterdir() if path.name.startswith("generation_config")
+    }
+    last = tokenizer_folder(folders)
+    found |= {path.name: path for path in last.iterdir() if path.is_file() and path.name.startswith(CARRIED)}
+    return [found[name] for name in sorted(found)]

@@ -21,16 +21,17 @@ SHOWN = 3
 
 def is_embedding(weight: str) -> bool:
     """Whether a weight has a row for each token: that of the input or of the output embedding."""
-    return _last_module(weight) in (*EMBEDDINGS, *HEADS)
+    return last_module(weight) in (*EMBEDDINGS, *HEADS)
 
 
-def _last_module(weight: str) -> str:
+def last_module(weight: str) -> str:
+    """The last name of the module of a weight: `lm_head` of `lm_head.weight`."""
     return weight.rpartition(".")[0].rpartition(".")[2]
 
 
 def rows(facts: Facts) -> int | None:
     """The rows of the input embedding; None if they are not known."""
-    found = (shape[0] for weight, shape in facts.weights.items() if _last_module(weight) in EMBEDDINGS)
+    found = (shape[0] for weight, shape in facts.weights.items() if last_module(weight) in EMBEDDINGS)
     config = facts.config.get("text_config") or facts.config
     return next(found, None) or config.get("vocab_size")
 

@@ -1,8 +1,10 @@
 """What a plan knows of models before anything is loaded: tokens without rows, new tokens, adapters, other files."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 from planned import TOP
 
 from pipeline.config.checker import load_config
@@ -101,6 +103,13 @@ def test_new_tokens_are_a_stage_before_all_others(project):
     assert planned(project, text.replace('["<|x|>", ', "[")).steps[1].fingerprint != second.fingerprint
 
 
+def test_without_new_tokens_the_template_names_them_as_the_way(project):
+    text = project.model(weights=EMBEDDING).replace("template: med", "template: chatml") + SFT
+    tokenizer(project, "</s>", "a", "b", "c", eos_token="</s>")
+    (problem,) = planned(project, text).problems
+    assert 'add_tokens: ["<|im_end|>", "<|im_start|>"]' in problem
+
+
 def test_known_tokens_are_a_note(project):
     text = 'add_tokens: {special: ["</s>"], words: [高血压]}\n' + project.model(weights=EMBEDDING) + SFT
     tokenizer(project, "</s>", "a", "b", "c", eos_token="</s>")
@@ -154,3 +163,251 @@ def test_mistakes_in_new_tokens_name_their_place(project):
     code, shown = project.validate(f"add_tokens: [a]\n{top}  add_tokens: {{special: [b]}}\n{SFT}")
     expected = "x.yaml:1:1: `add_tokens` becomes the stage `add_tokens`, which is here already; remove one of the two"
     assert (code, shown.splitlines()[0]) == (2, expected)
+
+
+# Adapters
+
+
+def adapter(project, folder="a", *, weights=None, **config):
+    """An adapter folder as PEFT leaves it, as far as it is read without torch."""
+    tensors = weights or {
+        "model.layers.0.self_attn.q_proj.lora_A.weight": [2, 8],
+        "model.layers.0.self_attn.q_proj.lora_B.weight": [8, 2],
+    }
+    project.model(folder, weights={f"base_model.model.{name}": shape for name, shape in tensors.items()})
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (project.folder / folder / name).unlink()
+    (project.folder / folder / "model.safetensors").rename(project.folder / folder / "adapter_model.safetensors")
+    given = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **config}
+    project.write(f"{folder}/adapter_config.json", json.dumps(given))
+
+
+@pytest.fixture
+def base(project):
+    """The text of a config up to its stages, with the base `m`."""
+    text = project.model(weights=EMBEDDING)
+    tokenizer(project, "</s>", "a", "b", "c", eos_token="</s>")
+    return text
+
+
+def test_an_adapter_brings_its_base(project, base):
+    adapter(project, base_model_name_or_path="m")
+    text = base + SFT + "  merge:\n"
+    alone = planned(project, text)
+    plan = planned(project, text.replace("model: m", "model: a"))
+    assert plan.problems == []
+    assert [step.inputs.model[:2] for step in plan.steps] == [["m", "a"]] * 2
+    assert plan.steps[0].fingerprint != alone.steps[0].fingerprint
+    assert (
+        sorted(Path(path).parent.name for path in plan.steps[0].files if Path(path).parent.name)
+        == ["a"] * 2 + ["m"] * 4
+    )
+    given = planned(project, text.replace("model: m", "model: [m, a]"))
+    assert [step.fingerprint for step in given.steps] == [step.fingerprint for step in plan.steps]
+    project.write(
+        "a/adapter_config.json", (project.folder / "a/adapter_config.json").read_text().replace('"r": 2', '"r": 1')
+    )
+    assert planned(project, text.replace("model: m", "model: a")).steps[0].fingerprint != plan.steps[0].fingerprint
+
+
+def test_adapters_on_adapters_keep_their_order(project, base):
+    adapter(project, "a", base_model_name_or_path="m")
+    adapter(project, "b", base_model_name_or_path="a")
+    for written in ("b", "[a, b]", "[m, a, b]"):
+        plan = planned(project, base.replace("model: m", f"model: {written}") + SFT)
+        assert (plan.problems, plan.steps[0].inputs.model) == ([], ["m", "a", "b"])
+    assert planned(project, base.replace("model: m", "model: [m, b, a]") + SFT).steps[0].inputs.model == ["m", "b", "a"]
+
+
+def test_the_adapter_of_a_finished_stage_brings_the_chain_of_its_record(project):
+    steps = project.plan()
+    for name in ("init", "pt", "sft"):
+        folder = steps[name].folder
+        shutil.copytree(made(project, name), folder)
+        record = {"schema": 1, "files": {}, "model": steps[name].produces}
+        (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    text = f"model: {steps['sft'].folder}\n{TOP}stages:\n{SFT}"
+    plan = planned(project, text)
+    assert plan.problems == []
+    assert plan.steps[0].inputs.model == steps["sft"].produces
+
+
+def made(project, name):
+    """A folder as a stage leaves it: a model for `init`, an adapter for the others."""
+    if name == "init":
+        project.model(name, weights=EMBEDDING)
+    else:
+        adapter(project, name, base_model_name_or_path="a chain of adapters, see `model` in record.json")
+    return project.folder / name
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            {"base_model_name_or_path": "org/name"},
+            "`a` is a LoRA adapter on `org/name`, and does not say on which commit of it; name its base first, with "
+            "the "
+            "commit (40 hex digits): `model: [org/name@COMMIT, a]`",
+        ),
+        (
+            {"base_model_name_or_path": "/there/was"},
+            "`a` is a LoRA adapter on `/there/was`, which is not on this machine; name its base first: `model: "
+            "[BASE, a]`",
+        ),
+        (
+            {"base_model_name_or_path": None},
+            "`a` is a LoRA adapter, and does not name the model that it was trained on; name its base first: "
+            "`model: [BASE, a]`",
+        ),
+        (
+            {"base_model_name_or_path": "m", "peft_type": "IA3"},
+            "`a` is an adapter of the kind IA3, and only LoRA can be folded into a base; merge it into its base "
+            "with the "
+            "tool that made it, and name the merged folder",
+        ),
+        (
+            {"base_model_name_or_path": "m", "use_qalora": True},
+            "`a` was trained with `use_qalora: true`, and cannot be folded into its base; merge it into its base "
+            "with the "
+            "tool that made it, and name the merged folder",
+        ),
+        (
+            {"base_model_name_or_path": "m", "weights": {"model.layers.7.mlp.up_proj.lora_A.weight": [2, 8]}},
+            "`model.layers.7.mlp.up_proj.lora_A.weight` of the adapter `a` has no place in `m`: it was trained on "
+            "another "
+            "model; name that one first: `model: [BASE, a]`",
+        ),
+        (
+            {"base_model_name_or_path": "m", "weights": {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 9]}},
+            "`model.layers.0.self_attn.q_proj.lora_A.weight` of the adapter `a` has the size 2 × 9, and "
+            "`model.layers.0.self_attn.q_proj.weight` in `m` 8 × 8: it was trained on another model; name that one "
+            "first: `model: [BASE, a]`",
+        ),
+        (
+            {
+                "base_model_name_or_path": "m",
+                "weights": {"model.embed_tokens.weight": [6, 8], "lm_head.weight": [6, 8]},
+            },
+            "`model.embed_tokens.weight` of the adapter `a` has the size 6 × 8, and `model.embed_tokens.weight` in `m` "
+            "4 × 8: its base had other tokens; merge it into its base with the tool that made it, and name the merged "
+            "folder",
+        ),
+        (
+            {"base_model_name_or_path": "m", "weights": {"lm_head.weight": [4, 8]}},
+            "the adapter `a` changes the output embedding alone, which is also the other one in `m`, so it cannot be "
+            "folded; merge it into its base with the tool that made it, and name the merged folder",
+        ),
+        ({"base_model_name_or_path": "a"}, "the adapter `a` was trained on itself, as it says; name its base first"),
+    ],
+    ids=["no commit", "gone", "no base", "kind", "setting", "no place", "size", "tokens", "tied", "circle"],
+)
+def test_an_adapter_that_cannot_be_used_is_refused(project, base, config, told):
+    adapter(project, **config)
+    assert planned(project, base.replace("model: m", "model: a") + SFT).problems == [f"x.yaml:1:8: stage `sft`: {told}"]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            "[m, m2]",
+            "1:8: stage `sft`: `m2` is not a LoRA adapter; in a list of models only the first is a whole model",
+        ),
+        ("[m, a, a]", "1:8: stage `sft`: `a` is in the list twice; write it once"),
+        (
+            "[m, b]",
+            "1:8: stage `sft`: the model folder `b` does not exist; name a folder or a Hub model as `org/name@commit`",
+        ),
+        (
+            "[org/name, a]",
+            "1:8: `org/name` is not a folder here; for a model on the Hub pin its commit (40 hex digits), as "
+            "`org/name@COMMIT`",
+        ),
+        (
+            "[m, 3]",
+            '1:8: `model` is `["m", 3]`; it is a folder, `org/name@commit` on the Hub, `$stage`, or a list: a base, '
+            "then adapters on it",
+        ),
+    ],
+)
+def test_a_list_of_models_is_a_base_and_adapters(project, base, model, told):
+    adapter(project)
+    project.model("m2")
+    code, shown = project.validate(base.replace("model: m", f"model: {model}") + SFT)
+    assert (code, shown) == (2, f"x.yaml:{told}\n")
+
+
+def test_a_stage_is_named_alone(project, base):
+    adapter(project)
+    code, shown = project.validate(base + SFT + "  dpo: {data: prefer, model: [$sft, a]}\n")
+    text = "`$sft` is in a list of folders; write `model: $sft` alone, which has its adapters with it"
+    assert (code, shown) == (2, f"x.yaml:9:30: {text}\n")
+
+
+def test_an_adapter_is_no_scorer(project, base):
+    adapter(project, base_model_name_or_path="m")
+    text = base + "  select: {data: consult, method: quality, keep: 0.5, scorer: a}\n"
+    told = "`a` is a LoRA adapter, and `scorer` is a whole model; merge it and name that"
+    assert planned(project, text).problems == [f"x.yaml:8:63: stage `select`: {told}"]
+
+
+def test_an_adapter_as_a_pickle_is_refused(project, base):
+    adapter(project, base_model_name_or_path="m")
+    (project.folder / "a/adapter_model.safetensors").rename(project.folder / "a/adapter_model.bin")
+    (problem,) = planned(project, base.replace("model: m", "model: a") + SFT).problems
+    assert problem == (
+        "x.yaml:1:8: stage `sft`: the adapter `a` has no adapter_model.safetensors (`adapter_model.bin` is a "
+        "pickle, which "
+        "can run code); save it again with PEFT's `save_pretrained`"
+    )
+
+
+# Files that are no folders
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            "m/model.safetensors",
+            "`m/model.safetensors` holds weights alone, and a model is a folder: weights, config.json and "
+            "tokenizer.json; write `model: m`",
+        ),
+        (
+            "x.safetensors",
+            "`x.safetensors` holds weights alone, and a model is a folder: weights, config.json and tokenizer.json; "
+            "name "
+            "a folder or `org/name@commit`",
+        ),
+        (
+            "x.gguf",
+            "`x.gguf` is a model of llama.cpp, which cannot be trained; a model is a folder with .safetensors weights; "
+            "name a folder or `org/name@commit`",
+        ),
+        (
+            "x.bin",
+            "`x.bin` is a pickle, which can run code; a model is a folder with .safetensors weights; name a folder or "
+            "`org/name@commit`",
+        ),
+        ("x.yaml", "`x.yaml` is a file, and a model is a folder; name a folder or `org/name@commit`"),
+        ("a/b.gguf", "the model folder `a/b.gguf` does not exist; name a folder or a Hub model as `org/name@commit`"),
+        (
+            "deep",
+            "the model folder `deep` has no config.json; it is not a transformers model, and `deep/er/m` below it "
+            "may be one",
+        ),
+        (
+            "llama",
+            "the model folder `llama` has no config.json; it is not a transformers model, and `q.gguf` is a model of "
+            "llama.cpp, which cannot be trained; a model is a folder with .safetensors weights",
+        ),
+    ],
+)
+def test_what_is_no_model_folder_is_told_what_it_is(project, base, model, told):
+    for name in ("x.safetensors", "x.gguf", "x.bin", "llama/q.gguf"):
+        project.write(name, b"weights")
+    project.model("deep/er/m")
+    assert planned(project, base.replace("model: m", f"model: {model}") + SFT).problems == [
+        f"x.yaml:1:8: stage `sft`: {told}"
+    ]

@@ -189,6 +189,7 @@ def test_rows_are_packed_only_where_it_is_known_that_they_stay_apart(project):
 # Model folders
 
 
+CHOOSE = "or choose `med`, `alpaca_zh` or `plain`, which end a turn with the model's own eos_token"
 SFT = "  sft: {data: consult}\n"
 
 
@@ -196,10 +197,10 @@ def test_a_template_whose_marks_the_tokenizer_does_not_know_is_refused(project):
     text = project.model().replace("template: med", "template: chatml")
     assert project.validate(text + SFT + "  dpo: {data: prefer, template: llama3}\n") == refused(
         "x.yaml:2:11: stage `sft`: the template writes `<|im_end|>`, `<|im_start|>`, which the tokenizer of `m` does "
-        "not know as one token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        'not know as one token; write `add_tokens: ["<|im_end|>", "<|im_start|>"]` at the top, ' + CHOOSE,
         "x.yaml:9:33: stage `dpo`: the template writes `<|end_header_id|>`, `<|eot_id|>`, `<|start_header_id|>`, which "
-        "the tokenizer of the model of `sft` does not know as one token; `med`, `alpaca_zh` and `plain` end a turn "
-        "with the model's own eos_token",
+        "the tokenizer of the model of `sft` does not know as one token; write "
+        '`add_tokens: ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"]` at the top, ' + CHOOSE,
     )
 
 
@@ -249,7 +250,7 @@ def test_a_model_s_own_template_is_checked_too(project):
     text = project.model(template="<|user|>{{ messages }}").replace("template: med\n", "")
     assert project.validate(text + SFT) == refused(
         "x.yaml:7:3: stage `sft`: the template writes `<|user|>`, which the tokenizer of `m` does not know as one "
-        "token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token"
+        'token; write `add_tokens: ["<|user|>"]` at the top, ' + CHOOSE
     )
 
 
@@ -479,9 +480,9 @@ def test_problems_of_model_data_and_settings_are_reported_at_once_in_the_order_o
     assert project.validate(text, "--saves", "x.yaml/saves") == refused(
         "x.yaml/saves: cannot be written; choose another folder with `--saves DIR`",
         "x.yaml:2:11: stage `sft`: the template writes `<|im_end|>`, `<|im_start|>`, which the tokenizer of `m` does "
-        "not know as one token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        'not know as one token; write `add_tokens: ["<|im_end|>", "<|im_start|>"]` at the top, ' + CHOOSE,
         "x.yaml:2:11: stage `dpo`: the template writes `<|im_end|>`, `<|im_start|>`, which the tokenizer of the model "
-        "of `sft` does not know as one token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token",
+        'of `sft` does not know as one token; write `add_tokens: ["<|im_end|>", "<|im_start|>"]` at the top, ' + CHOOSE,
         "x.yaml:5:3: data `consult`: `consult.jsonl` holds no rows",
         "x.yaml:6:3: data `prefer`: `prefer.jsonl` holds no rows",
         "x.yaml:8:47: stage `sft`: `dense` matches no linear layer of `m`; it has `q_proj`",
