@@ -1,5 +1,6 @@
 """Placeholders such as `{{name}}` in the texts of a row: filled in, or found."""
 
+import marshal
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,8 @@ class Filler:
 
 def placeholders(value: dict[str, Any] | list[Any]) -> set[str]:
     """The names of all placeholders in the texts of a JSON value."""
+    if b"{{" not in marshal.dumps(value, 0):  # one look at all texts is faster than one at each
+        return set()
     names: set[str] = set()
     for entry in value.values() if isinstance(value, dict) else value:
         if isinstance(entry, (dict, list)):

@@ -13,7 +13,7 @@ from stages.data.cleaning_steps import Steps
 from stages.data.files import FILE_TYPES, TABLES, HowToRead, did_you_mean, file_type, find_files, parts
 from stages.data.formats._message import KEYS, ROLES, MessageForm
 from stages.data.formats._values import MEDIA_COLUMNS, is_blank, listed
-from stages.data.json_rows import Part, ReadRow
+from stages.data.json_rows import Part, ReadRow, grouped
 from stages.data.placeholders import Filler, placeholders
 from stages.data.row import FileRow, NotAnObject, PlacedRow, Row, RowError
 from stages.runtime.errors import StageError, nearest
@@ -194,8 +194,8 @@ class Reading:
         """Every good row, normalised, before cleaning. Raises nothing: see `problems` afterwards."""
         stopped = None
         try:
-            rows = (row for part in self.parts() for row in part.rows())
-            yield from self.good(islice(rows, self.source.max_samples))
+            for part in self.parts():
+                yield from self.good(part.rows())
         except StageError as error:
             stopped = str(error)
         self.end(stopped)
@@ -209,8 +209,13 @@ class Reading:
                 + ("" if len(files) == 1 else ", or a pattern that excludes it")
             )
         needed = tuple(source.columns.get(name, name) for name in formats.module(source.format).NEEDED)
-        for file in files:
-            yield from parts(file, HowToRead(source.encoding, source.rows, needed), self.notes.append)
+        how = HowToRead(source.encoding, source.rows, needed)
+        found = (part for file in files for part in parts(file, how, self.notes.append))
+        if source.max_samples is not None:
+            rows = (row for part in found for row in part.rows())
+            yield from grouped(islice(rows, source.max_samples))
+        else:
+            yield from found
 
     def good(self, rows: Iterable[ReadRow]) -> Iterator[PlacedRow]:
         """The good rows among some, normalised; the bad ones are counted."""
@@ -284,30 +289,37 @@ class Reading:
         others = {theirs: name for name, theirs in self._other_names().items()}
         whole = formats.list_column(form)
         hint = f"{source.format} rows need " + " and ".join(f"`{name}`" for name in form.NEEDED)
+        usual: set[tuple[str, ...]] = set()  # the columns of rows in which all are known and no needed one is missing
+
+        def with_columns(row: FileRow) -> FileRow:
+            for theirs, ours in others.items():
+                if theirs in row and ours not in row:
+                    row = {ours if name == theirs else name: value for name, value in row.items()}
+            self._columns.update(dict.fromkeys(row))
+            for name in needed:
+                if name not in row:
+                    raise RowError(f"the row has no `{name}`; {hint} (map other names with `columns:`)")
+            if known >= row.keys():
+                usual.add(tuple(row))
+            unread = row.keys() - known - self._unread.keys()
+            self._unread.update(dict.fromkeys(name for name in row if name in unread and not is_blank(row[name])))
+            return row
 
         def normalise(row: FileRow | RowError) -> Row:
             if isinstance(row, NotAnObject) and whole and row.value and isinstance(row.value, list):
                 row = {source.columns.get(whole, whole): row.value}
             if isinstance(row, RowError):
                 raise row
-            for theirs, ours in others.items():
-                if theirs in row and ours not in row:
-                    row = {ours if name == theirs else name: value for name, value in row.items()}
-            if not self._columns.keys() >= row.keys():
-                self._columns.update(dict.fromkeys(row))
-            for name in needed:
-                if name not in row:
-                    raise RowError(f"the row has no `{name}`; {hint} (map other names with `columns:`)")
-            renamed = _renamed(row, source.columns) if source.columns else row
+            if tuple(row) not in usual:
+                row = with_columns(row)
+            if source.columns:
+                row = _renamed(row, source.columns)
             if source.fill:
-                read = {name: renamed[name] for name in (*form.NEEDED, *form.OPTIONAL) if name in renamed}
-                renamed = renamed | self._filler(read)
-            if not known >= row.keys():
-                unread = row.keys() - known - self._unread.keys()
-                self._unread.update(dict.fromkeys(name for name in row if name in unread and not is_blank(row[name])))
-            normalised: Row = form.normalise(renamed, self._form)
-            if source.fill is None:
-                self._placeholders.update(placeholders(normalised))
+                read = {name: row[name] for name in (*form.NEEDED, *form.OPTIONAL) if name in row}
+                row = row | self._filler(read)
+            normalised: Row = form.normalise(row, self._form)
+            if source.fill is None and (found := placeholders(normalised)):
+                self._placeholders.update(found)
             return normalised
 
         return normalise

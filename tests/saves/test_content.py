@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.saves import content as content_module
 from pipeline.saves.content import Hashes, Inspection, Inspections
+from stages.data import json_rows
 from stages.data.source import Source
 
 
@@ -162,7 +163,7 @@ def key(source, digest):
 
 def test_good_rows_are_parsed_once_whatever_the_file_is_called(texts, tmp_path, monkeypatch):
     inspections = Inspections(tmp_path / "rows")
-    good = Inspection(rows=3, bad=0, first=[], tools=False, problems=[])
+    good = Inspection(rows=3, bad=0, first=[], problems=[])
     assert inspections.of(*texts("a", "b", "c")) == good
     again = texts("a", "b", "c", name="moved.jsonl")
     monkeypatch.setattr(content_module, "Reading", lambda *_: pytest.fail("parsed again"))
@@ -176,13 +177,67 @@ def test_other_settings_are_other_rows(texts, tmp_path):
     assert inspections.of(source(all_of_it.path, max_samples=2), digest).rows == 2
 
 
-def test_bad_rows_that_stop_the_run_are_reported_every_time(texts, tmp_path):
+def test_bad_rows_that_stop_the_run_are_found_once_and_reported_every_time(texts, tmp_path, monkeypatch):
     inspections = Inspections(tmp_path / "rows")
     bad = texts("a", bad=True)
     first = inspections.of(*bad)
-    assert first == inspections.of(*bad)
     assert (first.rows, first.bad, len(first.problems)) == (2, 1, 1)
+    monkeypatch.setattr(content_module, "Reading", lambda *_: pytest.fail("parsed again"))
+    assert inspections.of(*bad) == first
+
+
+def test_a_file_that_could_not_be_read_to_its_end_is_read_again(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"text": "a"}', encoding="utf-8")
+    assert len(Inspections(tmp_path / "rows").of(source(path), "digest").problems) == 1
     assert not list(tmp_path.glob("rows/*"))
+
+
+def bad_row(number):
+    return ['{"text": ""}', "{", "[]", '{"words": "a"}', '{"text": "{{name}}", "more": 1}'][number % 5]
+
+
+@pytest.mark.parametrize("end", ["", "\n[1]", '\n"x"'])
+def test_several_processes_find_what_one_finds(tmp_path, monkeypatch, end):
+    """The same counts, the same first bad rows with their lines, the same rows in the same order."""
+    lines = [json.dumps({"text": f"text {number}" * (number % 7)}) for number in range(300)]
+    for number in range(40, 300, 13):
+        lines[number] = bad_row(number)
+    lines[120:121] = ['{"text":', "", '"over lines"}']
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(("\n".join(lines) + end).encode() + b"\n")
+    found = []
+    for processes, few in ((1, 4), (3, 0)):
+        monkeypatch.setattr(content_module, "PROCESSES", processes)
+        monkeypatch.setattr(content_module, "usable_cores", lambda: 8)
+        monkeypatch.setattr(content_module, "FEW", few)
+        monkeypatch.setattr(json_rows, "_PIECE", 2**20 if processes == 1 else 200)
+        folder = tmp_path / f"rows-{processes}"
+        inspection = Inspections(folder).of(source(path, max_dropped=0.5), "digest")
+        (digests,) = (file for file in folder.iterdir() if not file.name.endswith(".json"))
+        found.append((inspection, digests.read_bytes()))
+    assert found[0] == found[1]
+    inspection, digests = found[0]
+    assert (inspection.rows, inspection.bad) == (300 + bool(end), 56 + bool(end))
+    assert len(digests) == 8 * (inspection.rows - inspection.bad)
+    assert [first.split(": ")[0] for first in inspection.first] == [f"{path}:1", f"{path}:8", f"{path}:15"]
+    assert inspection.unread == ["columns that nothing reads: `more`"]
+
+
+def test_an_error_in_the_middle_comes_after_the_bad_rows_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(content_module, "FEW", 0)
+    monkeypatch.setattr(content_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(json_rows, "_PIECE", 100)
+    monkeypatch.setattr(json_rows, "_DECODED", 50)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"{\n" + b'{"text": "a"}\n' * 2000 + b'{"text": "\xff"}\n')
+    found = Inspections(tmp_path / "rows").of(source(path, encoding="utf-8"), "digest")
+    assert found.rows > 1000
+    assert [problem.split(";")[0] for problem in found.problems] == [
+        f"{path}:2002: byte 28012 of the file is not utf-8",
+    ]
+    strict = Inspections(tmp_path / "rows").of(source(path, encoding="utf-8", max_dropped=0), "digest")
+    assert [problem.split(": ")[0] for problem in strict.problems] == [f"{path}:1", f"{path}:2002"]
 
 
 def test_bad_rows_that_may_be_dropped_are_cached_with_the_rest(texts, tmp_path, monkeypatch):
