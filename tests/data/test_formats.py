@@ -307,6 +307,139 @@ def test_turns_that_are_out_of_order(kind):
         assert refusal({name: said}, kind) == message
 
 
+# Rows of other tools, and rows one step away
+
+V1 = {
+    "messages": [
+        {"role": "system", "content": [{"type": "text", "value": "be"}], "loss_weight": 0.0},
+        {"role": "user", "content": [{"type": "text", "value": "天气？"}], "loss_weight": 0.0},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "reasoning", "value": "查。"},
+                {"type": "text", "value": "好。"},
+                {"type": "tool_call", "value": '{"name": "weather", "arguments": {"city": "京"}}'},
+            ],
+            "loss_weight": 0.0,
+        },
+        {"role": "tool", "content": [{"type": "text", "value": "晴"}], "loss_weight": 0.0},
+        {"role": "assistant", "content": [{"type": "text", "value": "晴。"}], "loss_weight": 1.0},
+    ],
+    "tools": text([BARE]),
+}
+
+
+def test_the_newest_form_of_llama_factory():
+    called = {"role": "assistant", "content": "好。", "reasoning_content": "查。", "tool_calls": [CALL], "weight": 0}
+    system = {"role": "system", "content": "be"}
+    assert of(V1, "messages") == {"messages": [system, ASK, called, OUTPUT, ANSWER], "tools": [TOOL]}
+
+
+def test_a_table_has_messages_as_json_text():
+    import csv
+
+    said = [ASK, {**ANSWER, "weight": 0}, ASK, ANSWER]
+    with open("x.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["messages", "history"], [text(said), ""], [text([ASK, ANSWER]), '[["一", "二"]]']])
+    found = rows_of(Source(path="x.csv", format="messages"))
+    earlier = [{"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}]
+    assert found == [{"messages": said}, {"messages": [*earlier, ASK, ANSWER]}]
+
+
+def test_a_table_has_pairs_as_json_text():
+    row = {**PAIR, "prompt": text([ASK]), "chosen": text([ANSWER]), "rejected": text(PAIR["rejected"])}
+    assert of(row, "preference") == PAIR
+
+
+@pytest.mark.parametrize("words", ['[{"a": 1}]', '{"role": "user"}', "[1]", "[", '["a"]'])
+def test_text_that_is_json_but_no_messages_is_text(words):
+    assert of({"prompt": words, "completion": words}, "prompt_completion")["messages"] == [
+        {"role": "user", "content": words},
+        {"role": "assistant", "content": words},
+    ]
+
+
+def test_a_parquet_file_has_the_same_keys_in_every_message():
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    said = [ASK, {**ANSWER, "reasoning_content": "想", "weight": 0}, ASK, {**ANSWER, "weight": 1}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": said}]), "x.parquet")
+    reading, (row,) = read_all(Source(path="x.parquet", format="messages"))
+    assert row["messages"] == [*said[:3], ANSWER]
+    assert reading.unread == []
+
+
+def test_the_speakers_of_a_list_of_texts_need_not_take_turns():
+    message = f"message 2 of `conversations` is from the user, not the assistant; {TURNS}; {MERGE}"
+    row = {"conversations": ["问：头疼。", "问:怎么办？", "答：休息。"]}
+    assert refusal(row, "sharegpt") == message
+    assert of(row, "sharegpt", turns="merge")["messages"] == [
+        {"role": "user", "content": "头疼。\n怎么办？"},
+        {"role": "assistant", "content": "休息。"},
+    ]
+
+
+def test_a_row_under_the_file_s_own_names():
+    keys = {"reasoning_content": "cot", "weight": "learn", "tool_calls": "acts"}
+    said = [ASK, {**CALLS, "tool_calls": None, "acts": [CALL], "learn": False}, OUTPUT, {**ANSWER, "cot": "想"}]
+    made = of({"messages": said}, "messages", message_keys=keys)["messages"]
+    assert made == [ASK, {**CALLS, "weight": 0}, OUTPUT, {**ANSWER, "reasoning_content": "想"}]
+
+
+def test_a_column_may_hold_the_thought_of_an_answer():
+    row = {"Question": "q", "Complex_CoT": " 想\n", "Response": "答"}
+    columns = {"instruction": "Question", "reasoning_content": "Complex_CoT", "output": "Response"}
+    assert of(row, "alpaca", columns=columns)["messages"][1] == {
+        "role": "assistant",
+        "content": "答",
+        "reasoning_content": "想",
+    }
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "prompt_completion", "messages", "preference", "labelled"])
+def test_no_format_reads_a_row_with_images(kind):
+    row = {"instruction": "q", "output": "r", "prompt": "q", "completion": "r", "messages": [ASK, ANSWER]}
+    row |= {"chosen": "a", "rejected": "b", "label": True, "images": ["a.png"]}
+    assert refusal(row, kind) == "the row has `images`; only text can be trained on"
+
+
+@pytest.mark.parametrize("kind", ["messages", "sharegpt"])
+def test_an_answer_begins_with_its_words_in_every_format(kind):
+    name = "messages" if kind == "messages" else "conversations"
+    (_, answer) = of({name: [ASK, {**ANSWER, "content": " \n晴。\n"}]}, kind)["messages"]
+    assert answer == ANSWER == of({"instruction": "q", "output": " \n晴。\n"}, "alpaca")["messages"][1]
+
+
+# What nothing reads
+
+
+def unread(rows, kind, **settings):
+    Path("x.jsonl").write_text("\n".join(map(text, rows)), encoding="utf-8")
+    reading, _ = read_all(Source(path="x.jsonl", format=kind, **settings))
+    assert reading.problems == []
+    return reading.unread
+
+
+def test_columns_that_nothing_reads_are_named_once():
+    rows = [{"instruction": "q", "output": "r", "input": "", "source": "web", "note": None}] * 2
+    rows += [{"instruction": "q", "output": "r", "id": 7, "source": "book", "tags": []}]
+    assert unread(rows, "alpaca") == ["columns that nothing reads: `source`, `id`"]
+    assert unread(rows, "text", columns={"text": "source"}) == [
+        "columns that nothing reads: `instruction`, `output`, `id`"
+    ]
+    many = {"text": "t", **{f"c{n}": n + 1 for n in range(14)}}
+    assert unread([many], "text")[0].endswith("`c10`, `c11` and 2 more")
+
+
+def test_keys_of_messages_that_nothing_reads_are_named_once():
+    said = [{**ASK, "name": "a", "weight": 0}, {**ANSWER, "refusal": None, "audio_id": "b", "weight": 1}]
+    assert unread([{"messages": said, "id": 1}] * 2, "messages") == [
+        "columns that nothing reads: `id`",
+        "keys of messages that nothing reads: `name`, `audio_id`",
+    ]
+
+
 # Preference and labels
 
 PAIR = {"prompt": [ASK], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "雨。"}]}
