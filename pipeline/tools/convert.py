@@ -59,7 +59,9 @@ def convert(
     notes = sorted(book.notes, key=lambda note: order.index(note.kind))
     head = [f"Converted from {title(sources)}."]
     head += [f"{note.kind}: {note.text}" for note in notes if note.kind in HEADED]
-    return Converted(document(found, head), notes, {Path(name): text for name, text in book.files.items()})
+    named = {part.template for part in parts}
+    files = {Path(name): text for name, text in book.files.items() if name in named}
+    return Converted(document(found, head), notes, files)
 
 
 def _parts(job: Job, book: Book, commit_of: CommitOf, info: Path | None) -> list[Part]:

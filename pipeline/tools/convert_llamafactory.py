@@ -61,6 +61,11 @@ class Command:
                 f"`{self.part.model}` is a name on ModelScope; download it and name its folder, or check it on the Hub"
             )
             self.book.note("to do", self.job.place, text)
+        if self.job.environment.get("FORCE_TORCHRUN") in ("1", "true") and self.job.processes is None:
+            text = (
+                "`FORCE_TORCHRUN=1` starts a process on every GPU; write `launch: {processes: N}` for N GPUs"
+            )
+            self.book.note("to do", self.job.place, text)
         if verb == "train":
             return self._train()
         if verb == "export":
@@ -157,7 +162,7 @@ class Command:
         rank = take.take("lora_rank", 8)
         alpha = take.take("lora_alpha", 2 * rank)
         if method != "lora":
-            self._note("not supported", "finetuning_type", f"`{method}` is not supported; LoRA is written instead")
+            self._note("not supported", "finetuning_type", f"`finetuning_type: {method}`: LoRA is written instead")
         flags = {name: take.take(name) for name in ("use_rslora", "use_dora")}
         dropout, targets = take.take("lora_dropout", 0), take.words("lora_target")
         saved = take.words("additional_target")

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline.config import settings
+from pipeline.config.library_names import MANAGED
 from pipeline.tools.convert_parts import Arguments, Book, Kind, Noted, Part, is_off, shown
 from stages import find
 
@@ -81,8 +82,8 @@ class Trainer:
 
     def report_to(self, trackers: list[str]) -> None:
         """Add trackers to those that are set."""
-        set_ = self.found.get("report_to", [])
-        every = list(dict.fromkeys([*(set_ if isinstance(set_, list) else [set_]), *trackers]))
+        before = self.found.get("report_to", [])
+        every = list(dict.fromkeys([*(before if isinstance(before, list) else [before]), *trackers]))
         if every:
             self.set("report_to", every[0] if len(every) == 1 else every)
 
@@ -92,25 +93,28 @@ class Trainer:
         held = part.settings.get("eval_data") or part.settings.get("eval_size")
         for name, value in list(self.found.items()):
             plain = value.value if isinstance(value, Noted) else value
+            place = self.places.get(name, part.place)
             problem = settings.problem(reference, name, plain)
             if problem is not None:
-                kind: Kind = "not supported" if "not supported" in problem else "not needed"
-                text = problem.removesuffix("; remove it")
-                if name in settings.settings(reference) and "is set by" not in text and kind == "not needed":
-                    kind = "not supported"
-                self.book.note(kind, self.places.get(name, part.place), text)
+                managed = name in MANAGED[reference.rpartition(":")[2]]
+                kind: Kind = "not supported" if "not supported" in problem else "not needed" if managed else "to do"
+                self.book.note(kind, place, problem.removesuffix("; remove it"))
                 del self.found[name]
             elif name in POINTLESS and not held:
                 del self.found[name]
                 if not is_off(plain):
                     text = f"`{name}: {shown(plain)}`: there are no held-out rows; add `eval_size: 0.05`"
-                    self.book.note("differs", self.places.get(name, part.place), text)
+                    self.book.note("differs", place, text)
+        if not held and part.settings.pop("early_stopping", None) is not None:
+            text = "`early_stopping`: there are no held-out rows; add `eval_size: 0.05`"
+            self.book.note("differs", part.place, text)
         self._evaluation_steps()
         part.settings["trainer"] = self.found
 
     def _evaluation_steps(self) -> None:
         """transformers evaluates every `logging_steps`, 500 by default, where TRL logs every 10."""
-        if self.found.get("eval_strategy") == "steps" and "eval_steps" not in self.found:
+        when = self.found.get("eval_strategy")
+        if (when.value if isinstance(when, Noted) else when) == "steps" and "eval_steps" not in self.found:
             self.default("logging_steps", 500, "the default there")
 
 
