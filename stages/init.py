@@ -79,7 +79,9 @@ def facts(config: Config, _: Facts) -> Facts:
         weights.update({f"{name}.weight": shape for name, shape in _layer(config, layer).items()})
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    shown = {"model_type": config.architecture, "hidden_size": config.hidden_size}
+    shown = {"model_type": config.architecture, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    if config.architecture != "bloom":
+        shown["max_position_embeddings"] = config.max_position_embeddings
     tokenizer = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
     known = "".join(f'"{token}"' for token in SPECIAL + MARKS)
     built = Facts("the model that `init` makes", shown, weights, known, tokenizer, config.template)

@@ -1,6 +1,5 @@
 """What is known of a model before it is loaded, read from `config.json` and from the headers of its safetensors."""
 
-import importlib.util
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from typing import Any
 
 from stages.chat.template import template_names
 from stages.chat.trial import Trial
+from stages.model.positions import are_computed, sources
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.files import refuse_pointer
 
@@ -73,13 +73,13 @@ class Facts:
     def positions(self) -> int:
         """The positions that the model was made for, in tokens; 0 if its config names no number."""
         config = self.config.get("text_config") or self.config
-        return int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        return next((int(config[name]) for name in names if config.get(name)), 0)
 
     @property
     def learned_positions(self) -> int:
-        """`positions` of a model that learned a vector for each of them; 0 for any other model."""
-        ends = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
-        return self.positions if any(name.endswith(ends) for name in self.weights) else 0
+        """`positions` of a model that has no others, learned or in a table; 0 for a model that computes positions."""
+        return 0 if are_computed(self.model_type) else self.positions
 
     def has_token(self, token: str) -> bool:
         """Whether the tokenizer knows a text as one token; True if the tokenizer is not known."""
@@ -196,7 +196,7 @@ def read_facts(folder: Path, source: str = "") -> Facts:
     if not (folder / "config.json").is_file():
         raise StageError(_no_model(folder))
     config = read_json(folder / "config.json", "")
-    if "auto_map" in config and not _is_native(str(config.get("model_type", ""))):
+    if "auto_map" in config and not sources(str(config.get("model_type", ""))):
         kind = config.get("model_type")
         raise StageError(
             f"the model folder `{folder}` contains its own code, and transformers has no `{kind}`; code from models "
@@ -244,13 +244,6 @@ def _no_model(folder: Path) -> str:
         return f"{text}, and `{inside[-1]}` below it may be one"
     gguf = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
     return text if gguf is None else f"{text}, and `{gguf}` {FILES['.gguf']}"
-
-
-def _is_native(model_type: str) -> bool:
-    """Whether the installed transformers has this type of model: a folder of its name. transformers is not imported."""
-    spec = importlib.util.find_spec("transformers")
-    folders = [Path(folder, "models") for folder in spec.submodule_search_locations or []] if spec else []
-    return any((folder / model_type.replace("-", "_")).is_dir() for folder in folders if model_type)
 
 
 def weight_files(folder: Path) -> list[Path]:
