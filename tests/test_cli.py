@@ -33,7 +33,12 @@ from stages.training.checkpoint import seal
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
-PANELS = {"Run": ["run", "plan", "validate"], "Inspect": ["data", "status", "report", "diff"], "Clean up": ["gc"]}
+PANELS = {
+    "Run": ["run", "plan", "validate"],
+    "Use": ["chat", "predict", "serve"],
+    "Inspect": ["data", "status", "report", "diff"],
+    "Clean up": ["gc"],
+}
 COMMANDS = typer.main.get_command(app).commands
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets", "gptqmodel", "accelerate", "optimum", "pandas"]
 CONFIG = """\
@@ -192,7 +197,7 @@ def test_version(project):
         (
             "frobnicate x.yaml",
             "`frobnicate` is not a command; "
-            "there is `data`, `diff`, `gc`, `plan`, `report`, `run`, `status`, `validate`",
+            "there is `chat`, `data`, `diff`, `gc`, `plan`, `predict`, `report`, `run`, `serve`, `status`, `validate`",
         ),
         # what is missing or too many
         ("plan", "CONFIG is missing: write `pipeline plan configs/tiny.yaml`"),

@@ -124,10 +124,10 @@ Config = Annotated[Path, argument(metavar="CONFIG", help="A YAML file.", callbac
 Saves = Annotated[Path, option("--saves", metavar="DIR", help="The folder of the outputs (default: saves).")]
 SET_HELP = "Override one value, such as sft.trainer.learning_rate=2e-5."
 Assignments = Annotated[list[str] | None, option("--set", metavar="KEY.PATH=VALUE", help=SET_HELP)]
-_stage = {"metavar": "STAGE", "autocompletion": _complete_stage}
-Until = Annotated[str | None, option("--until", help="Stop after this stage.", **_stage)]
+stage_option: dict[str, Any] = {"metavar": "STAGE", "autocompletion": _complete_stage}
+Until = Annotated[str | None, option("--until", help="Stop after this stage.", **stage_option)]
 FRESH_HELP = "Start this stage over instead of resuming it or keeping its result."
-Fresh = Annotated[list[str] | None, option("--fresh", help=FRESH_HELP, **_stage)]
+Fresh = Annotated[list[str] | None, option("--fresh", help=FRESH_HELP, **stage_option)]
 Version = Annotated[bool, option("--version", help="Show the version.", is_eager=True, callback=_show_version)]
 AsJson = Annotated[bool, option("--json", help="Write JSON for scripts.")]
 

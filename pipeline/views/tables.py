@@ -1,7 +1,8 @@
 """What the command line prints: tables, coloured text, JSON and errors."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,20 @@ def console(*, silent: bool = False) -> "Console":
     if silent:
         return Console(file=StringIO(), width=160)
     return Console(width=None if sys.stdout.isatty() else 160)
+
+
+@contextmanager
+def counting(*, silent: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left, moved by (done, of); on a pipe, or if silent, nothing is shown."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    out = console(silent=silent)
+    if not out.is_terminal:
+        yield lambda done, of: None
+        return
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def print_plain(out: "Console", text: str) -> None:

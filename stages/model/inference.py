@@ -60,6 +60,11 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> 
     return torch.tensor(filled, dtype=torch.long)
 
 
+def left_padded(prompts: Sequence[Ids], fill: int) -> "tuple[Tensor, Tensor]":
+    """(prompts, longest prompt) twice, int64: prompts filled up on the left, and the attention mask."""
+    return _padded(prompts, fill, left=True), _padded([[1] * len(prompt) for prompt in prompts], 0, left=True)
+
+
 def summed_losses(model: Any, texts: Sequence[tuple[Ids, Ids]]) -> list[float]:
     """The cross-entropy in nats of each text's labelled tokens, computed in float32 and summed in float64.
 
@@ -136,7 +141,7 @@ def answers(
             for index in batch:
                 act([index])
             return
-        ids, mask = _padded(asked, pad, left=True), _padded([[1] * len(prompt) for prompt in asked], 0, left=True)
+        ids, mask = left_padded(asked, pad)
         limits = {"max_new_tokens": min(room, limit - width)}
         with torch.inference_mode():
             given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}

@@ -1,0 +1,118 @@
+"""Answers to a file of questions: every format, in order, and after a kill without asking twice."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.train
+ROWS = [
+    {"instruction": "感冒了怎么办？", "input": "", "output": "多喝水。"},
+    {"messages": [{"role": "user", "content": "头痛"}, {"role": "assistant", "content": "多休息。"}]},
+    {"prompt": "咳嗽三天了，晚上更严重，应该吃什么药？要不要去医院检查？"},
+    {"conversations": [{"from": "human", "value": "发烧"}, {"from": "gpt", "value": "量体温。"}]},
+    {"nothing": 1},
+    {"question": "肚子痛", "history": [["你好", "您好"]]},
+]
+SETTINGS = {"max_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def predict():
+    from pipeline.serve import predict
+
+    return predict
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS * 4), encoding="utf-8")
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answer(predict, engine, questions, output, **more):
+    rows = predict.read_questions(str(questions), None, None)
+    settings = predict.Settings(**{**SETTINGS, **more.pop("settings", {})})
+    return predict.answer_file(engine, rows, output, settings, "tiny", **more)
+
+
+def test_every_row_has_its_answer_in_the_order_of_the_file(predict, engine, questions, tmp_path):
+    result = answer(predict, engine, questions, tmp_path / "out.jsonl")
+    found = lines(tmp_path / "out.jsonl")
+    assert [line["row"] for line in found] == list(range(1, 25))
+    asked = [{"role": "user", "content": "头痛"}]
+    assert found[1]["messages"] == asked
+    assert found[1]["answer"] == engine.answer(asked, 6)
+    assert found[1]["reference"] == "多休息。"
+    assert found[1]["prompt_tokens"] == len(engine.prompt(asked))
+    assert (found[1]["answer_tokens"], found[1]["finish_reason"]) == (6, "length")
+    assert found[5]["messages"][0] == {"role": "user", "content": "你好"}
+    assert found[4] == {
+        **{"row": 5, "place": f"{questions}:5", "answer": None},
+        "error": "the row holds no question in one of `messages`, `conversations`, `prompt`, `instruction`, "
+        "`question`, `query`, `input`, `text`; it has `nothing`",
+    }
+    assert (result.rows, result.answered, result.kept, result.failed) == (24, 20, 0, 4)
+    assert result.figures["rouge-l"]["n"] == 12
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_killed_run_goes_on_with_the_same_bytes(predict, engine, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "TOKENS", 120)  # several batches
+    answer(predict, engine, questions, tmp_path / "whole.jsonl")
+    real, asked = predict.generate, []
+
+    def generate(engine, answers, sampling):
+        if len(asked) == 3 and not monkeypatched:
+            raise KeyboardInterrupt
+        asked.append(len(answers))
+        real(engine, answers, sampling)
+
+    monkeypatched = []
+    monkeypatch.setattr(predict, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        answer(predict, engine, questions, tmp_path / "out.jsonl")
+    part = tmp_path / "out.jsonl.part"
+    assert sum(asked) > 0
+    with open(part, "ab") as file:
+        file.write(b'{"row": 3, "answer": "torn')  # what kill -9 can leave
+    monkeypatched.append(True)
+    before = sum(asked)
+    result = answer(predict, engine, questions, tmp_path / "out.jsonl")
+    assert result.kept == before
+    assert sum(asked) == 20
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_finished_run_asks_nothing_and_another_one_is_not_overwritten(predict, engine, questions, tmp_path):
+    from pipeline.errors import ConfigError
+
+    out = tmp_path / "out.jsonl"
+    answer(predict, engine, questions, out)
+    before = out.stat().st_mtime_ns
+    assert answer(predict, engine, questions, out).kept == 24
+    assert out.stat().st_mtime_ns == before
+    with pytest.raises(ConfigError) as error:
+        answer(predict, engine, questions, out, settings={"max_tokens": 7})
+    assert str(error.value) == (
+        f"--output {out}: exists already; choose another file, or overwrite it with --overwrite"
+    )
+    assert answer(predict, engine, questions, out, settings={"max_tokens": 7}, overwrite=True).answered == 20
+
+
+def test_a_csv_with_a_column_of_its_own(predict, engine, tmp_path):
+    from pipeline.errors import ConfigError
+
+    path = tmp_path / "questions.csv"
+    path.write_text("id,问题\n7,头痛\n8,发烧\n", encoding="gb18030")
+    with pytest.raises(ConfigError, match="name the column with the question with `--column NAME`"):
+        predict.read_questions(str(path), None, None)
+    rows = predict.read_questions(str(path), None, "问题")
+    assert [row.question.messages for row in rows] == [
+        [{"role": "user", "content": "头痛"}],
+        [{"role": "user", "content": "发烧"}],
+    ]
