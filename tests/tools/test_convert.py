@@ -85,7 +85,8 @@ INFO = {
     "firefly": {"file_name": "firefly.jsonl", "columns": {"prompt": "input", "response": "target"}},
     "identity": {"file_name": "identity.json"},
     "dpo_en_10k": {"file_name": "dpo_en.json", "ranking": True, "formatting": "sharegpt", "columns": PAIRS},
-    "dpo_zh_10k": {"file_name": "dpo_zh.json", "ranking": True, "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}},
+    "dpo_zh_10k": {"file_name": "dpo_zh.json", "ranking": True,
+                   "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}},
 }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_six_commands_are_one_config(folder):
-    found, pipeline = written("six.sh")
+    _found, pipeline = written("six.sh")
     made = stages(pipeline)
     assert list(made) == ["pt", "sft", "dpo", "merge", "quantize"]
     assert [made[name].start for name in made] == [
@@ -197,7 +198,8 @@ def command(stage, rest, base=BASE):
             {"sft": "BASE", "dpo": "$sft", "dpo_2": "$sft"},
         ),
         (["sft --output_dir a", "sft --output_dir b"], {"sft": "BASE", "sft_2": "BASE"}),  # two runs to compare
-        (["sft --output_dir a", "rm --output_dir b", "dpo --output_dir c"], {"sft": "BASE", "reward": "$sft", "dpo": "$sft"}),
+        (["sft --output_dir a", "rm --output_dir b", "dpo --output_dir c"],
+         {"sft": "BASE", "reward": "$sft", "dpo": "$sft"}),
         (["pt --output_dir a --finetuning_type full", "sft --model a"], {"pt": "BASE", "sft": "$pt"}),
     ],
 )  # fmt: skip
@@ -284,7 +286,7 @@ def test_a_revision_that_is_a_commit_is_kept(folder):
 )
 def test_a_train_command_is_recognised(folder, line):
     arguments = "--stage sft --do_train --model_name_or_path org/base --dataset identity --learning_rate=1e-4 --bf16"
-    found, pipeline = written(line.format(arguments))
+    _found, pipeline = written(line.format(arguments))
     made = stages(pipeline)["sft"]
     assert made.start == f"org/base@{COMMIT}"
     assert made.config.trainer["learning_rate"] == 1e-4
@@ -331,12 +333,12 @@ def test_what_a_script_does_besides_is_noted(folder):
     [
         ("x.yaml", "a: 1\n", "x.yaml: the keys are those of no known program (LLaMA-Factory, Axolotl, TRL, "
          "alignment-handbook); name the file that its train command gets"),
-        ("x.yaml", "model: org/m\ntrain_dataset: d.yaml\n", "x.yaml: is for LLaMA-Factory's new code (USE_V1=1), which is "
-         "not converted; name a config with `stage:`"),
+        ("x.yaml", "model: org/m\ntrain_dataset: d.yaml\n", "x.yaml: is for LLaMA-Factory's new code (USE_V1=1), which "
+         "is not converted; name a config with `stage:`"),
         ("x.sh", "echo hello\n", "x.sh: there is no training command here; LLaMA-Factory, Axolotl, TRL, "
          "alignment-handbook and MedicalGPT are known"),
-        ("x.sh", "llamafactory-cli train --a 'b\n", "x.sh: the command cannot be read (No closing quotation); close the "
-         "quotation marks"),
+        ("x.sh", "llamafactory-cli train --a 'b\n", "x.sh: the command cannot be read (No closing quotation); close "
+         "the quotation marks"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_one_sentence(folder, name, text, message):
@@ -347,7 +349,7 @@ def test_what_cannot_be_converted_is_one_sentence(folder, name, text, message):
 
 
 def test_a_missing_file_is_said(folder):
-    with pytest.raises(ConfigError, match="nothing.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
         written("nothing.yaml")
-    with pytest.raises(ConfigError, match="nothing.sh: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nothing\.sh: cannot be read"):
         written("nothing.sh")
