@@ -135,63 +135,77 @@ def verify(chain: Sequence[str], merged: Path) -> dict[str, Any]:
     """
     model, missing = skeleton(merged)
     refuse_missing(str(merged), missing)
-    adapters = AdapterChain(chain[1:], layout(model))
-    source, written = shards.Weights(Path(chain[0])), shards.Weights(merged)
-    _compare_entries(source, written)
-    names = _whole_names(source, model)
-    touched = {module for adapter in adapters.adapters for module in adapter.modules}
-    found: list[Difference] = []
-    for module, parts in _modules(names, adapters.layout.tied).items():
-        places = [place for name in parts.values() for place in _places(names[name], adapters.layout.tied)]
-        if touched.isdisjoint(place.rpartition(".")[0] for place in places):
-            steps: dict[str, Any] = {}
-        else:
-            steps = {part: adapters.steps(names[name], source.read(name).float()) for part, name in parts.items()}
-        last = {part: source.read(name) for part, name in parts.items()}
-        for step in zip(*steps.values(), strict=True):
-            before = {part: one for part, (_, one, _) in zip(steps, step, strict=True)}
-            last = {part: one for part, (_, _, one) in zip(steps, step, strict=True)}
-            found.append(_prove(model, module, step[0][0], before, last))
-        for part, name in parts.items():
-            if not _same(written.read(name), last[part]):
-                raise _other(f"`{name}` is not the folded weight")
+    both = _Both(model, AdapterChain(chain[1:], layout(model)), shards.Weights(Path(chain[0])), shards.Weights(merged))
+    _compare_entries(both.source, both.written)
+    found = [one for module, parts in both.modules().items() for one in both.compare(module, parts)]
     shares = [one.largest / one.outputs for one in found if one.outputs]
     return {"layers": len(shares), "layer_difference": max(shares, default=0.0)}
 
 
-def _places(name: str, tied: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    return (name, *tied.get(name, ()))
+class _Both:
+    """A base with its adapters, and what was written."""
 
+    def __init__(
+        self, model: "PreTrainedModel", chain: AdapterChain, source: shards.Weights, written: shards.Weights
+    ) -> None:
+        self.model, self.chain, self.source, self.written = model, chain, source, written
+        self.names = _whole_names(source, model)
+        self.touched = {module for adapter in chain.adapters for module in adapter.modules}
 
-def _modules(names: Mapping[str, str], tied: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, str]]:
-    """Module → its parameters, such as `weight` → the names of the weights in the file. Tied modules are all in it."""
-    modules: dict[str, dict[str, str]] = {}
-    for name, whole in names.items():
-        for place in _places(whole, tied):
-            module, _, part = place.rpartition(".")
-            modules.setdefault(module, {})[part] = name
-    return modules
+    def _places(self, name: str) -> tuple[str, ...]:
+        """The name of a weight of the file in the model, and the other names of the same weight."""
+        whole = self.names[name]
+        return (whole, *self.chain.layout.tied.get(whole, ()))
 
+    def modules(self) -> dict[str, dict[str, str]]:
+        """Module → its parameters, such as `weight` → their names in the file."""
+        modules: dict[str, dict[str, str]] = {}
+        for name in self.names:
+            for place in self._places(name):
+                module, _, part = place.rpartition(".")
+                modules.setdefault(module, {}).setdefault(part, name)
+        for name, whole in self.names.items():  # of two names that are both in the file, each is compared
+            module, _, part = whole.rpartition(".")
+            modules[module][part] = name
+        return modules
 
-def _prove(
-    model: "PreTrainedModel",
-    module: str,
-    adapter: Adapter,
-    before: Mapping[str, "torch.Tensor"],
-    after: Mapping[str, "torch.Tensor"],
-) -> Difference:
-    """Compare a module after an adapter with what PEFT makes of it."""
-    try:
-        like = model.get_submodule(module)
-    except AttributeError:
-        raise _other(f"it has no `{module}`, which the adapter `{adapter.folder}` changes") from None
-    found = proof(module, like, adapter, before, after)
-    if isinstance(found, str):
-        raise _other(f"`{module}` after the adapter `{adapter.folder}`: {found}")
-    if not found.small:
-        trouble = f"differ from those of PEFT by up to {found.largest:.2g} of {found.outputs:.2g}"
-        raise _other(f"the outputs of `{module}` after the adapter `{adapter.folder}` {trouble}")
-    return found
+    def compare(self, module: str, parts: Mapping[str, str]) -> list[Difference]:
+        """Compare the written weights of a module with the fold, and after each adapter the fold with PEFT's layer.
+
+        Raises:
+            StageError: they differ.
+        """
+        before = {part: self.source.read(name) for part, name in parts.items()}
+        after, found = before, []
+        places = [place for name in parts.values() for place in self._places(name)]
+        if not self.touched.isdisjoint(place.rpartition(".")[0] for place in places):
+            steps = [self.chain.steps(self.names[name], before[part].float()) for part, name in parts.items()]
+            for step in zip(*steps, strict=True):
+                before, after = ({part: one[side] for part, one in zip(parts, step, strict=True)} for side in (1, 2))
+                found.append(self._prove(module, step[0][0], before, after))
+        for part, name in parts.items():
+            if not _same(self.written.read(name), after[part]):
+                raise _other(f"`{name}` is not the folded weight")
+        return found
+
+    def _prove(
+        self,
+        module: str,
+        adapter: Adapter,
+        before: Mapping[str, "torch.Tensor"],
+        after: Mapping[str, "torch.Tensor"],
+    ) -> Difference:
+        try:
+            like = self.model.get_submodule(module)
+        except AttributeError:
+            raise _other(f"it has no `{module}`, which the adapter `{adapter.folder}` changes") from None
+        found = proof(module, like, adapter, before, after)
+        if isinstance(found, str):
+            raise _other(f"`{module}` after the adapter `{adapter.folder}`: {found}")
+        if not found.small:
+            trouble = f"differ from those of PEFT by up to {found.largest:.2g} of {found.outputs:.2g}"
+            raise _other(f"the outputs of `{module}` after the adapter `{adapter.folder}` {trouble}")
+        return found
 
 
 def _compare_entries(source: shards.Weights, written: shards.Weights) -> None:
@@ -212,7 +226,8 @@ def _same(written: "torch.Tensor", weight: "torch.Tensor") -> bool:
     import torch
 
     rounded = weight.to(written.dtype).contiguous()
-    return bool(torch.equal(written.reshape(-1).view(torch.uint8), rounded.reshape(-1).view(torch.uint8)))
+    wide = torch.int64 if rounded.nbytes % 8 == 0 else torch.uint8
+    return bool(torch.equal(written.reshape(-1).view(wide), rounded.reshape(-1).view(wide)))
 
 
 def _other(trouble: str) -> StageError:

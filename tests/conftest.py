@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +101,32 @@ def train(tmp_path_factory, tiny):
         return SimpleNamespace(out=folder, metrics=metrics, trainer=seen[0])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory, tiny):
+    """The folder of an untrained model of an architecture that `init` does not make: GPT-2, or a mixture of experts."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 600}
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16, "num_key_value_heads": 2}
+
+    @cache
+    def model(architecture, tied=True):
+        kinds = {"gpt2": (GPT2Config, {}), "qwen3_moe": (Qwen3MoeConfig, experts)}
+        kind, own = kinds[architecture]
+        folder = tmp_path_factory.mktemp(architecture)
+        torch.manual_seed(0)
+        config = kind(**sizes, **ids, **own, tie_word_embeddings=tied)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for path in carried_files(tiny("llama")):
+            if path.name != "generation_config.json":
+                shutil.copy(path, folder)
+        return folder
+
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ class Adapter:
         return f"{PREFIX}{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta" in self.names
 
     def fold(self, name: str, weight: "torch.Tensor", *, transposed: bool = False) -> "torch.Tensor":
-        """The parameter `name` in float32 with this adapter folded in; `weight` itself if it has no part.
+        """The parameter `name` with this adapter folded in, in float32; `weight` itself if the adapter has no part.
 
         `weight` is outputs × inputs, with `transposed` inputs × outputs; an embedding is tokens × width.
 
@@ -167,7 +167,7 @@ class Adapter:
             return weight if bias is None else weight + self.scale(name.removesuffix(".bias")) * bias
         rows = self.take(f"{module}.token_adapter.trainable_tokens_delta")
         if rows is not None:  # PEFT stores the trained rows themselves, and not what is added to them
-            return weight.index_copy(0, self.token_ids(module), rows)
+            return weight.float().index_copy(0, self.token_ids(module), rows)
         a, b = self.take(f"{module}.lora_embedding_A"), self.take(f"{module}.lora_embedding_B")
         if a is not None and b is not None:
             transposed = True  # a token is the input
@@ -175,14 +175,16 @@ class Adapter:
             a, b = self.take(f"{module}.lora_A.weight"), self.take(f"{module}.lora_B.weight")
         if a is None or b is None:
             return weight
-        folded = (b @ a).mul_(self.scale(module))
-        folded = folded.T if transposed else folded
-        if folded.shape != weight.shape:
-            raise self._other_shape(name, folded, weight)
-        folded += weight
-        magnitude = self.take(f"{module}.lora_magnitude_vector")
-        if magnitude is not None:  # DoRA: the norm of what leads to one output
-            norm = (folded.T if transposed else folded).norm(dim=1)
+        own = self.take(f"{module}.base_layer.weight")  # PEFT stores embeddings beside their adapters
+        weight = weight if own is None else own
+        change = (b @ a).mul_(self.scale(module))
+        if (change.T if transposed else change).shape != weight.shape:
+            raise self._other_shape(name, change.T if transposed else change, weight)
+        magnitude, norm = self.take(f"{module}.lora_magnitude_vector"), None
+        if magnitude is not None:  # DoRA: the norm of the weights that lead to one output
+            norm = ((weight.T if transposed else weight) + change).norm(dim=1)
+        folded = weight + change.T if transposed else change.add_(weight)  # in place where the order in memory stays
+        if magnitude is not None:
             folded *= (magnitude / norm).view((1, -1) if transposed else (-1, 1))
         return folded
 
@@ -200,13 +202,16 @@ class AdapterChain:
         Raises:
             StageError: an adapter does not fit, or changes what only one of two names of the weight stands for.
         """
-        folded = original = weight.float()
-        for _, _, after in self.steps(name, original):
+        folded = weight
+        for _, _, after in self.steps(name, weight):
             folded = after
-        return weight if folded is original else folded.to(weight.dtype)
+        return folded.to(weight.dtype)
 
     def steps(self, name: str, weight: "torch.Tensor") -> Iterator[tuple[Adapter, "torch.Tensor", "torch.Tensor"]]:
-        """Each adapter, with a parameter in float32 before it and after it; errors as `fold`."""
+        """Each adapter, with a parameter before it and after it; errors as `fold`.
+
+        The parameter is in float32 as soon as an adapter has changed it.
+        """
         import torch
 
         twins = self.layout.tied.get(name, ())

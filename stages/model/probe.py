@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.model.lora import PREFIX, Adapter
+from stages.model.lora import PREFIX, Adapter, check_foldable
 from stages.runtime.errors import StageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Parameters = Mapping[str, "torch.Tensor"]
 """`weight`, and `bias` if the layer has one, in float32."""
-INPUTS = 16  # random inputs of a layer, or tokens of an embedding
+INPUTS = 4  # random inputs of a layer
 # The largest |output of the fold − output of PEFT|: a share of what the adapter adds, and one of the outputs. The
 # second is the rounding of float32.
 OF_ADDED, OF_OUTPUTS = 1e-3, 4e-6
@@ -105,7 +105,7 @@ def difference(alone: Any, folded: Any, peft: Any) -> Difference:
 
     rows, columns = folded.weight.shape
     if isinstance(folded, torch.nn.Embedding):
-        inputs = torch.linspace(0, rows - 1, INPUTS).long()
+        inputs = torch.arange(rows)[:: max(1, rows // 64)]
     else:
         width = columns if isinstance(folded, torch.nn.Linear) else rows
         inputs = torch.randn(INPUTS, width, generator=torch.Generator().manual_seed(0))
@@ -137,7 +137,7 @@ def proof(name: str, like: Any, adapter: Adapter, before: Parameters, after: Par
     config = LoraConfig.from_pretrained(adapter.folder)
     config.init_lora_weights, config.modules_to_save, config.trainable_token_indices = True, None, None
     try:
-        root = under_peft(name, copy.deepcopy(alone), config)
+        root = under_peft(name, layer(like, before), config)
         loaded = set_peft_model_state_dict(root, {key.removeprefix(PREFIX): one for key, one in tensors.items()})
     except (ValueError, RuntimeError) as error:
         return f"PEFT does not put the adapter there ({error})"
@@ -177,6 +177,8 @@ def check_fold(model: "PreTrainedModel", config: Any) -> None:
     """
     import torch
 
+    for _, text in check_foldable(config.to_dict()):
+        raise StageError(text)
     for name, like, rank in _kinds(model, config):
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -185,8 +187,8 @@ def check_fold(model: "PreTrainedModel", config: Any) -> None:
             trouble = str(error)
         if trouble:
             raise StageError(
-                f"the adapter on `{name}`, a {type(like).__name__}, cannot be folded into the base as these settings "
-                f"under `lora` train it ({trouble}); remove the settings that are special, or `{name}` from the targets"
+                f"what these settings under `lora` train on `{name}`, a {type(like).__name__}, cannot be folded into "
+                f"the base: {trouble}; change them, or leave this layer out of the targets"
             )
 
 
@@ -194,7 +196,7 @@ def _kinds(model: "PreTrainedModel", config: Any) -> Iterator[tuple[str, Any, in
     """One target of each kind: its name, its module in the base, and its rank."""
     import torch
     from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,9 +209,9 @@ def _kinds(model: "PreTrainedModel", config: Any) -> Iterator[tuple[str, Any, in
             raise StageError(f"PEFT refuses the settings under `lora`: {error}") from None
     seen = set()
     for name, module in wrapped.get_base_model().named_modules():
-        if not isinstance(module, BaseTunerLayer):
+        if not isinstance(module, LoraLayer):
             continue
-        base, rank, scale = module.get_base_layer(), module.r.get("default", 0), module.scaling.get("default", 1)
+        base, rank, scale = module.get_base_layer(), module.r["default"], module.scaling["default"]
         kind = (type(base), type(module), rank, scale, getattr(base, "bias", None) is not None)
         if kind not in seen:
             seen.add(kind)
@@ -230,11 +232,11 @@ def _probe(name: str, like: Any, rank: int, config: Any) -> str | None:
         before["bias"] = torch.randn(size)
     alone = layer(like, before)
     if alone is None:
-        return "its kind cannot"
+        return "of this kind of layer no adapter can"
     own = copy.deepcopy(config)
     own.target_modules, own.exclude_modules, own.modules_to_save, own.trainable_token_indices = [name], None, None, None
     own.layers_to_transform = own.layers_pattern = None
-    root = under_peft(name, copy.deepcopy(alone), own)
+    root = under_peft(name, layer(like, before), own)
     for key, parameter in root.named_parameters():
         if ".lora_" in key or parameter.requires_grad:
             parameter += 0.1 * torch.randn_like(parameter)

@@ -1,5 +1,6 @@
 """Adapters are folded as PEFT applies them: on every architecture, of every kind, one after another."""
 
+import json
 import shutil
 
 import pytest
@@ -23,10 +24,31 @@ KINDS = {
 }
 
 
-def same(folded, expected, tolerance=1e-6):
+CONV1D = [
+    {},
+    {"use_dora": True},
+    {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"c_proj": 2}},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"target_modules": ["attn.c_proj", "lm_head"]},  # PEFT then writes `fan_in_fan_out: false` for both
+    {"target_modules": ["attn.c_proj", "lm_head", "wte"], "use_dora": True},
+]
+
+
+def same(folded, expected):
+    """In float32 the fold has the bits of PEFT's own."""
     assert folded.keys() == expected.keys()
     for name, weight in folded.items():
-        assert (weight - expected[name]).abs().max() <= tolerance, name
+        assert weight.equal(expected[name]), name
+
+
+def as_peft_merges(chain):
+    from peft import PeftModel
+
+    merged = load_model([str(chain[0])])
+    for adapter in chain[1:]:
+        merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
+    return merged
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,6 +97,56 @@ def test_rows_of_tokens_are_folded_into_both_sides_of_a_tied_embedding(tiny, ada
     assert changed.nonzero().flatten().tolist() == [3, 599]
 
 
+@pytest.mark.parametrize("lora", CONV1D, ids=str)
+def test_gpt2_whose_weights_are_inputs_by_outputs_is_folded(foreign, adapt, lora):
+    import torch
+
+    chain = [foreign("gpt2", tied=False)]
+    for seed in range(2):
+        chain.append(adapt(chain, seed, **lora))
+    folded = load_model(list(map(str, chain)))
+    same(folded.state_dict(), as_peft_merges(chain).state_dict())
+    ids = torch.arange(64)[None]
+    with torch.no_grad():
+        change = (folded(input_ids=ids).logits - load_model([str(chain[0])])(input_ids=ids).logits).abs().max()
+    assert change > 0.01
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_an_adapter_on_one_side_of_a_tied_embedding_is_refused_and_on_both_it_is_folded(tiny, adapt, lora):
+    import torch
+
+    base = tiny("llama")
+    one, both = adapt([base], **lora), adapt([base], **lora, ensure_weight_tying=True)
+    with pytest.raises(StageError) as caught:
+        load_model([str(base), str(one)])
+    assert str(caught.value) == (
+        f"`model.embed_tokens.weight` and `lm_head.weight` are one weight in the base, and the adapter `{one}` changes "
+        "only one of them, or each in its own way; train it again without the embeddings"
+    )
+    folded = load_model([str(base), str(both)])
+    ids = torch.arange(64)[None]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (folded, trained(both), load_model([str(base)]))]
+    assert folded.lm_head.weight is folded.get_input_embeddings().weight
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5
+    assert (logits[0] - logits[2]).abs().max() > 0.01
+
+
+def trained(adapter):
+    """The base of an adapter under PEFT, as it was trained."""
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+
+
 def test_a_fresh_adapter_changes_nothing(tiny, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
@@ -94,6 +166,42 @@ def test_an_adapter_of_another_model_is_refused(tiny, adapt):
         f"8 tensors of the adapter `{adapter}` have no place in the base (first "
         "`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`): it was trained on another model, or its kind "
         "cannot be folded"
+    )
+
+
+def test_an_adapter_of_another_size_is_refused(tiny, adapt, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    config.intermediate_size *= 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    adapter = adapt([tiny("llama")])
+    with pytest.raises(StageError) as caught:
+        load_model([str(tmp_path), str(adapter)])
+    assert str(caught.value) == (
+        f"for the adapter `{adapter}`, `model.layers.0.mlp.gate_proj.weight` is 128 × 64 and not 256 × 64 as in the "
+        "base: it was trained on another model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("layer_replication", [[0, 2], [1, 2]], "layer_replication: [[0, 2], [1, 2]]"),
+        ("use_a_thing_of_next_year", True, "use_a_thing_of_next_year: true"),
+        ("init_lora_weights", "pissa_niter_4", 'init_lora_weights: "pissa_niter_4"'),
+    ],
+)
+def test_an_adapter_whose_kind_the_fold_does_not_know_is_refused_by_name(tiny, adapt, tmp_path, name, value, shown):
+    base = tiny("llama")
+    adapter = shutil.copytree(adapt([base]), tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), name: value}), "utf-8")
+    with pytest.raises(StageError) as caught:
+        load_model([str(base), str(adapter)])
+    assert str(caught.value) == (
+        f"the adapter `{adapter}` was trained with `{shown}`, and cannot be folded into its base; train it again "
+        "without"
     )
 
 
