@@ -99,6 +99,8 @@ class Stage(Generic[C]):
     """What the user should know of the settings and the model that the stage starts from, and what is no problem."""
     needs: Callable[[C, Facts], Needs] | None = None
     """Memory and disk in bytes that the stage takes at least, never more than it does; None when that is not known."""
+    more_memory: Callable[[C], str] | None = None
+    """What to set when memory runs out, as a clause; None where no setting of the stage helps."""
     facts: Callable[[C, Facts], Facts] = lambda config, facts: facts
     """What later stages can know of the model that the stage leaves."""
     reads_model: Callable[[C], bool] = lambda config: True

@@ -22,7 +22,7 @@ from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
 from stages.training.rehearsal import check_libraries
-from stages.training.settings import TrainingConfig, check_sampling, check_training
+from stages.training.settings import TrainingConfig, check_sampling, check_training, more_memory, training_notes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,17 +64,19 @@ def loss_at_zero(loss_type: str, beta: float) -> float | None:
 
 def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
     """Build the settings and prepare the pairs."""
-    args = loop.arguments("DPOConfig", config, out)
-    check_libraries(config, args)
-    preparation.prepare(config.draw(inputs), loop.tokenizer(config, inputs), args, out)
+    _prepare(config, loop.tokenizer(config, inputs), inputs, out)
+
+
+def _prepare(config: Config, tokenizer: Any, inputs: Inputs, out: Path) -> preparation.Prepared:
+    check_libraries("DPOConfig", config, out)
+    return preparation.prepare(config.draw(inputs), tokenizer, loop.row_settings("DPOConfig", config), out)
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the pairs and leave the artifact in `out`."""
     tokenizer = loop.tokenizer(config, inputs)
+    rows = _prepare(config, tokenizer, inputs, out)
     args = loop.arguments("DPOConfig", config, out)
-    check_libraries(config, args)
-    rows = preparation.prepare(config.draw(inputs), tokenizer, args, out)
     trainer = loop.build(
         _trainer_class(),
         model=loop.start(config, inputs, tokenizer),
@@ -171,6 +173,8 @@ STAGE = Stage(
     headline=description.preference_headline,
     leaves=Model(adapter=lambda config: config.lora is not None),
     check_model=check_model,
+    notes=training_notes,
+    more_memory=more_memory,
     needs=needs,
     facts=facts_after_training,
     rehearse=rehearse,

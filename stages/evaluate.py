@@ -209,8 +209,6 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
             found[name] = _measure(config, subject, data, prompts, margins, progress)
             del subject
             free_memory()
-    except torch.OutOfMemoryError:
-        raise StageError(f"out of memory; halve `batch_tokens`, which is {config.batch_tokens}") from None
     finally:
         torch.set_num_threads(threads)
     table = _table(config, found, data, prompts)
@@ -324,6 +322,7 @@ STAGE = Stage(
     check=check,
     check_model=check_model,
     needs=needs,
+    more_memory=lambda config: f"halve `batch_tokens`, which is {config.batch_tokens}",
     reads_files=read_files,
     libraries=("numpy", "gptqmodel", "jieba", "rouge-chinese", "nltk", "lm_eval"),
     judges_only=("gates",),

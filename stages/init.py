@@ -209,4 +209,13 @@ def _texts(sources: Sequence[Source]) -> Iterator[str]:
                 yield json.dumps(row["tools"], ensure_ascii=False)
 
 
-STAGE = Stage(version=1, config=Config, run=run, headline=headline, needs=needs, facts=facts, describe=describe)
+STAGE = Stage(
+    version=1,
+    config=Config,
+    run=run,
+    headline=headline,
+    needs=needs,
+    more_memory=lambda config: "lower `hidden_size` or `num_hidden_layers`, or set `max_samples` of its data",
+    facts=facts,
+    describe=describe,
+)

@@ -25,15 +25,17 @@ from stages.runtime import interfaces
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 from stages.training import description, loop, preparation
+from stages.training.adapters import is_named
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
 from stages.training.rehearsal import check_libraries
-from stages.training.settings import TrainingConfig, check_sampling, check_training, is_named
+from stages.training.settings import TrainingConfig, check_sampling, check_training, more_memory, training_notes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+DEFAULTS = {"train_sampling_strategy": "random"}  # of KTOConfig
 WITHOUT_KL = ("apo_zero_unpaired",)
 BALANCE = (1, 4 / 3)  # λ_good · good rows ÷ λ_bad · bad rows: equation 8 of the paper
 # What TRL measures on held-out rows, and `metric_for_best_model` can name.
@@ -172,21 +174,22 @@ def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
     _prepare(config, loop.tokenizer(config, inputs), inputs, out)
 
 
-def _prepare(config: Config, tokenizer: Any, inputs: Inputs, out: Path) -> tuple[Any, preparation.Prepared, list[bool]]:
-    """The trainer's settings, the rows, and the labels of those that are trained on."""
-    args = loop.arguments("KTOConfig", config, out, train_sampling_strategy="random")
-    check_libraries(config, args)
-    rows = preparation.prepare(config.draw(inputs), tokenizer, args, out)
+def _prepare(config: Config, tokenizer: Any, inputs: Inputs, out: Path) -> tuple[preparation.Prepared, list[bool]]:
+    """The rows, and the labels of those that are trained on."""
+    check_libraries("KTOConfig", config, out, **DEFAULTS)
+    settings = loop.row_settings("KTOConfig", config, **DEFAULTS)
+    rows = preparation.prepare(config.draw(inputs), tokenizer, settings, out)
     labels = _labels(rows.train)
     _check_labels(config, labels, _labels(rows.held) if rows.held is not None else [])
-    return args, rows, labels
+    return rows, labels
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the labelled answers and leave the artifact in `out`."""
     kind = _trainer_class()
     tokenizer = loop.tokenizer(config, inputs)
-    args, rows, labels = _prepare(config, tokenizer, inputs, out)
+    rows, labels = _prepare(config, tokenizer, inputs, out)
+    args = loop.arguments("KTOConfig", config, out, **DEFAULTS)
     train, held = rows.train, rows.held
     counts = {"good": sum(labels), "bad": len(labels) - sum(labels)}
     if (text := balance(config, **counts)) is not None:
@@ -306,6 +309,8 @@ STAGE = Stage(
     leaves=Model(adapter=lambda config: config.lora is not None),
     check=check,
     check_model=check_model,
+    notes=training_notes,
+    more_memory=more_memory,
     needs=needs,
     facts=facts_after_training,
     rehearse=rehearse,

@@ -8,7 +8,7 @@ from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem
 from stages.training import description, packing, supervised
 from stages.training.needs import facts_after_training, training_needs
-from stages.training.settings import check_training
+from stages.training.settings import check_training, more_memory, training_notes
 
 DEFAULTS = {"packing": True, "packing_strategy": "bfd_split"}  # of SFTConfig
 
@@ -50,6 +50,8 @@ STAGE = Stage(
     leaves=Model(adapter=lambda config: config.lora is not None),
     check=check,
     check_model=check_model,
+    notes=training_notes,
+    more_memory=more_memory,
     needs=training_needs,
     facts=facts_after_training,
     rehearse=rehearse,

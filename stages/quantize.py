@@ -120,6 +120,13 @@ def needs(config: Config, facts: Facts) -> Needs:
     return Needs(facts.stored, disk=2 * size, result=size) if on_disk else Needs(facts.stored, disk=size)
 
 
+def more_memory(config: Config) -> str:
+    """What to set when memory runs out."""
+    rows, length = config.calibration.samples, config.calibration.max_length
+    offload = "" if config.gptq.get("offload_to_disk") else "set `gptq: {offload_to_disk: true}`, or "
+    return f"{offload}halve `calibration.max_length`, which is {length}, or `calibration.samples`, which is {rows}"
+
+
 def facts_after_quantizing(config: Config, facts: Facts) -> Facts:
     """What later stages can know of the result: it is quantized, so it can be evaluated but not trained."""
     after = {**facts.config, "quantization_config": {"bits": config.bits}}
@@ -300,6 +307,7 @@ STAGE = Stage(
     check=check,
     check_model=check_model,
     needs=needs,
+    more_memory=more_memory,
     facts=facts_after_quantizing,
     settings={"gptq": "gptqmodel.quantization.config:GPTQConfig"},
     libraries=("gptqmodel",),

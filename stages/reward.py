@@ -11,7 +11,6 @@ The stage below starts from the model above: the language model itself is not ch
 """
 
 import copy
-import importlib.util
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,10 +25,11 @@ from stages.model.inputs import Inputs
 from stages.model.lora import fold_into
 from stages.runtime import interfaces
 from stages.runtime.errors import Problem, StageError
+from stages.runtime.interfaces import source
 from stages.training import description, loop, preparation
 from stages.training.needs import training_needs
 from stages.training.rehearsal import check_libraries
-from stages.training.settings import TrainingConfig, check_sampling, check_training
+from stages.training.settings import TrainingConfig, check_sampling, check_training, more_memory, training_notes
 
 # What is measured on held-out rows, and `metric_for_best_model` can name; accuracy and margin are called as in `dpo`.
 MEASURED = ("loss", "rewards/accuracies", "rewards/margins", "min_reward", "mean_reward", "max_reward")
@@ -66,10 +66,7 @@ def _no_scorer(kind: str) -> str:
 @cache
 def classifiers() -> frozenset[str]:
     """The types of models that transformers can make a scorer of, read from its source; empty when it is not there."""
-    spec = importlib.util.find_spec("transformers")
-    folders = spec.submodule_search_locations if spec is not None else None
-    file = Path(next(iter(folders or [""])), "models", "auto", "modeling_auto.py")
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = source("transformers", "models", "auto", "modeling_auto.py")
     found = re.search(r"^MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES = \w+\(\n(.*?)^\)", text, re.M | re.S)
     return frozenset(re.findall(r'\("([\w-]+)",', found[1])) if found else frozenset()
 
@@ -98,18 +95,18 @@ def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
     _prepare(config, loop.tokenizer(config, inputs), inputs, out)
 
 
-def _prepare(config: Config, tokenizer: Any, inputs: Inputs, out: Path) -> tuple[Any, preparation.Prepared]:
-    """The trainer's settings, and the pairs."""
-    args = loop.arguments("RewardConfig", config, out)
-    check_libraries(config, args)
-    return args, preparation.prepare(config.draw(inputs), tokenizer, args, out, whole=True)
+def _prepare(config: Config, tokenizer: Any, inputs: Inputs, out: Path) -> preparation.Prepared:
+    check_libraries("RewardConfig", config, out)
+    settings = loop.row_settings("RewardConfig", config)
+    return preparation.prepare(config.draw(inputs), tokenizer, settings, out, whole=True)
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the pairs and leave the scorer in `out`."""
     kind = _trainer_class()
     tokenizer = loop.tokenizer(config, inputs)
-    args, rows = _prepare(config, tokenizer, inputs, out)
+    rows = _prepare(config, tokenizer, inputs, out)
+    args = loop.arguments("RewardConfig", config, out)
     trainer = loop.build(
         kind,
         model=scorer(config, inputs, tokenizer),
@@ -240,6 +237,8 @@ STAGE = Stage(
     headline=headline,
     leaves=Scorer(),
     check_model=check_model,
+    notes=training_notes,
+    more_memory=more_memory,
     needs=needs,
     rehearse=rehearse,
     trains=lambda config: config.training(whole=True),

@@ -185,15 +185,10 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Score every row, choose, and leave rows and scores in `out`."""
-    import torch
-
     sources = [inputs.read(source) for source in config.data]
     rows = [(source.path, number, row) for source in sources for number, row in enumerate(rows_of(source), 1)]
     scored = [row for _, _, row in rows]
-    try:
-        choice = choose(config, inputs, scored, out)
-    except torch.OutOfMemoryError:
-        raise StageError(f"out of memory; halve `batch_tokens`, which is {config.batch_tokens}") from None
+    choice = choose(config, inputs, scored, out)
     kept = [reason is None for reason in choice.reasons]
     if not any(kept):
         raise StageError(f"no row of {len(rows)} is kept: {_counted(choice.reasons)}; loosen the limit or add data")
@@ -246,6 +241,7 @@ STAGE = Stage(
     version=1,
     config=Config,
     run=run,
+    more_memory=lambda config: f"halve `batch_tokens`, which is {config.batch_tokens}",
     headline=headline,
     leaves=Rows(format=format_of_rows),
     check=check,

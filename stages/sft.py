@@ -9,7 +9,7 @@ from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem
 from stages.training import description, packing, supervised
 from stages.training.needs import facts_after_training, training_needs
-from stages.training.settings import check_training
+from stages.training.settings import check_training, more_memory, training_notes
 
 
 class Config(supervised.Config):
@@ -35,6 +35,8 @@ STAGE = Stage(
     leaves=Model(adapter=lambda config: config.lora is not None),
     check=supervised.check,
     check_model=check_model,
+    notes=training_notes,
+    more_memory=more_memory,
     needs=training_needs,
     facts=facts_after_training,
     rehearse=supervised.rehearse,

@@ -129,12 +129,15 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
         least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
         raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
     least = f"; {_least(step)}" if code == -signal.SIGKILL and step.needs.memory else ""
+    if code == -signal.SIGKILL and step.stage.more_memory is not None:
+        least += f"; if memory ran out, {step.stage.more_memory(step.entry.config)}"
     go_on = " to go on from its last checkpoint" if (folder / artifact.CHECKPOINTS).is_dir() else ""
     raise StageFailed(f"stage `{step.name}` {_death(code)}{least}; {log}; run again{go_on}")
 
 
 def _least(step: Step) -> str:
-    return f"it takes at least {artifact.size_of(step.needs.memory)} of memory, and activations come on top"
+    on_top = ", and activations come on top" if step.entry.training is not None else ""
+    return f"it takes at least {artifact.size_of(step.needs.memory)} of memory{on_top}"
 
 
 def _death(code: int | None) -> str:

@@ -21,7 +21,7 @@ from pipeline.saves.locks import held_file
 from stages import find
 from stages.model.device import hide_all_gpus_but_one
 from stages.model.inputs import Inputs
-from stages.runtime.errors import Interrupted, explain
+from stages.runtime.errors import MORE_MEMORY, Interrupted, explain
 from stages.runtime.events import LAUNCHED, emit
 from stages.runtime.processes import end_with_parent, peak_memory
 
@@ -69,9 +69,11 @@ def _hold(out: Path) -> TextIO:
 
 
 def _run(spec: dict[str, Any], out: Path, hook: Hook) -> int:
+    memory = MORE_MEMORY
     try:
         stage = find(spec["use"])
         config = stage.config.model_validate(tracking.group(spec, out))
+        memory = stage.more_memory(config) if stage.more_memory is not None else memory
         inputs = Inputs(**spec["inputs"])
         if hook == "run":
             metrics = stage.run(config, inputs, out)
@@ -86,7 +88,7 @@ def _run(spec: dict[str, Any], out: Path, hook: Hook) -> int:
         return Interrupted.exit_code
     except Exception as error:
         traceback.print_exc()
-        text = explain(error)
+        text = explain(error, memory)
         with contextlib.suppress(OSError):  # the disk may be full; then the log's last lines must do
             emit(out, "error", text=text, traceback=None if text else traceback.format_exc())
         return 1

@@ -2,7 +2,6 @@
 
 import ast
 import gc
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from stages.runtime.interfaces import source
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # lists of the GPUs to use
 # Asks the CUDA driver as torch will ask it, so CUDA_VISIBLE_DEVICES counts.
@@ -46,9 +47,7 @@ def gpus() -> int:
 
 def _built_for() -> str | None:
     """`cuda` or `hip`, by the text of torch's `version.py`; None for a torch that was built for CPUs only."""
-    spec = importlib.util.find_spec("torch")
-    file = Path(next(iter(spec.submodule_search_locations or [""]), "") if spec else "", "version.py")
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = source("torch", "version.py")
     lines = [line for line in ast.parse(text).body if isinstance(line, ast.AnnAssign) and line.value is not None]
     values = {ast.unparse(line.target): ast.literal_eval(line.value) for line in lines if line.value is not None}
     return next((name for name in ("cuda", "hip") if values.get(name) is not None), None)

@@ -43,18 +43,19 @@ def nearest(word: str, known: Iterable[str], moved: Mapping[str, str] | None = N
 
 
 OUT_OF_MEMORY = "out of memory; "
+MORE_MEMORY = "end other programs, or run on a machine with more memory"
 _NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
 
 
-def explain(error: BaseException) -> str | None:
-    """The sentence for an error that the user can fix; None for an internal error."""
+def explain(error: BaseException, memory: str = MORE_MEMORY) -> str | None:
+    """The sentence for an error that the user can fix; None for an internal error.
+
+    `memory`: what to do about a lack of memory, as a clause.
+    """
     if isinstance(error, PipelineError):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
-        return OUT_OF_MEMORY + (
-            "halve `trainer.per_device_train_batch_size` and double `gradient_accumulation_steps`, "
-            "set `trainer.gradient_checkpointing: true`, or lower `trainer.max_length`"
-        )
+        return OUT_OF_MEMORY + memory
     if _disk_full(error):
         return "the disk is full; free space and run again, what was finished is kept"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

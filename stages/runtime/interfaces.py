@@ -1,7 +1,10 @@
 """Private interfaces of libraries that this project relies on, checked when a stage starts."""
 
 import inspect
+from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from stages.runtime.errors import StageError
@@ -50,3 +53,15 @@ def refuse(library: str, trouble: str) -> NoReturn:
     known = KNOWN_TO_WORK[library]
     advice = f"{library} {known} is known to work: `pip install {library}=={known}`"
     raise StageError(f"{library} {version(library)} {trouble}; {advice}")
+
+
+@cache
+def source(library: str, *path: str) -> str:
+    """The text of a file of an installed library, such as ("torch", "version.py"); empty where it is not there.
+
+    The library is not imported.
+    """
+    spec = find_spec(library)
+    folders = spec.submodule_search_locations if spec is not None else None
+    file = Path(next(iter(folders or [""])), *path)
+    return file.read_text(encoding="utf-8") if folders and file.is_file() else ""

@@ -9,9 +9,13 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ProcessPoolExecutor
 
 Item = TypeVar("Item")
 Output = TypeVar("Output")
@@ -62,19 +66,41 @@ def parallel_map(
     if processes == 1 or len(first) <= few or not hasattr(os, "fork"):
         yield from map(work, chain(first, items))
         return
-    from concurrent.futures import Future, ProcessPoolExecutor
+    waiting: deque[Future[Output]] = deque()
+    with _forked(work, processes) as pool:
+        for item in chain(first, items):
+            waiting.append(pool.submit(_apply, item))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def in_fork(work: Callable[[], Output]) -> Output:
+    """The result of `work`, which is done in a forked process: what it opens and what it sets is gone afterwards.
+
+    The result, and an error of `work`, are pickled. Where the system cannot fork, the work is done in this process.
+
+    Raises:
+        MemoryError: the process was killed.
+    """
+    if not hasattr(os, "fork"):
+        return work()
+    with _forked(lambda _: work(), 1) as pool:
+        result: Output = pool.submit(_apply, None).result()
+        return result
+
+
+@contextmanager
+def _forked(work: Callable[[Any], Any], processes: int) -> Iterator["ProcessPoolExecutor"]:
+    """Forked processes that do some work for each item that is submitted."""
+    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    waiting: deque[Future[Output]] = deque()
     try:
         with ProcessPoolExecutor(processes, get_context("fork"), _start, (work,)) as pool:
-            for item in chain(first, items):
-                waiting.append(pool.submit(_apply, item))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield pool
     except BrokenProcessPool:
         raise MemoryError("a process was killed, as the kernel does when memory runs out") from None
 

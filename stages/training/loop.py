@@ -3,7 +3,9 @@
 import contextlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from stages.chat.template import install_template
@@ -13,9 +15,10 @@ from stages.model.inputs import Inputs
 from stages.model.tokens import new_rows
 from stages.runtime.errors import Interrupted, StageError
 from stages.runtime.events import emit, main_process
+from stages.training.adapters import is_named
 from stages.training.checkpoint import newest_whole
 from stages.training.progress import Progress, batch_sizes, check_finite
-from stages.training.settings import TrainingConfig, is_named, saving
+from stages.training.settings import TrainingConfig, saving
 
 if TYPE_CHECKING:
     from transformers import (
@@ -53,6 +56,8 @@ def start(config: TrainingConfig, inputs: Inputs, tokenizer: "PreTrainedTokenize
 def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> "TrainingArguments":
     """The TRL config `kind`: the settings of the user, then `defaults`, then those of this project.
 
+    It opens the GPU, and in a launched process it joins the group of processes. So prepare rows first: that forks.
+
     Raises:
         StageError: the library itself refuses the settings.
     """
@@ -62,7 +67,6 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
     gpu = torch.cuda.is_available()
     ours = {
         "output_dir": str(out / "checkpoints"),
-        "seed": config.seed,
         "report_to": "none",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # transformers would log a NaN loss as 0
@@ -71,13 +75,30 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         **saving(config.trainer),
         "dataloader_pin_memory": gpu,
     }
-    theirs = {
-        key: value for key, value in config.trainer.items() if key not in ("model_init_kwargs", "save_total_limit")
-    }
     try:
-        return getattr(trl, kind)(**{**ours, **defaults, **theirs})
+        return getattr(trl, kind)(**{**ours, **_given(config, defaults)})
     except (ValueError, TypeError, ImportError) as error:
         raise StageError(f"{kind} refuses these settings: {error}") from None
+
+
+def row_settings(kind: str, config: TrainingConfig, **defaults: Any) -> Any:
+    """The attributes of `arguments` that decide what rows become, such as `max_length` and `packing`; no GPU is opened.
+
+    `bf16` and the like, which follow the machine, keep TRL's defaults.
+    """
+    import trl
+
+    made: dict[str, Any] = {}
+    for field in fields(getattr(trl, kind)):
+        made[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
+    return SimpleNamespace(**{**made, **_given(config, defaults)})
+
+
+def _given(config: TrainingConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the user that go to TRL's config, over `defaults`, and the seed."""
+    ours = ("model_init_kwargs", "save_total_limit")
+    theirs = {key: value for key, value in config.trainer.items() if key not in ours}
+    return {"seed": config.seed, **defaults, **theirs}
 
 
 def build(trainer: Any, **parts: Any) -> Any:

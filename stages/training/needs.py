@@ -8,7 +8,8 @@ from typing import Any
 
 from stages.model.device import has_gpu
 from stages.model.facts import Facts, Needs
-from stages.training.settings import TrainingConfig, is_named, saving
+from stages.training.adapters import is_targeted, rank_of
+from stages.training.settings import TrainingConfig, saving
 
 
 def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Needs:
@@ -57,26 +58,11 @@ def _adapter_parameters(lora: Mapping[str, Any], facts: Facts) -> int:
         for name, shape in facts.weights.items()
         if any(re.fullmatch(pattern, name.rpartition(".")[0]) for pattern in saved)
     }
-    ranks: Mapping[str, int] = lora.get("rank_pattern") or {}
     count = sum(copied.values())
     for module in facts.linear_modules():
-        if f"{module}.weight" not in copied and _is_targeted(module, lora):
-            own = (rank for pattern, rank in ranks.items() if is_named(module, rf"(.*\.)?({pattern})"))
-            count += next(own, lora.get("r", 8)) * sum(facts.weights[f"{module}.weight"])
+        if f"{module}.weight" not in copied and is_targeted(module, lora):
+            count += rank_of(module, lora) * sum(facts.weights[f"{module}.weight"])
     return count
-
-
-def _is_targeted(module: str, lora: Mapping[str, Any]) -> bool:
-    targets, layers = lora.get("target_modules", "all-linear"), lora.get("layers_to_transform")
-    if targets is None or is_named(module, lora.get("exclude_modules") or []):
-        return False
-    if targets == "all-linear":
-        return not module.endswith("lm_head")
-    if layers is not None and not isinstance(targets, str):
-        index = re.match(r".*\.[^.]*\.(\d+)\.", module)
-        if index is None or int(index[1]) not in (layers if isinstance(layers, list) else [layers]):
-            return False
-    return is_named(module, targets)
 
 
 def _checkpoints(trainer: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ from stages.chat import encoding
 from stages.data import drawing
 from stages.data.drawing import Draw
 from stages.data.source import READER_VERSION, data_files
-from stages.runtime.errors import StageError
+from stages.runtime.errors import OUT_OF_MEMORY, StageError
 from stages.runtime.events import emit
 from stages.runtime.files import sha256
 from stages.runtime.processes import parallel_map, usable_cores
@@ -79,7 +79,10 @@ def prepare(
     with _alone(folder):
         account = _whole(folder)
         if account is None:
-            account = _make(draw, tokenizer, recipe, args, folder)
+            try:
+                account = _make(draw, tokenizer, recipe, args, folder)
+            except MemoryError:
+                raise StageError(f"{OUT_OF_MEMORY}{_fewer(args)}") from None
             if _key(recipe, draw) != key:
                 shutil.rmtree(folder)
                 raise StageError("a data file changed while it was read; run again")
@@ -177,7 +180,7 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
     for old in (part, folder):
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir()
-    processes = getattr(args, "dataset_num_proc", None) or usable_cores()
+    processes = _processes(args)
     with drawing.drawn(draw, part, processes) as rows:
         encode = partial(sequences, tokenizer, cut=recipe["cut"], whole=recipe.get("whole", False))
         made = parallel_map(encode(recipe["max_length"], data=len(draw.sources)), rows.chunks, processes, FEW)
@@ -199,6 +202,18 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
     (part / _ACCOUNT).write_text(json.dumps({"account": account, "files": files}, ensure_ascii=False), encoding="utf-8")
     part.rename(folder)
     return account
+
+
+def _processes(args: Any) -> int:
+    """How many processes tokenize rows."""
+    return getattr(args, "dataset_num_proc", None) or usable_cores()
+
+
+def _fewer(args: Any) -> str:
+    """What to set when memory runs out while rows are prepared."""
+    count = _processes(args)
+    fewer = f"set `trainer.dataset_num_proc: {count // 2}` (it is {count}), or " if count > 1 else ""
+    return f"rows were being prepared; {fewer}use fewer rows with `max_samples` of the data"
 
 
 def _pack(file: Path, args: Any) -> dict[str, float]:

@@ -1,8 +1,15 @@
 """What can fail before training, done before the first stage trains: settings, optimizer, schedule, and rows."""
 
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from stages.model.device import hide_all_gpus_but_one
 from stages.runtime.errors import StageError
+from stages.runtime.events import main_process
+from stages.runtime.processes import in_fork
 from stages.training import loop
 from stages.training.settings import TrainingConfig
 
@@ -11,16 +18,31 @@ FROM_LAYERS = ("galore", "apollo", "lomo", "adalomo")
 OPTIMIZER_SETTINGS = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
 
 
-def check_libraries(config: TrainingConfig, args: Any) -> None:
-    """Build the adapter's config, and the optimizer and the schedule of a dummy layer.
+def check_libraries(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> None:
+    """Build the adapter's config, the TRL config `kind`, and the optimizer and the schedule of a dummy layer.
+
+    A forked process builds them, as it opens the GPU; this process can then fork again, to prepare rows. `defaults` as
+    for `loop.arguments`. Of several processes that a launcher started, one checks.
 
     Raises:
-        StageError: PEFT, the optimizer or the schedule refuses the settings, or a package is missing.
+        StageError: TRL, PEFT, the optimizer or the schedule refuses the settings, or a package is missing.
     """
+    if main_process():
+        in_fork(partial(_build, kind, config, out, defaults))
+
+
+def _build(kind: str, config: TrainingConfig, out: Path, defaults: Mapping[str, Any]) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # it joins no group of processes
+        os.environ.pop(name, None)
+    hide_all_gpus_but_one()
+    loop.adapter(config)
+    _build_optimizer(config, loop.arguments(kind, config, out, **defaults))
+
+
+def _build_optimizer(config: TrainingConfig, args: Any) -> None:
     import torch
     from transformers import Trainer, get_scheduler
 
-    loop.adapter(config)
     layer = torch.nn.Linear(2, 2)
     try:
         if not str(args.optim.value).startswith(FROM_LAYERS):

@@ -1,8 +1,5 @@
 """The settings that the training stages share, and their checks before anything is loaded."""
 
-import contextlib
-import importlib.util
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from stages.data.drawing import Draw
 from stages.data.mixture import Mixture
 from stages.data.source import Source
-from stages.model.facts import EMBEDDINGS, Facts, check_template
+from stages.model.facts import Facts, check_template
 from stages.model.inputs import Inputs
-from stages.model.lora import check_foldable
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, nearest
+from stages.training import adapters, effects, packages
 
-
+LIMIT = "set `trainer.max_length`"
 SAVE_STEPS = 0.1  # a share of all steps: a killed run loses a tenth at most
 MAX_LENGTH = 1024  # TRL's default
 BATCH = 8  # transformers' default
@@ -42,11 +39,6 @@ POSITIVE = {
         *("per_device_train_batch_size", "per_device_eval_batch_size"),
     ),
     "lora": ("r", "lora_alpha"),
-}
-# Packages that are not dependencies of this project, by the values of settings that need them.
-PACKAGES = {
-    "report_to": {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "comet_ml")},
-    "optim": {"adamw_8bit": "bitsandbytes", "adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes"},
 }
 
 
@@ -98,6 +90,12 @@ class TrainingConfig(BaseModel):
             raise ValueError("`rows` are drawn by weights; write `data: {books: 1, general: 5}`")
         return self
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of a sequence; None for no limit."""
+        length: int | None = self.trainer.get("max_length", MAX_LENGTH)
+        return length
+
     def draw(self, inputs: Inputs | None = None) -> Draw:
         """Which rows are trained on; with `inputs`, each `$stage` is the file of its rows."""
         read = (inputs or Inputs()).read
@@ -114,7 +112,7 @@ class TrainingConfig(BaseModel):
         """What the stage trains on; `cut` and `whole` as in `Training`."""
         return Training(
             draw=self.draw(),
-            max_length=self.trainer.get("max_length", MAX_LENGTH),
+            max_length=self.max_length,
             cut=cut,
             whole=whole,
             batch=self.trainer.get("per_device_train_batch_size", BATCH),
@@ -160,12 +158,46 @@ def check_training(
         )
     of_formats = (*MEASURED, *MEASURED_OF_PAIRS) if "preference" in formats else MEASURED
     problems += _check_best(config, measured or of_formats)
-    problems += _check_values(config)
+    problems += _check_length(config, facts)
+    problems += _check_values(config) + packages.check(config.trainer) + effects.check(config.trainer)
     if config.lora is not None:
-        problems += _check_targets(config.lora, facts) + _check_foldable(config.lora, facts)
+        problems += adapters.check(config.lora, facts)
     if chat or config.template:
         problems += check_template(config.template, facts)
     return problems
+
+
+def training_notes(config: TrainingConfig, facts: Facts) -> list[str]:
+    """What a user should know of the settings that is no problem."""
+    found = effects.notes(config.trainer)
+    limit, length = facts.positions, config.max_length
+    if length and limit and length > limit and not facts.learned_positions:
+        found.append(f"`max_length` {length} is above the {limit} positions that {facts.source} was made for")
+    return found
+
+
+def more_memory(config: TrainingConfig) -> str:
+    """What to set when memory runs out."""
+    batch = config.trainer.get("per_device_train_batch_size", BATCH)
+    found = ["train with `lora`"] if config.lora is None else []
+    if isinstance(batch, int) and batch > 1:
+        found.append(
+            f"halve `trainer.per_device_train_batch_size`, which is {batch}, and double `gradient_accumulation_steps`"
+        )
+    if not config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing", True)):
+        found.append("set `trainer.gradient_checkpointing: true`")
+    found.append(f"lower `trainer.max_length`, which is {config.max_length}" if config.max_length else LIMIT)
+    return ", or ".join(found)
+
+
+def _check_length(config: TrainingConfig, facts: Facts) -> list[Problem]:
+    """A model that learned a vector for each position has none for a later position."""
+    limit, length = facts.learned_positions, config.max_length
+    if not limit or not length or length <= limit:
+        return []
+    return [
+        ("trainer.max_length", f"{facts.source} has {limit} positions, and `max_length` is {length}; write {limit}")
+    ]
 
 
 def _check_best(config: TrainingConfig, measured: Sequence[str]) -> list[Problem]:
@@ -227,63 +259,6 @@ def _check_values(config: TrainingConfig) -> list[Problem]:
     dropout = (config.lora or {}).get("lora_dropout", 0)
     if isinstance(dropout, int | float) and not 0 <= dropout < 1:
         problems.append(("lora.lora_dropout", f"`lora_dropout` is {dropout}; it is a share: at least 0 and below 1"))
-    for name, packages in PACKAGES.items():
-        value = config.trainer.get(name)
-        for word in value if isinstance(value, list) else [value]:
-            package = packages.get(str(word))
-            if package is not None and importlib.util.find_spec(package) is None:
-                problems.append((f"trainer.{name}", f"`{word}` needs a package; `pip install {package}`, or remove it"))
-    return problems
-
-
-def _check_targets(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
-    targets, modules = lora.get("target_modules", "all-linear"), facts.linear_modules()
-    if broken := _no_patterns(lora):
-        return broken
-    if facts.experts > 1 and (unfoldable := _check_experts(targets, modules)):
-        return unfoldable
-    if not modules or targets in ("all-linear", None):
-        return []
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
-    there = "it has " + ", ".join(f"`{kind}`" for kind in kinds)
-    if targets == "all":
-        return [("lora.target_modules", "`all` is no pattern of PEFT; write `all-linear`, or leave it out")]
-    if isinstance(targets, str):
-        if any(is_named(name, targets) for name in modules):
-            return []
-        return [("lora.target_modules", f"`{targets}` matches no linear layer of {facts.source}; {there}")]
-    return [
-        ("lora.target_modules", f"`{target}` matches no linear layer of {facts.source}; {there}")
-        for target in targets
-        if not any(is_named(name, [target]) for name in modules)
-    ]
-
-
-def _check_experts(targets: str | Sequence[str] | None, modules: Sequence[str]) -> list[Problem]:
-    """PEFT trains the experts, which transformers keep in one 3-D tensor, as `target_parameters`: see `FOLDED`."""
-    ends = {name: name.rsplit(".", 1)[-1] for name in modules}
-    routed = {end for name, end in ends.items() if ".experts." in name} | {"gate", "router"}
-    others = sorted({*ends.values()} - routed - {"lm_head"})
-    whole = targets in ("all-linear", None)
-    reached = routed if whole else {end for name, end in ends.items() if is_named(name, targets or [])} & routed
-    if not reached:
-        return []
-    clause = "an adapter on experts or their router cannot be folded into the base"
-    advice = f"write `target_modules: [{', '.join(others)}]`, or remove `lora` to train all weights"
-    return [("lora.target_modules" if not whole else "lora", f"{clause}; {advice}")]
-
-
-def _no_patterns(lora: Mapping[str, Any]) -> list[Problem]:
-    """Strings that PEFT would read as regular expressions and that are not valid ones."""
-    texts = [(name, lora[name]) for name in ("target_modules", "exclude_modules") if isinstance(lora.get(name), str)]
-    texts += [(name, text) for name in ("rank_pattern", "alpha_pattern") for text in lora.get(name) or {}]
-    problems: list[Problem] = []
-    for name, text in texts:
-        try:
-            re.compile(str(text))
-        except re.error as error:
-            way = "text is read as one, so mend it or give a list of names" if "modules" in name else "mend it"
-            problems.append((f"lora.{name}", f"`{text}` is no regular expression ({error}); {way}"))
     return problems
 
 
@@ -295,46 +270,6 @@ def check_sampling(config: TrainingConfig, rows: str) -> list[Problem]:
     why = f"goes by the length of a row, which TRL does not know of {rows}"
     advice = "leave it out, or write `sequential` to keep the order of the file"
     return [("trainer.train_sampling_strategy", f"`{order}` {why}; {advice}")]
-
-
-def is_named(module: str, targets: str | Sequence[str]) -> bool:
-    """PEFT's own rule: a string is a pattern for the whole name, a list holds names or their ends."""
-    if isinstance(targets, str):
-        with contextlib.suppress(re.error):  # `_check_targets` reports it
-            return re.fullmatch(targets, module) is not None
-        return False
-    return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
-def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
-    advice = "later stages could not fold the adapter into its base; remove it"
-    problems = [(f"lora.{name}", text) for name, text in check_foldable(lora)]
-    tied = facts.weights and not {"lm_head.weight", "embed_out.weight"} & facts.weights.keys()
-    tied = tied and not lora.get("ensure_weight_tying")  # with it, PEFT trains both as one
-    for name in lora.get("modules_to_save") or [] if tied else []:
-        if name in ("lm_head", *EMBEDDINGS):
-            clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"
-            problems.append(("lora.modules_to_save", f"{clause}; {advice}"))
-    problems += _check_token_rows(lora, facts) if tied else []
-    targets, excluded = lora.get("target_modules") or [], lora.get("exclude_modules") or []
-    for name in facts.weights if tied and targets != "all-linear" else ():
-        module = name.removesuffix(".weight")
-        if is_named(module, EMBEDDINGS) and is_named(module, targets) and not is_named(module, excluded):
-            clause = f"input and output embeddings of {facts.source} are one weight, and an adapter on `{module}`"
-            problems.append(("lora.target_modules", f"{clause} would change both when it is folded; leave it out"))
-    return problems
-
-
-def _check_token_rows(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
-    """Where input and output embeddings are one weight, a row is trained in both."""
-    given = lora.get("trainable_token_indices")
-    rows = given if isinstance(given, dict) else {}
-    inputs = next((ids for name, ids in rows.items() if is_named(name, EMBEDDINGS)), None)
-    for name, ids in rows.items():
-        if ids != inputs:
-            clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` has ids of its own"
-            return [("lora.trainable_token_indices", f"{clause}; write one list of ids")]
-    return []
 
 
 def inexact_resume(config: TrainingConfig) -> str | None:

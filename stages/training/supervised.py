@@ -1,6 +1,5 @@
 """What `pt` and `sft` share: TRL's SFTTrainer on rows that are prepared already, or that stream."""
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +38,21 @@ def arguments(config: Config, out: Path, **defaults: Any) -> Any:
 
 def rehearse(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> None:
     """Build the settings and prepare the rows, of a stream those held out; the arguments are those of `run`."""
-    args = arguments(config, out, **defaults)
-    check_libraries(config, args)
-    tokenizer = loop.tokenizer(config, inputs)
-    if not config.streaming:
-        preparation.prepare(config.draw(inputs), tokenizer, args, out, cut=cut)
-    elif config.eval_data:
-        _held(config.draw(inputs), tokenizer, args, out, cut=cut)
+    check_libraries("SFTConfig", config, out, **defaults)
+    _prepare(config, loop.tokenizer(config, inputs), inputs, out, cut=cut, **defaults)
+
+
+def _prepare(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", inputs: Inputs, out: Path, *, cut: bool, **defaults: Any
+) -> preparation.Prepared | None:
+    """The rows; of a stage that streams, those that are held out, as rows to train on, or None."""
+    settings, draw = loop.row_settings("SFTConfig", config, **defaults), config.draw(inputs)
+    if config.streaming:
+        if not config.eval_data:
+            return None
+        draw = Draw(sources=draw.eval_data, seed=draw.seed)
+        settings.packing = settings.packing if settings.eval_packing is None else settings.eval_packing
+    return preparation.prepare(draw, tokenizer, settings, out, cut=cut)
 
 
 def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> dict[str, Any]:
@@ -53,15 +60,15 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
     from trl import SFTTrainer
 
     tokenizer = loop.tokenizer(config, inputs)
+    check_libraries("SFTConfig", config, out, **defaults)
+    rows = _prepare(config, tokenizer, inputs, out, cut=cut, **defaults)
     args = arguments(config, out, **defaults)
-    check_libraries(config, args)
     seen, account = encoding.Tokens(), dict[str, Any]()
     if config.streaming:
         train: Any = streaming_module.rows(config.draw(inputs), tokenizer, args, seen, cut)
-        rows = _held(config.draw(inputs), tokenizer, args, out, cut=cut) if config.eval_data else None
         held = rows.train if rows is not None else None
     else:
-        rows = preparation.prepare(config.draw(inputs), tokenizer, args, out, cut=cut)
+        assert rows is not None
         train, held, account = rows.train, rows.held, rows.account
     model = loop.start(config, inputs, tokenizer)
     packing.prepare(model, args)
@@ -78,13 +85,6 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
     metrics = loop.train(trainer, config, inputs, out)
     if config.streaming:
         account = {"streamed": seen.as_dict()}
-        emit(out, "note", text=f"{seen.rows:,} rows and {seen.tokens:,} tokens were read, {seen.untrained:,} dropped")
+        dropped = seen.untrained + seen.refused
+        emit(out, "note", text=f"{seen.rows:,} rows and {seen.tokens:,} tokens were read, {dropped:,} dropped")
     return {**account, **metrics}
-
-
-def _held(draw: Draw, tokenizer: "PreTrainedTokenizerBase", args: Any, out: Path, *, cut: bool) -> preparation.Prepared:
-    """The held-out rows of a stage that streams, as rows to train on. They are prepared as without streaming."""
-    args = copy.copy(args)
-    args.packing = args.packing if args.eval_packing is None else args.eval_packing
-    alone = Draw(sources=draw.eval_data, seed=draw.seed)
-    return preparation.prepare(alone, tokenizer, args, out, cut=cut)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages.model import device
+from stages.runtime import interfaces
 
 NODES = {"0": "cpu_cores_count 16\nsimd_count 0\n", "1": "simd_count 256\n", "2": "mem_banks_count 1\nsimd_count 440\n"}
 LIBRARY = """
@@ -20,17 +21,19 @@ int cuDeviceGetCount(int *count) { *count = 3; return 0; }
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     device.gpus.cache_clear()
+    interfaces.source.cache_clear()
     for name in device.VISIBLE:
         monkeypatch.delenv(name, raising=False)
     yield
     device.gpus.cache_clear()
+    interfaces.source.cache_clear()
 
 
 def torch_of(monkeypatch, folder, *lines):
     """An installed torch whose `version.py` has these lines."""
     (folder / "version.py").write_text("from typing import Optional\n" + "\n".join(lines), encoding="utf-8")
     spec = SimpleNamespace(submodule_search_locations=[str(folder)])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "torch" else None)
+    monkeypatch.setattr(interfaces, "find_spec", lambda name: spec if name == "torch" else None)
 
 
 CUDA = ("cuda: Optional[str] = '13.0'", "hip: Optional[str] = None")

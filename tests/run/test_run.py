@@ -249,8 +249,10 @@ def test_a_killed_stage_leaves_the_runner_alive_and_the_next_run_ends_with_the_s
     (part,) = killed
     assert capsys.readouterr().err == (
         "error: stage `sft` was ended by signal 9 SIGKILL (kill -9, or the system ran out of memory); it takes at "
-        f"least 620.5 kB of memory, and activations come on top; its log is {part}/log.txt; run again to go on from "
-        "its last checkpoint\n"
+        "least 620.5 kB of memory, and activations come on top; if memory ran out, halve "
+        "`trainer.per_device_train_batch_size`, which is 4, and double `gradient_accumulation_steps`, or set "
+        "`trainer.gradient_checkpointing: true`, or lower `trainer.max_length`, which is 256; its log is "
+        f"{part}/log.txt; run again to go on from its last checkpoint\n"
     )
     assert run(config, saves, "--until", "sft") == 0
     assert "sft: starts; goes on at step" in capsys.readouterr().out
@@ -453,7 +455,9 @@ def test_a_damaged_artifact_is_made_anew_and_never_used(chain, capsys):
         (
             signal.SIGKILL,
             "was ended by signal 9 SIGKILL (kill -9, or the system ran out of memory); it takes at least 620.5 kB of "
-            "memory, and activations come on top",
+            "memory, and activations come on top; if memory ran out, halve `trainer.per_device_train_batch_size`, "
+            "which is 2, and double `gradient_accumulation_steps`, or set `trainer.gradient_checkpointing: true`, or "
+            "lower `trainer.max_length`, which is 256",
         ),
     ],
 )
@@ -582,6 +586,6 @@ def test_out_of_memory_names_the_stage_and_what_to_set(tmp_path):
     )
     assert done.returncode == 1, done.stderr
     told, least, log = done.stderr.splitlines()
-    assert told.startswith("error: stage `init`: out of memory; halve `trainer.per_device_train_batch_size`")
-    assert least == "it takes at least 10.8 GB of memory, and activations come on top"
+    assert told.startswith("error: stage `init`: out of memory; lower `hidden_size` or `num_hidden_layers`")
+    assert least == "it takes at least 10.8 GB of memory"
     assert log.endswith("/log.txt")

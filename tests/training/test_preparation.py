@@ -18,7 +18,7 @@ from stages.chat.template import template_text
 from stages.data import drawing
 from stages.data.source import Reading, Source
 from stages.model.inputs import Inputs
-from stages.runtime.errors import StageError, explain
+from stages.runtime.errors import StageError
 from stages.training import loop, preparation, sequences
 
 pytestmark = pytest.mark.train
@@ -239,9 +239,12 @@ def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch)
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(encoding, "encode", encode)
-    with pytest.raises(MemoryError) as caught:
+    with pytest.raises(StageError) as caught:
         prepared(processes=2)
-    assert explain(caught.value).startswith("out of memory; ")
+    assert str(caught.value) == (
+        "out of memory; rows were being prepared; set `trainer.dataset_num_proc: 1` (it is 2), or use fewer rows with "
+        "`max_samples` of the data"
+    )
     assert [folder.suffix for folder in entries(prepared.saves)] == [".part"]
     monkeypatch.undo()
     assert prepared().train.num_rows == 6
