@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple, TextIO
 
-from stages.data.formats._values import listed, type_in_words
+from stages.data.formats._values import is_message, listed, type_in_words
 from stages.data.row import FileRow, NotAnObject, RowError
 from stages.runtime.errors import StageError, nearest
 
@@ -160,13 +160,13 @@ class JsonFile(NamedTuple):
         with self.opened() as file:
             text = _Text(file, self.shown)
             start, key = text.next(), self.key
-            if start == "{" and not text.line_is_whole():
+            if start == "{" and not text.line_is_row():
                 key = self._key_of_rows()
             elif key is not None:
                 raise StageError(self._no_key(key, "the file is not one object"))
             if key is not None:
                 yield from grouped(self._numbered(text.under(key)))
-            elif start == "{" or (start and one_a_line and start != "[") or (start == "[" and text.line_is_whole()):
+            elif start == "{" or (one_a_line and start not in "[") or (start == "[" and text.line_is_row(one_a_line)):
                 yield from text.lines()
             elif start:
                 yield from grouped(self._numbered(text.array()))
@@ -358,14 +358,15 @@ class _Text:
         if self.next():
             raise self.invalid("Extra data", self.at)
 
-    def line_is_whole(self) -> bool:
-        """Whether the line at the position is a whole value, and other lines follow."""
-        end = self.text.find("\n", self.at)
+    def line_is_row(self, alone: bool = False) -> bool:
+        """Whether the line at the position is a whole value, and others follow or (`alone`) it is a conversation."""
+        end = self.text.find("\n", self.at) % (len(self.text) + 1)
         try:
-            _, stop = _decode(self.text, self.at)
+            value, stop = _decode(self.text, self.at)
         except (ValueError, RecursionError):
             return False
-        return stop <= end and not self.text[stop:end].strip() and bool(self.text[end:].strip())
+        is_talk = alone and bool(value) and all(isinstance(entry, str) or is_message(entry) for entry in value)
+        return stop <= end and not self.text[stop:end].strip() and (is_talk or bool(self.text[end:].strip()))
 
     def lines(self) -> Iterator[Lines]:
         """All lines from that of the position on, in parts."""

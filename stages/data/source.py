@@ -12,7 +12,7 @@ from stages.data import cleaning, formats, hub
 from stages.data.cleaning_steps import Steps
 from stages.data.files import FILE_TYPES, TABLES, HowToRead, did_you_mean, file_type, find_files, parts
 from stages.data.formats._message import KEYS, ROLES, MessageForm
-from stages.data.formats._values import MEDIA_COLUMNS, is_blank, listed
+from stages.data.formats._values import MEDIA_COLUMNS, is_blank, is_message, listed
 from stages.data.json_rows import Part, ReadRow, grouped
 from stages.data.placeholders import Filler, placeholders
 from stages.data.row import FileRow, NotAnObject, PlacedRow, Row, RowError
@@ -209,7 +209,7 @@ class Reading:
                 + ("" if len(files) == 1 else ", or a pattern that excludes it")
             )
         needed = tuple(source.columns.get(name, name) for name in formats.module(source.format).NEEDED)
-        how = HowToRead(source.encoding, source.rows, needed)
+        how = HowToRead(source.encoding, source.rows, (*needed, *self._other_names().values()))
         found = (part for file in files for part in parts(file, how, self.notes.append))
         if source.max_samples is not None:
             rows = (row for part in found for row in part.rows())
@@ -387,6 +387,8 @@ def _renamed(row: FileRow, columns: Mapping[str, str]) -> FileRow:
 
 def _no_column(source: Source, name: str, columns: list[str]) -> str:
     """The message for a column that no row of the file has; `columns` are the columns that the file has."""
+    if name == formats.list_column(formats.module(source.format)) and is_message(dict.fromkeys(columns)):
+        return f"`{source.path}`: each row is one message; put those of a conversation into one row, as a list"
     theirs = source.columns.get(name, name)
     short = [column for column in columns if len(column) < 60 and column.isprintable()]
     hint = did_you_mean(theirs, short) or f"; the file has {listed(columns)}"

@@ -370,6 +370,38 @@ def test_a_parquet_file_has_the_same_keys_in_every_message():
     assert reading.unread == []
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        text([ASK, ANSWER]),
+        text([ASK, ANSWER]) + "\n",
+        text([ASK, ANSWER]) + "\n\n" + text(["天气？", "晴。"]) + "\n",
+        text(["问：天气？", "答： 晴。"]),
+    ],
+)
+def test_a_line_may_be_a_conversation(content):
+    Path("x.jsonl").write_text(content, encoding="utf-8")
+    found = rows_of(Source(path="x.jsonl", format="messages"))
+    assert found == [{"messages": [ASK, ANSWER]}] * len(content.split())
+    assert rows_of(Source(path="x.jsonl", format="sharegpt")) == found
+
+
+def test_a_json_file_may_hold_conversations_as_lists():
+    Path("x.json").write_text(text([[ASK, ANSWER], ["天气？", "晴。"]]), encoding="utf-8")
+    assert rows_of(Source(path="x.json", format="messages")) == [{"messages": [ASK, ANSWER]}] * 2
+    Path("x.json").write_text(text([ASK, ANSWER]), encoding="utf-8")
+    assert problems(Source(path="x.json", format="messages")) == (
+        2,
+        ["`x.json`: each row is one message; put those of a conversation into one row, as a list"],
+    )
+
+
+def test_a_pair_of_llama_factory_over_several_lines():
+    row = {"chosen_messages": [ASK, ANSWER], "rejected_messages": [ASK, PAIR["rejected"][0]]}
+    Path("x.json").write_text(json.dumps(row, indent=1, ensure_ascii=False), encoding="utf-8")
+    assert rows_of(Source(path="x.json", format="preference")) == [PAIR]
+
+
 def test_the_speakers_of_a_list_of_texts_need_not_take_turns():
     message = f"message 2 of `conversations` is from the user, not the assistant; {TURNS}; {MERGE}"
     row = {"conversations": ["问：头疼。", "问:怎么办？", "答：休息。"]}

@@ -122,6 +122,8 @@ def test_good(kind, row, expected):
 
 
 TURNS = "after an optional system message user and assistant take turns"
+MERGE = "`turns: merge` joins messages of one role"
+ADD = "add the answer, or remove the row"
 CALL = '`{"name": …, "arguments": {…}}`'
 TOOL = '`{"name": …, "description": …, "parameters": {…}}`'
 BAD = [
@@ -134,7 +136,7 @@ BAD = [
     ),
     ("alpaca", {"instruction": "a", "output": 5}, "`output` is a number; it must be text"),
     ("alpaca", {"instruction": "", "output": "b"}, "`instruction` is empty; fill it in or remove the row"),
-    ("alpaca", {"instruction": "a", "output": "b", "input": ["x"]}, "`input` is a list; it must be text"),
+    ("alpaca", {"instruction": "a", "output": "b", "input": [5]}, "`input` is a list; it must be text"),
     (
         "alpaca",
         {"instruction": "a", "output": "b", "history": [["q"]]},
@@ -163,14 +165,14 @@ BAD = [
     (
         "prompt_completion",
         {"prompt": "a", "completion": HI},
-        f"message 2 of `prompt` and `completion` is from the user, not the assistant; {TURNS}",
+        f"message 2 of `prompt` and `completion` is from the user, not the assistant; {TURNS}; {MERGE}",
     ),
     ("messages", {"messages": "hi"}, "`messages` is text; it must be a list of messages"),
     ("messages", {"messages": []}, "`messages` is an empty list; it must be a list of messages"),
     (
         "messages",
-        {"messages": ["hi"]},
-        "message 1 of `messages` is text; it must be an object with `role` and `content`",
+        {"messages": [HI[0], "hi"]},
+        "message 2 of `messages` is text; it must be an object with `role` and `content`",
     ),
     (
         "messages",
@@ -187,7 +189,7 @@ BAD = [
     (
         "messages",
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-        "message 1 of `messages` is a list; it must be text",
+        "a part of message 1 of `messages` is null; it must be text",
     ),
     (
         "messages",
@@ -197,7 +199,7 @@ BAD = [
     (
         "messages",
         {"messages": say("u:hi", "u:hi")},
-        f"message 2 of `messages` is from the user, not the assistant; {TURNS}",
+        f"message 2 of `messages` is from the user, not the assistant; {TURNS}; {MERGE}",
     ),
     (
         "messages",
@@ -207,12 +209,12 @@ BAD = [
     (
         "messages",
         {"messages": say("u:hi")},
-        "`messages` must end with a message from the assistant, not from the user",
+        f"`messages` must end with a message from the assistant, not from the user; {ADD}",
     ),
     (
         "messages",
         {"messages": say("s:be")},
-        "`messages` must end with a message from the assistant, not from the system",
+        f"`messages` must end with a message from the assistant, not from the system; {ADD}",
     ),
     (
         "messages",
@@ -303,6 +305,7 @@ def test_the_account_of_a_reading_has_every_row():
             "exact duplicate": {"rows": 1, "first": ["x.jsonl:3, as x.jsonl:1"]},
         },
         "personal_data": {},
+        "unread": [],
     }
 
 
@@ -389,7 +392,7 @@ def test_a_rare_column_may_come_after_the_first_rows():
         (
             {"columns": {"ask": "instruction"}},
             "`columns` maps our names to the file's, and `ask` is not one of ours; "
-            "there is `history`, `input`, `instruction`, `output`, `system`, `tools`",
+            "there is `history`, `input`, `instruction`, `output`, `reasoning_content`, `system`, `tools`",
         ),
         (
             {"columns": {"ouput": "x"}},
@@ -517,7 +520,7 @@ def test_parquet():
     assert problems(source) == (
         3,
         [
-            "x.parquet: row 2: `messages` must end with a message from the assistant, not from the user",
+            f"x.parquet: row 2: `messages` must end with a message from the assistant, not from the user; {ADD}",
             "x.parquet: row 3: `messages` is null; it must be a list of messages",
         ],
     )

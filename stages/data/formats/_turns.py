@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from stages.data.formats._content import thought_in
 from stages.data.formats._message import MessageForm, read_message, said
-from stages.data.formats._values import MEDIA_COLUMNS, is_blank, optional, parsed, text, type_in_words
+from stages.data.formats._values import MEDIA_COLUMNS, is_blank, is_message, optional, parsed, text, type_in_words
 from stages.data.row import FileRow, Message, Messages, RowError, is_trained
 
 _TURNS = "after an optional system message user and assistant take turns"
@@ -55,17 +55,7 @@ def _from_json(value: str, name: str, *, is_text: bool) -> object:
     except RowError:
         return value
     items = found if isinstance(found, list) else [found]
-    shapes = ({"role", "content"}, {"from", "value"})
-    are_messages = items and all(
-        isinstance(item, dict) and any(keys <= item.keys() for keys in shapes) for item in items
-    )
-    return found if are_messages else value
-
-
-def look_like_messages(items: Sequence[object]) -> bool:
-    """Whether there are items, and all are objects with the usual keys of a message."""
-    shapes = ({"role", "content"}, {"from", "value"})
-    return bool(items) and all(isinstance(item, dict) and any(keys <= item.keys() for keys in shapes) for item in items)
+    return found if items and all(map(is_message, items)) else value
 
 
 def _alternating(texts: Sequence[str]) -> Messages:

@@ -70,6 +70,11 @@ def is_blank(value: object) -> bool:
     return value is None or value in ([], {})
 
 
+def is_message(value: object) -> bool:
+    """Whether a value is an object with the usual keys of a message."""
+    return isinstance(value, dict) and any(keys <= value.keys() for keys in ({"role", "content"}, {"from", "value"}))
+
+
 def type_in_words(value: object) -> str:
     """The type of a JSON value for a message, such as `null`, `a list` or `text`."""
     names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
