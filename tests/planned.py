@@ -9,9 +9,9 @@ from pipeline.config.checker import load_config
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.placing import build_plan
 from pipeline.saves import artifact
-from pipeline.saves.content import Hashes
 from pipeline.saves.links import link
 from stages.model.inputs import Inputs
+from stages.runtime.hashes import Hashes
 
 ROWS = {
     "books.jsonl": '{"text": "a"}\n{"text": "b"}\n',

@@ -25,10 +25,10 @@ from pipeline.plan.placing import build_plan
 from pipeline.plan.step import Plan
 from pipeline.saves import artifact
 from pipeline.saves import links as links_module
-from pipeline.saves.content import Hashes
 from pipeline.saves.links import BELONGS
 from pipeline.saves.locks import held_file
 from pipeline.views import survey
+from stages.runtime.hashes import Hashes
 from stages.training.checkpoint import seal
 
 ROOT = Path(__file__).parent.parent

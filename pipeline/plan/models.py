@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pipeline.plan.fingerprint import digest
 from pipeline.saves import artifact
-from pipeline.saves.content import Hashes
 from stages.model.adapters import base_of, is_adapter, with_adapter
 from stages.model.facts import Facts, chain_of, is_hub_name, locate_model, read_facts
 from stages.runtime.errors import StageError
+from stages.runtime.hashes import Hashes
 
 KINDS = (".safetensors", ".json", ".jinja", ".model")  # files of a model folder that later stages read
 

@@ -19,7 +19,6 @@ from pipeline.plan.models import Models, PlacedModel
 from pipeline.plan.step import Plan, Step, gate_verdicts
 from pipeline.plan.templates import Templates
 from pipeline.saves import artifact
-from pipeline.saves.content import HASHES, Hashes
 from pipeline.saves.links import belongs, same_file
 from stages import Scorer
 from stages.chat.encoding import refused_rows, too_many
@@ -29,6 +28,7 @@ from stages.model.facts import Facts, Needs
 from stages.model.inputs import Inputs
 from stages.model.tokens import check_rows
 from stages.runtime.errors import Problem, nearest
+from stages.runtime.hashes import HASHES, Hashes
 
 NO_MODEL = Facts("no model", {}, known=False)
 

@@ -10,12 +10,12 @@ from pipeline.config.problems import in_order
 from pipeline.errors import ConfigError, StageFailed
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.saves import artifact
-from pipeline.saves.content import Hashes
 from stages import Model, Report, Stage
 from stages.measuring.gates import Verdict
 from stages.model.device import has_gpu
 from stages.model.facts import Needs
 from stages.model.inputs import Inputs
+from stages.runtime.hashes import Hashes
 
 State = Literal["done", "resume", "run", "refused"]
 
@@ -152,7 +152,7 @@ def begin(step: Step, plan: Plan) -> dict[str, Any]:
 def check_unchanged(step: Step, hashes: Hashes, *, read: bool = False) -> None:
     """What it reads must be what the plan hashed: hours may lie between, and the record speaks of that.
 
-    `read` reads every byte again, since a disk can rot without a change of times.
+    `read` reads every byte that this run did not read, since a disk can rot without a change of times.
 
     Raises:
         StageFailed: a file has changed or is gone.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import NewerRecord
-from pipeline.saves.content import Hashes
 from stages.runtime.files import sync
+from stages.runtime.hashes import Hashes
 
 RECORD = "record.json"
 SCHEMA = 1
@@ -54,7 +54,7 @@ def begun(part: Path) -> dict[str, Any] | None:
 
 
 def damage(folder: Path, record: Mapping[str, Any], hashes: Hashes, *, thorough: bool = False) -> str | None:
-    """What is wrong with the files of a finished folder, or None; `thorough` reads every byte again."""
+    """What is wrong with the files of a finished folder, or None; `thorough` reads all that this run did not."""
     files: dict[str, Mapping[str, Any]] = record["files"]
     for name, entry in files.items():
         path = folder / name

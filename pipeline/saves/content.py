@@ -1,16 +1,12 @@
-"""Caches of the content of files, kept from run to run: the SHA-256 of each file, and a digest of each row of data."""
+"""What was found in data files, kept from run to run, with a digest of each row."""
 
 import contextlib
 import hashlib
 import json
 import marshal
-import os
-import threading
-import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,90 +16,12 @@ from stages.data.json_rows import Part
 from stages.data.row import Row
 from stages.data.source import READER_VERSION, Reading, Source
 from stages.runtime.errors import StageError
-from stages.runtime.files import sha256
+from stages.runtime.hashes import HASHES, write_cache
 from stages.runtime.processes import parallel_map, usable_cores
 
-HASHES = ".hashes.json"
 ROWS = ".rows"
-KEPT = 20_000  # the most hashes in the cache file
 PROCESSES = 8  # the most that read data for a plan; more would wait for the one that reads the file
 FEW = 4  # parts of a file, of a megabyte each, that are not worth another process
-COARSEST_TICK_NS = 2_000_000_000  # of the clock of a file system in use (FAT)
-
-
-class Hashes:
-    """SHA-256 of files, in parallel, with a cache file.
-
-    The cache knows a file by device and inode, so a renamed folder is not read again. A cached hash is used only if
-    size, modification time and change time are all the same: every write moves the change time, and no program can set
-    it back. A hash is cached only if the file system's clock had moved on before the file was read, because otherwise
-    a second write could have the same change time.
-    """
-
-    def __init__(self, cache: Path | None) -> None:
-        self.cache, self.lock, self.changed = cache, threading.Lock(), False
-        self.known: dict[str, list[Any]] = {}
-        self.device, self.clock = -1, 0
-        if cache is not None and cache.is_file():
-            stat = cache.stat()  # the clock of its file system has passed its change time
-            self.device, self.clock = stat.st_dev, stat.st_ctime_ns
-            with contextlib.suppress(ValueError, TypeError):  # a torn cache is ignored
-                self.known = dict(json.loads(cache.read_text(encoding="utf-8")))
-
-    def of(self, files: Iterable[Path], *, clock: int | None = None, read: bool = False) -> list[str]:
-        """The hash of each file, in order. The arguments are those of `one`."""
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(lambda path: self.one(path, clock=clock, read=read), files))
-
-    def one(self, path: Path, *, clock: int | None = None, read: bool = False) -> str:
-        """The hash of a file. `read` ignores the cache, because content can rot on the disk without a new change time.
-
-        A hash is cached only if the change time of its file is older than `clock` (in ns: the change time of a file
-        that was written later on the same file system), older than the cache file, or older than two seconds.
-        """
-        before = path.stat()
-        key, stamp = f"{before.st_dev}:{before.st_ino}", _stamp(before)
-        entry = self.known.get(key)
-        if not read and entry is not None and entry[:3] == stamp:
-            return str(entry[3])
-        now = max(clock or 0, self._passed(before.st_dev))
-        digest = sha256(path)
-        if entry is not None and entry != [*stamp, digest]:
-            with self.lock:
-                self.known.pop(key, None)
-                self.changed = True
-        if before.st_ctime_ns < now and _stamp(path.stat()) == stamp and entry != [*stamp, digest]:
-            with self.lock:
-                self.known[key], self.changed = [*stamp, digest], True
-        return digest
-
-    def _passed(self, device: int) -> int:
-        """A time in ns that the clock of a file system has passed for certain."""
-        return max(time.time_ns() - COARSEST_TICK_NS, self.clock if device == self.device else 0)
-
-    def save(self) -> None:
-        """Write the cache if it changed; a failed write is ignored."""
-        if self.cache is not None and self.changed:
-            newest = dict(list(self.known.items())[-KEPT:])
-            self.changed = not _write(self.cache, json.dumps(newest).encode())
-
-
-def _stamp(stat: os.stat_result) -> list[int]:
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _write(path: Path, content: bytes) -> bool:
-    """Replace a cache file; False when it cannot be written."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(content)
-        fresh.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
-        return False
-    return True
 
 
 def clear_torn(saves: Path) -> None:
@@ -156,8 +74,8 @@ class Inspections:
         reading, digests, shapes, whole = _inspected(source)
         found = (reading.read, reading.bad, reading.first_bad, reading.problems)
         inspection = Inspection(*found, shapes.as_json(), reading.unread, reading.notes)
-        if whole and _write(file, digests):
-            _write(about, json.dumps({"path": source.path, **asdict(inspection)}, ensure_ascii=False).encode())
+        if whole and write_cache(file, digests):
+            write_cache(about, json.dumps({"path": source.path, **asdict(inspection)}, ensure_ascii=False).encode())
         return inspection
 
     def difference(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

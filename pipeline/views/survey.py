@@ -12,10 +12,10 @@ from typing import Any
 from pipeline.errors import NewerRecord
 from pipeline.plan.keeping import needed_folders
 from pipeline.saves import artifact
-from pipeline.saves.content import HASHES, Hashes
 from pipeline.saves.links import belongs
 from pipeline.saves.locks import held, held_file, reader_file
 from stages.runtime.events import read_events
+from stages.runtime.hashes import HASHES, Hashes
 from stages.training import preparation
 from stages.training.checkpoint import reached_step
 

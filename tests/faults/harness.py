@@ -29,7 +29,7 @@ from typing import Any
 
 from pipeline.saves import artifact as artifact_module
 from pipeline.saves.artifact import RECORD
-from pipeline.saves.content import HASHES, Hashes
+from stages.runtime.hashes import HASHES, Hashes
 from stages.runtime.processes import end_with_parent
 from stages.training.checkpoint import MARK
 from stages.training.preparation import FOLDER

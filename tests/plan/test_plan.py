@@ -21,8 +21,8 @@ from pipeline.plan.placing import build_plan
 from pipeline.plan.step import Plan, check_unchanged, refuse_plan
 from pipeline.run import runner
 from pipeline.saves import artifact
-from pipeline.saves.content import Hashes
 from stages import dpo
+from stages.runtime.hashes import Hashes
 from stages.training.checkpoint import seal
 
 
@@ -314,7 +314,7 @@ def no_tokenizer_config(folder):
             "code); convert it with `save_pretrained`",
         ),
         (cut_off, "`m/model.safetensors` is cut off: 173 bytes of 174; fetch it again"),
-        (pointer, "`m/model.safetensors` is not a whole safetensors file; fetch it again"),
+        (pointer, "`m/model.safetensors` is a Git LFS pointer, not the file; run `git lfs pull` in its folder"),
         (no_config, "the model folder `m` has no config.json; it is not a transformers model"),
         (
             torn_config,
@@ -491,7 +491,7 @@ def test_problems_of_model_data_and_settings_are_reported_at_once_in_the_order_o
 
 @pytest.mark.parametrize("saves", ["books.jsonl", "books.jsonl/saves/deep"])
 def test_saves_that_cannot_be_a_folder_are_refused(project, monkeypatch, saves):
-    monkeypatch.setattr("pipeline.saves.content.COARSEST_TICK_NS", -(10**10))  # so that there are hashes to be saved
+    monkeypatch.setattr("stages.runtime.hashes.COARSEST_TICK_NS", -(10**10))  # so that there are hashes to be saved
     assert project.validate(INIT, "--saves", saves) == refused(
         f"{saves}: cannot be written; choose another folder with `--saves DIR`"
     )
@@ -942,7 +942,7 @@ def test_a_folder_of_a_later_version_is_not_taken_for_damage(ran):
 
 
 def test_planning_writes_nothing_but_what_it_learnt_of_data(project, monkeypatch):
-    monkeypatch.setattr("pipeline.saves.content.COARSEST_TICK_NS", -(10**10))
+    monkeypatch.setattr("stages.runtime.hashes.COARSEST_TICK_NS", -(10**10))
     project.plan()
     written = sorted(path for path in Path("saves").rglob("*") if path.is_file())
     assert [str(path.parent) for path in written] == ["saves", *["saves/.rows"] * 6]

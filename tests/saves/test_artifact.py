@@ -9,8 +9,8 @@ import pytest
 from pipeline.errors import NewerRecord
 from pipeline.saves import artifact
 from pipeline.saves.artifact import damage, finish, read
-from pipeline.saves.content import Hashes
 from pipeline.saves.links import link
+from stages.runtime.hashes import Hashes
 
 
 def sha256(content):
@@ -151,7 +151,7 @@ def test_damage_of_a_finished_folder_is_named(folder, harm, expected):
 def test_what_finishing_hashed_is_known_without_reading_it_again(part, monkeypatch):
     hashes = Hashes(part.parent / "hashes.json")
     finish(part, part.with_name("sft-1"), {}, hashes)
-    monkeypatch.setattr("pipeline.saves.content.sha256", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("stages.runtime.hashes.sha256", lambda path: pytest.fail(f"{path} was read again"))
     folder = part.with_name("sft-1")
     assert damage(folder, read(folder), hashes) is None
 

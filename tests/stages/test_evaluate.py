@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.saves import artifact
-from pipeline.saves.content import Hashes
+from stages.runtime.hashes import Hashes
 
 HELD = """\
   held: {path: held.jsonl, format: alpaca}

@@ -14,11 +14,11 @@ from pipeline.errors import StageFailed
 from pipeline.plan.placing import build_plan
 from pipeline.plan.step import check_unchanged
 from pipeline.saves import artifact
-from pipeline.saves.content import Hashes
 from stages import select
 from stages.data.source import Source, rows_of
 from stages.measuring import choosing
 from stages.runtime.errors import StageError
+from stages.runtime.hashes import Hashes
 
 CHAIN = (
     TOP

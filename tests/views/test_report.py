@@ -14,9 +14,9 @@ from pipeline.config.checker import load_config
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.placing import build_plan
 from pipeline.saves import artifact
-from pipeline.saves.content import Hashes
 from pipeline.saves.links import link
 from pipeline.views import charts
+from stages.runtime.hashes import Hashes
 
 CONFIG = planned.TOP + (
     """\
