@@ -25,7 +25,8 @@ PAIRS: Mapping[str, Mapping[str, str]] = {
     "prompt_pairs": {},
     "zephyr": {},
 }
-ATTENTION = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
+ATTENTION = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
+SWITCHES = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
 
 
 def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
@@ -108,7 +109,10 @@ class Rows:
         place_of = path if local else pinned(self.book, self.commit_of, "dataset", path, place, one.get("revision"))
         settings: dict[str, Any] = {"path": place_of, **found}
         settings |= {"subset": one["name"]} if one.get("name") and not local else {}
-        split = one.get("split")
+        split, part, _ = str(one.get("split") or "").partition("[")
+        if part:
+            text = f"`split: {one['split']}`: a part of a split is written as `max_samples`"
+            self.book.note("to do", place, text)
         settings |= {"split": split} if split and split != "train" and not local else {}
         return declare(self.book, Path(path).stem if local else path, settings, self.part.kind)
 
@@ -133,8 +137,8 @@ class Rows:
         return {"format": "alpaca"} if head.startswith("alpaca") or head == "gpteacher" else None
 
     def _pairs(self, one: Mapping[str, Any], head: str, tail: str) -> dict[str, Any] | None:
-        if head == "chat_template":
-            names = {"conversations": one.get("field_messages", "messages")}
+        if "chat_template" in (head, tail):
+            names = {"conversations": one.get("field_messages")}
             names |= {"chosen": one.get("field_chosen"), "rejected": one.get("field_rejected")}
             return {"format": "preference", **self._columns(names), **self._names(one)}
         columns = PAIRS.get(tail)
@@ -255,9 +259,9 @@ def _precision(take: Arguments, trainer: Trainer) -> None:
         trainer.set("fp16", True)
     elif bf16 != "auto":
         trainer.set("bf16", not is_off(bf16))
-    own = take.take("attn_implementation")
-    asked = own or next((ours for name, ours in ATTENTION.items() if take.flag(name)), None)
-    for name in ATTENTION:
+    own = take.take("attn_implementation", ATTENTION.get(str(take.take("attention"))))
+    asked = own or next((ours for name, ours in SWITCHES.items() if take.flag(name)), None)
+    for name in SWITCHES:
         take.left.pop(name, None)
     if asked is not None:
         trainer.model("attn_implementation", str(asked))

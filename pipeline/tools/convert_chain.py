@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_datasets import CommitOf, pinned
-from pipeline.tools.convert_parts import Book, Part, shown
+from pipeline.tools.convert_parts import Book, Part
+from pipeline.tools.convert_reading import is_source
 from stages import Model, find
 from stages.model.facts import HUB_NAME
 
@@ -202,7 +203,7 @@ def _order(word: str) -> int:
 
 
 def title(sources: Sequence[str]) -> str:
-    """The sources in words, for the first line of the config."""
-    names = [" ".join(source.split()) for source in sources]
-    short = [Path(name).name if " " not in name else shown(name) for name in names]
-    return ", ".join([*short[:6], *(["…"] if short[6:] else [])])
+    """The sources in words, for the first line of the config; a command line may hold secrets, and is not shown."""
+    names = [Path(source).name if is_source(source) and " " not in source else "a command line" for source in sources]
+    different = list(dict.fromkeys(names if is_source(next(iter(sources), "")) else ["a command line"]))
+    return ", ".join([*different[:6], *(["…"] if different[6:] else [])])

@@ -62,9 +62,7 @@ class Command:
             )
             self.book.note("to do", self.job.place, text)
         if self.job.environment.get("FORCE_TORCHRUN") in ("1", "true") and self.job.processes is None:
-            text = (
-                "`FORCE_TORCHRUN=1` starts a process on every GPU; write `launch: {processes: N}` for N GPUs"
-            )
+            text = "`FORCE_TORCHRUN=1` starts a process on every GPU; write `launch: {processes: N}` for N GPUs"
             self.book.note("to do", self.job.place, text)
         if verb == "train":
             return self._train()

@@ -169,7 +169,12 @@ NOT_SUPPORTED: Mapping[str, str] = by_name(
         "unsloth's kernels are not supported; the result is the same without": "use_unsloth use_unsloth_gc",
         "KTransformers is not supported": "use_kt",
         "kernels of LLaMA-Factory's own are not supported; the result is the same without": "use_v1_kernels",
-        "Megatron is not supported": "use_mca",
+        "Megatron is not supported": "use_mca tensor_model_parallel_size pipeline_model_parallel_size "
+        "virtual_pipeline_model_parallel_size expert_model_parallel_size context_parallel_size sequence_parallel "
+        "bias_activation_fusion apply_rope_fusion use_distributed_optimizer overlap_param_gather overlap_grad_reduce "
+        "moe_grouped_gemm moe_token_dispatcher_type recompute_granularity",
+        "Gaudi accelerators are not supported": "use_habana use_lazy_mode gaudi_config_name throughput_warmup_steps "
+        "use_hpu_graphs_for_training use_hpu_graphs_for_inference",
         "HyperParallel is not supported": "use_hyper_parallel",
         "Ray is not supported; `launch: {processes: N}` starts processes on one machine": "use_ray ray_num_workers",
         "training in FP8 is not supported; `bf16` is used here": "fp8",

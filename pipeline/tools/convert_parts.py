@@ -1,5 +1,6 @@
 """What the files of `convert` share: a command of another program, a note for the user, and a stage in our words."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,10 @@ class Book:
         return str(self.folder / name)
 
 
-ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+ON = ("true", "yes", "on", "1")
+SECRET = re.compile(
+    r"(^|_)(token|key|secret|password|webhook)(_|$)"
+)  # in the names of arguments whose values are never shown
 
 
 class Arguments:
@@ -163,7 +167,8 @@ class Known:
         if name in self.not_supported:
             if is_off(value) or value == self.off.get(name, value is None):
                 return "not needed", f"`{name}`: it is off"
-            return "not supported", f"`{name}: {shown(value)}`: {self.not_supported[name]}"
+            given = name if SECRET.search(name) else f"{name}: {shown(value)}"
+            return "not supported", f"`{given}`: {self.not_supported[name]}"
         if name in self.taken:
             return "not needed", f"`{name}`: this stage does not use it"
         return "unknown", f"`{name}` is no argument of this program{nearest(name, self.names())}"

@@ -80,16 +80,18 @@ def jobs(sources: Sequence[str], book: Book) -> list[Job]:
         ConfigError: a source cannot be read, or holds no command of a known program.
     """
     words = list(sources)
-    if words and not _is_source(words[0]):
+    if words and not is_source(words[0]):
         words = [shlex.join(words)]
     found = [job for word in words for job in _jobs_of(word, book)]
     if not found:
+        named = ", ".join(word if " " not in word else "the command line" for word in words) or "nothing"
         known = "LLaMA-Factory, Axolotl, TRL, alignment-handbook and MedicalGPT"
-        raise ConfigError([f"{', '.join(words) or 'nothing'}: there is no training command here; {known} are known"])
+        raise ConfigError([f"{named}: there is no training command here; {known} are known"])
     return found
 
 
-def _is_source(word: str) -> bool:
+def is_source(word: str) -> bool:
+    """Whether a word is a source of its own: a file, or a whole command line."""
     return " " in word or "\n" in word or Path(word).suffix.lower() in (*CONFIGS, *SCRIPTS) or Path(word).is_file()
 
 

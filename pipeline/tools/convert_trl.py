@@ -36,8 +36,8 @@ MADE: Mapping[str, str] = {
     "dataset_train_split": "`split` of the data set",
     "dataset_test_split": "`eval_data`, where `eval_strategy` asks for it",
     "datasets": "names under `data:`",
-    "dataset_mixer": "names under `data:`, weights where shares differ",
-    "dataset_mixture": "names under `data:`, weights where shares differ",
+    "dataset_mixer": "names under `data:`; a share of a data set has to be written as `max_samples`",
+    "dataset_mixture": "names under `data:`; a share of a data set has to be written as `max_samples`",
     "dataset_splits": "`split` of each data set; the second is `eval_data`",
     "dataset_configs": "`subset` of each data set",
     "dataset_text_field": "a stage `pt` on `format: text`",
@@ -71,7 +71,7 @@ NOT_NEEDED: Mapping[str, str] = by_name(
         "the library chooses it, and the result is the same": "gradient_checkpointing_use_reentrant "
         "ignore_bias_buffers model_code_revision lora_task_type use_bnb_nested_quant remove_unused_columns "
         "save_safetensors generate_during_eval dataset_batch_size num_of_sequences "
-        "precompute_ref_batch_size benchmarks callbacks system_prompt wandb_entity "
+        "precompute_ref_batch_size env benchmarks callbacks system_prompt wandb_entity "
         "wandb_project wandb_log_unique_prompts",
         "it goes with `load_in_4bit`, which is not supported": "bnb_4bit_quant_type bnb_4bit_quant_storage "
         "bnb_4bit_compute_dtype",
@@ -150,9 +150,12 @@ class Data:
         shares = self._mixed() or self._named()
         if not shares:
             return False
-        equal = len(set(shares.values())) == 1
+        for name, share in shares.items():
+            if share != 1:
+                text = f"`{name}`: a share of {shown(share)} of its rows is used there; write that as `max_samples`"
+                self.book.note("to do", self.take.place("dataset_mixer"), text)
         names = list(shares)
-        self.part.settings["data"] = (names[0] if len(names) == 1 else names) if equal else shares
+        self.part.settings["data"] = names[0] if len(names) == 1 else names
         return True
 
     def _declared(self, name: str, subset: Any = None, split: Any = None, files: Any = None) -> str:
@@ -212,10 +215,7 @@ class Data:
         size = mixture.get("test_split_size") if isinstance(mixture, Mapping) else None
         if size:
             self.part.settings["eval_size"] = Noted(size, "test_split_size")
-        if any(share != 1 for share in shares.values()) and len(set(shares.values())) == 1:
-            text = f"a share of {shown(next(iter(shares.values())))} of each data set is not taken; all rows are used"
-            self.book.note("differs", self.take.place("dataset_mixer"), text)
-        return shares
+        return {name: share for name, share in shares.items() if not is_off(share)}
 
 
 def _adapter(take: Arguments, part: Part) -> None:
