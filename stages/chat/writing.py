@@ -63,7 +63,7 @@ def write(render: Render, find_marks: Marks, talk: Talk, *, last_only: bool = Fa
     asked = [number for number in range(len(messages)) if _is_asked(messages, number, last_only)]
     prompts = [render(messages[:number], tools, prompt=True) for number in asked]
     if asked and asked[-1] == len(messages) - 1 and not text.startswith(prompts[-1]):
-        text = _after_opened_thought(prompts[-1], messages, text)
+        text = _after_prompt(prompts[-1], messages, text, find_marks)
     for number, prompt in zip(asked, prompts, strict=True):
         if not text.startswith(prompt):
             raise Refused(_OTHER_PROMPT.format(number + 1) + (_GIVEN if number < asked[-1] else ""))
@@ -73,13 +73,10 @@ def write(render: Render, find_marks: Marks, talk: Talk, *, last_only: bool = Fa
     for number, prompt, limit in zip(asked, prompts, limits, strict=True):
         while before < len(marks) and marks[before].end() <= len(prompt):
             before += 1
-        stop = _end_of_words(text, len(prompt), limit, messages, number)
+        place = _Place(text, marks, before, len(prompt), limit, last=number == len(messages) - 1)
+        end = place.end_of_words(messages, number)
         if messages[number].get("tool_calls"):
-            end = _end_of_calls(render, (messages[: number + 1], tools), text, stop, marks)
-        else:
-            end = next((place for place in range(before, len(marks)) if marks[place].start() >= stop), len(marks))
-            if end == len(marks) or text[stop : marks[end].start()].strip():
-                raise Refused(NO_END)
+            end = _end_of_calls(render, (messages[: number + 1], tools), text, len(prompt), marks)
         turns.append(Turn(len(prompt), before, end))
     return Written(text, marks, turns)
 
@@ -121,29 +118,77 @@ def _thought_and_words(message: Message) -> tuple[str, str]:
     return (head.partition("<think>")[2] if "<think>" in head else head).strip(), words.strip()
 
 
-def _end_of_words(text: str, begin: int, limit: int, messages: Messages, number: int) -> int:
-    """The place in the text where the words of an answer end; it is somewhere between `begin` and `limit`."""
-    thought, words = _thought_and_words(messages[number])
-    if thought:
-        begin = text.find(thought, begin, limit) + len(thought)
-        if begin < len(thought):
-            way = _IN_CONTENT if "reasoning_content" in messages[number] else ""
-            raise Refused(_left_out("thought", number) + (_GIVEN if number < len(messages) - 1 else way))
-    found = text.find(words or "</think>", begin, limit) if thought or words else begin
-    if found < 0:
-        raise Refused(_left_out("words", number))
-    return found + len(words or "</think>" * bool(thought))
+class _Place(NamedTuple):
+    """Where an answer is in the text: after the prompt, and before `limit` characters."""
+
+    text: str
+    marks: Sequence[re.Match[str]]
+    before: int
+    """Special tokens in the prompt."""
+    begin: int
+    """Characters of the prompt."""
+    limit: int
+    last: bool
+    """Whether nothing but the end of the template follows."""
+
+    def end_of_words(self, messages: Messages, number: int) -> int:
+        """The number of the special token that follows the words of message `number`.
+
+        For tool calls, before which the template can write more, it is only tried whether the words are there.
+
+        Raises:
+            Refused: the thought or the words are not there, or no special token follows them.
+        """
+        message, begin = messages[number], self.begin
+        thought, words = _thought_and_words(message)
+        if thought:
+            begin = self.text.find(thought, begin, self.limit) + len(thought)
+            if begin < len(thought):
+                way = _IN_CONTENT if "reasoning_content" in message else ""
+                raise Refused(_left_out("thought", number) + (way if self.last else _GIVEN))
+        words = words or "</think>" * bool(thought)
+        if self.text.find(words, begin, self.limit) < 0:
+            raise Refused(_left_out("words", number))
+        if message.get("tool_calls"):
+            return self.before
+        end = self._mark_after(words, begin)
+        if end is None:
+            raise Refused(NO_END)
+        return end
+
+    def _mark_after(self, words: str, begin: int) -> int | None:
+        """The special token that follows the words: best where nothing else is between it and the one before it.
+
+        A template can write words of its own before those of the answer, such as the name of a channel. So the last
+        token is taken after the last answer, and the first one after others, which questions follow.
+        """
+        places = [place for place in range(self.before, len(self.marks)) if self.marks[place].start() <= self.limit]
+        ordered = places[::-1] if self.last and words else places
+        for place in ordered:
+            start = max(self.begin, self.marks[place - 1].end() if place else 0)
+            if self.text[start : self.marks[place].start()].strip() == words:
+                return place
+        for place in ordered:
+            stop = self.marks[place].start()
+            if self.text[begin:stop].rstrip().endswith(words):
+                return place
+        return None
 
 
-def _after_opened_thought(prompt: str, messages: Messages, text: str) -> str:
-    """The conversation with its last answer after a prompt that opens a thought.
+def _after_prompt(prompt: str, messages: Messages, text: str, find_marks: Marks) -> str:
+    """The conversation with its last answer after the prompt that a server would send, where `text` begins otherwise.
 
-    The template of such a model (DeepSeek-R1-Distill, QwQ) leaves thoughts out of every answer that is finished, so it
-    never writes what the model itself says after the prompt. That is the rest of the thought, and the answer.
+    Mistral's template writes the system prompt into the last question, so that it is there only in a prompt; what
+    follows the end of the question is the same. The templates of DeepSeek-R1-Distill and QwQ open a thought in the
+    prompt and leave thoughts out of every answer that is finished, so they never write what the model itself says after
+    the prompt: the rest of the thought, and the answer.
     """
     message = messages[-1]
-    opened = re.search(r"<think>(\s*)\Z", prompt)
     thought, words = _thought_and_words(message)
+    found, opened = find_marks(prompt), re.search(r"<think>(\s*)\Z", prompt)
+    asked, _, answer = text.rpartition(prompt[found[-1].start() :] if found else prompt)
+    if asked and words in answer:
+        return prompt + answer
     after = text.rpartition(words)[2] if words else ""
     if opened is None or message.get("tool_calls") or not after:
         raise Refused(_OTHER_PROMPT.format(len(messages)))
@@ -197,12 +242,21 @@ def try_shape(render: Render, find_marks: Marks, shape: Shape, *, answered: bool
         Refused: the template cannot be used for conversations of this shape.
     """
     messages, tools = probe(shape)
-    text = render(messages, tools, prompt=messages[-1]["role"] != "assistant")
+    refusal = None
+    try:
+        if answered:
+            text = write(render, find_marks, (messages, tools)).text
+    except Refused as error:
+        refusal = error
+    if not answered or refusal is not None:
+        text = render(messages, tools, prompt=messages[-1]["role"] != "assistant")
     lost = list(dict.fromkeys(what for what, word in _words(messages, tools) if word not in text))
     if lost:
         way = f"; {WITH_TOOLS}" if tools or any("tool" in what for what in lost) else ""
         raise Refused(f"the template does not write {', '.join(lost)}{way}")
-    return write(render, find_marks, (messages, tools)).text if answered else text
+    if refusal is not None:
+        raise refusal
+    return text
 
 
 def _words(messages: Messages, tools: Tools | None) -> list[tuple[str, str]]:
