@@ -1,6 +1,8 @@
 """The thread that holds the models: requests wait in a bounded queue, and equal ones are generated as one batch."""
 
 import collections
+import contextvars
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +62,9 @@ class Worker:
         self._changed = threading.Condition()
         self._seconds = 1.0  # of a batch, a running mean
         self._ended = False
-        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        # Settings of torch that belong to a context, such as dynamo's `disable`, hold in the thread too.
+        work = functools.partial(contextvars.copy_context().run, self._work)
+        self._thread = threading.Thread(target=work, name="worker", daemon=True)
         self._thread.start()
 
     @property
