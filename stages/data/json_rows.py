@@ -190,7 +190,7 @@ class JsonFile(NamedTuple):
                     if self.key is None and name in self.columns:
                         return None
                     names.append(name)
-                    if {type(value) is dict for value in text.skipped()} == {True}:
+                    if {type(value) is dict and not is_message(value) for value in text.skipped()} == {True}:
                         lists.append(name)
                 more = text.next()
             except StageError:

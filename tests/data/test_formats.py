@@ -382,7 +382,7 @@ def test_a_parquet_file_has_the_same_keys_in_every_message():
 def test_a_line_may_be_a_conversation(content):
     Path("x.jsonl").write_text(content, encoding="utf-8")
     found = rows_of(Source(path="x.jsonl", format="messages"))
-    assert found == [{"messages": [ASK, ANSWER]}] * len(content.split())
+    assert found == [{"messages": [ASK, ANSWER]}] * len([*filter(None, content.split("\n"))])
     assert rows_of(Source(path="x.jsonl", format="sharegpt")) == found
 
 

@@ -96,7 +96,7 @@ def in_order(messages: Messages, name: str, last: str, form: MessageForm) -> Mes
             `last` is the user).
     """
     turns: Messages = []
-    before = ""
+    before, is_asked = "", False
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if turns and role == turns[-1]["role"] and _joins(turns[-1], message, f"message {number} of {name}", form):
@@ -104,14 +104,14 @@ def in_order(messages: Messages, name: str, last: str, form: MessageForm) -> Mes
         elif number == 1 and role == "system":
             turns.append(message)
             continue
-        elif form.merge and not before and role == "assistant":
-            turns.append({**message, "weight": 0})
         else:
             following, rule = _FOLLOWING[before]
-            if role not in following:
+            is_first = form.merge and not before and role == "assistant"
+            if role not in following and not is_first:
                 hint = _hint(before, role, name, alone=len(messages) == 1 and last == "assistant")
                 raise RowError(f"message {number} of {name} is from the {role}, not the {following[0]}; {rule}{hint}")
-            turns.append(message)
+            is_asked = is_asked or role == "user"
+            turns.append({**message, "weight": 0} if role == "assistant" and not is_asked else message)
         before = "" if role == "system" else "call" if "tool_calls" in turns[-1] else role
     if turns[-1]["role"] not in ((last, "tool") if last == "user" else (last,)):
         add = "; add the answer, or remove the row" if last == "assistant" else ""
