@@ -70,7 +70,8 @@ NOT_NEEDED: Mapping[str, str] = by_name(
     {
         "the model's own config.json names its type and its tokenizer": "model_type tokenizer_type tokenizer_config "
         "base_model_config num_labels tokenizer_use_fast tokenizer_legacy is_llama_derived_model "
-        "is_mistral_derived_model is_falcon_derived_model is_qwen_derived_model base_model_ignore_patterns trust_remote_code",
+        "is_mistral_derived_model is_falcon_derived_model is_qwen_derived_model base_model_ignore_patterns "
+        "trust_remote_code",
         "rows are prepared once and kept under the hash of all that made them": "dataset_prepared_path "
         "dataset_keep_in_memory shuffle_merged_datasets remove_unused_columns",
         "padding does not change the result": "pad_to_sequence_len eval_sample_packing sample_packing_eff_est "

@@ -125,8 +125,8 @@ def test_types_of_axolotl(datasets, more, kind, source):
 
 
 def test_what_axolotl_has_and_this_has_not():
-    found, _, stage = made(AXOLOTL.replace("adapter: lora", "adapter: qlora") + "load_in_4bit: true\n"
-                           "deepspeed: z3.json\nplugins: [axolotl.integrations.liger.LigerPlugin]\nsample_pack: 1\n")  # fmt: skip
+    more = "load_in_4bit: true\ndeepspeed: z3.json\nplugins: [axolotl.integrations.liger.LigerPlugin]\nsample_pack: 1\n"
+    found, _, stage = made(AXOLOTL.replace("adapter: lora", "adapter: qlora") + more)
     assert stage.config.lora["r"] == 32
     said = notes(found, "not supported")
     assert [text.partition("`: ")[0] for text in said] == [
