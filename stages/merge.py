@@ -199,7 +199,9 @@ class _Both:
             like = self.model.get_submodule(module)
         except AttributeError:
             raise _other(f"it has no `{module}`, which the adapter `{adapter.folder}` changes") from None
-        found = proof(module, like, adapter, before, after)
+        tied = (f"{module}.weight", *self.chain.layout.tied.get(f"{module}.weight", ()))
+        stored = next((name for name in tied if adapter.has_rows(name)), f"{module}.weight")  # rows have one name
+        found = proof(stored.rpartition(".")[0], like, adapter, before, after)
         if isinstance(found, str):
             raise _other(f"`{module}` after the adapter `{adapter.folder}`: {found}")
         if not found.small:

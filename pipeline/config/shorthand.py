@@ -41,12 +41,13 @@ def place_top(root: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
         stage = dict(given) if isinstance(given, dict) else {setting: given}
         names = list(written)
         first = names[: bool(names) and _makes_model(names[0], written[names[0]])]
-        before = {name: written[name] for name in first}
+        # Its tokenizer lacks the marks of the template at the top, which later stages install.
+        before = {name: {"template": None, **(written[name] or {})} for name in first}
         model = placed.get("model")
         if model is not None and not before and "model" not in stage:
             stage["model"], placed["model"] = model, f"${kind}"
             problems.document.move(("model",), ("stages", kind, "model"))
-        placed["stages"] = before | {kind: stage} | written
+        placed["stages"] = before | {kind: stage} | {name: raw for name, raw in written.items() if name not in before}
     return placed
 
 

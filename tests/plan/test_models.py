@@ -128,6 +128,8 @@ def test_new_tokens_come_after_a_stage_that_makes_a_model(project):
         ("add_tokens", [steps[0].folder.name]),
         ("sft", [steps[1].folder.name]),
     ]
+    # The tokenizer that `init` trains lacks the marks of the template.
+    assert [step.entry.template is None for step in steps] == [True, True, False]
 
 
 def test_what_is_compared_has_the_new_tokens(project):
