@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.model import bloom
+from stages.model import attention, bloom
 from stages.model.facts import Facts
 from stages.runtime.errors import Problem, StageError
 
@@ -74,6 +74,8 @@ def prepare(model: "PreTrainedModel", args: Any) -> None:
         raise StageError(f"{trouble}; set `packing: false`")
     if model.config.model_type == "bloom":
         bloom.install(model)
+    elif apart or args.padding_free:
+        attention.install(model)
 
 
 def pack(rows: "Dataset", args: Any, file: Path) -> dict[str, float]:

@@ -85,5 +85,5 @@ def test_documents_that_attend_to_each_other_are_noticed(model, monkeypatch):
         return real(self, input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
 
     monkeypatch.setattr(type(model.transformer), "forward", forward)
-    trouble = "runs the attention of BLOOM in another way, so packed rows would attend to each other"
+    trouble = "runs the attention of `bloom` in another way, so packed rows would attend to each other"
     assert refusal(model) == f"transformers {version('transformers')} {trouble}; {ADVICE}"
