@@ -250,6 +250,8 @@ def try_shape(render: Render, find_marks: Marks, shape: Shape, *, answered: bool
         refusal = error
     if not answered or refusal is not None:
         text = render(messages, tools, prompt=messages[-1]["role"] != "assistant")
+    if refusal is not None:  # what stands in the prompt alone is not lost
+        text += render(messages[:-1], tools, prompt=True)
     lost = list(dict.fromkeys(what for what, word in _words(messages, tools) if word not in text))
     if lost:
         way = f"; {WITH_TOOLS}" if tools or any("tool" in what for what in lost) else ""
