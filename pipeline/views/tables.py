@@ -89,7 +89,7 @@ def _data_summary(view: "DataView") -> Iterator[str]:
         yield f"{dropped.rows:,} dropped, {reason}: {'; '.join(dropped.first)}"
     for kind, count in account.personal_data.items():
         yield f"{count:,} {kind} found"
-    yield from account.unread
+    yield from account.notes
     if tokens is None:
         yield "no tokens yet: the model that the stage starts from does not exist yet"
         return

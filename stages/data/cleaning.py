@@ -59,8 +59,8 @@ class Account:
     """Reason → the rows that were dropped for it."""
     personal_data: dict[str, int] = field(default_factory=dict)
     """How many `email`, `id_card` and `mobile` were masked or counted, before rows were compared with each other."""
-    unread: list[str] = field(default_factory=list)
-    """The columns and the keys of messages that nothing reads, one clause for each of the two."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of the files: which list holds the rows, and what nothing reads."""
 
     def drop(self, reason: str, place: str) -> None:
         """Count a dropped row."""

@@ -265,7 +265,7 @@ class Reading:
         cleaned = cleaning.Cleaning(self.source.clean, self._checked(check_after), others)
         self.account = cleaned.account
         yield from cleaned
-        self.account.read, self.account.unread = self.read, self.unread
+        self.account.read, self.account.notes = self.read, [*self.notes, *self.unread]
         if self.bad:
             self.account.dropped = {"bad": cleaning.Dropped(self.bad, self.first_bad), **self.account.dropped}
 

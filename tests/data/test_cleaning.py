@@ -263,6 +263,7 @@ def test_rows_stay_normalised():
             "`chosen` and `rejected` the same after `html`": {"rows": 1, "first": ["x:3"]},
         },
         "personal_data": {},
+        "notes": [],
     }
     assert json.dumps(rows) == before
 
@@ -538,3 +539,23 @@ def test_importing_costs_only_pydantic():
     root = Path(cleaning.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+# Thoughts, calls and weights
+
+
+def thinking(thought, **more):
+    answer = {"role": "assistant", "content": "答", "reasoning_content": thought, **more}
+    return {"messages": [{"role": "user", "content": "问"}, answer]}
+
+
+def test_a_thought_is_cleaned_as_the_words_are():
+    kept, account = clean(steps("html", "personal_data"), placed(thinking("<b>想</b> 给 wang@mail.cn 写信")))
+    assert [row for _, row in kept] == [thinking("想 给 [邮箱] 写信")]
+    assert account.personal_data == {"email": 1}
+
+
+def test_rows_that_differ_in_a_thought_a_call_or_a_weight_are_no_duplicates():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    rows = [thinking("想"), thinking("思"), thinking("想", tool_calls=[call]), thinking("想", weight=0), thinking("想")]
+    assert kept_of(placed(*rows), "exact_duplicates") == ([1, 2, 3, 4], {"exact duplicate": ["x:5, as x:1"]})

@@ -305,7 +305,7 @@ def test_the_account_of_a_reading_has_every_row():
             "exact duplicate": {"rows": 1, "first": ["x.jsonl:3, as x.jsonl:1"]},
         },
         "personal_data": {},
-        "unread": [],
+        "notes": [],
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from planned import INIT, TOP
 
+from pipeline.cli import main
 from pipeline.config.checker import load_config
 from pipeline.errors import StageFailed
 from pipeline.plan.placing import build_plan
@@ -13,6 +14,25 @@ from pipeline.plan.step import check_unchanged
 
 COMMIT = "b" * 40
 TWO = INIT.replace("path: books.jsonl", "path: books")
+
+
+def test_what_nothing_reads_is_a_note(project):
+    row = {"messages": [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}], "id": 7}
+    project.write("chats.jsonl", json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    text = (
+        INIT.replace("  prefer:", "  chats: {path: chats.jsonl, format: messages}\n  prefer:")
+        + "  sft: {data: chats}\n"
+    )
+    notes = (
+        "note: data `chats`: columns that nothing reads: `id`\n"
+        "note: data `chats`: keys of messages that nothing reads: `name`\n"
+    )
+    for _ in range(2):  # the second time from what was kept of the first reading
+        code, shown = project.validate(text)
+        assert (code, notes in shown) == (0, True)
+    assert main(["data", "x.yaml", "chats"]) == 0
+    shown = project.capsys.readouterr().out
+    assert "  columns that nothing reads: `id`\n  keys of messages that nothing reads: `name`\n" in shown
 
 
 def same(project, before):
