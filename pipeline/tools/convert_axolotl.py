@@ -47,6 +47,7 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     part = Part(job.place, kind, take.take("base_model"), take.take("revision_of_model"))
     part.adapters, part.leaves = take.words("lora_model_dir"), take.take("output_dir", "./model-out")
     part.seed, part.processes = take.take("seed", 42), job.processes or 1
+    part.words = take.words("tokens")
     if not Rows(take, book, commit_of, part).write():
         book.note("not supported", job.place, "no data set is left, so no stage is written")
         return []

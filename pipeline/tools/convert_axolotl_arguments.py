@@ -42,6 +42,7 @@ MADE: Mapping[str, str] = {
     "chat_template": "`template`: a built-in name, or a .jinja file beside the config",
     "chat_template_jinja": "`template`: a .jinja file beside the config",
     "default_system_message": "the system prompt in that .jinja file",
+    "tokens": "`add_tokens: {words: […]}` at the top",
     "sample_packing": "`trainer: {packing: true}`",
     "bf16": "`trainer: {bf16: …}`; `auto` follows the machine, as without it",
     "fp16": "`trainer: {fp16: true}`",
@@ -101,7 +102,7 @@ NOT_SUPPORTED: Mapping[str, str] = by_name(
         "plugins are not supported; the result is the same without Liger's and CCE's kernels": "plugins "
         "liger_rope liger_rms_norm liger_glu_activation liger_fused_linear_cross_entropy liger_layer_norm "
         "cut_cross_entropy unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_cross_entropy_loss",
-        "a tokenizer is not changed here; add the tokens to the model's folder before": "tokens added_tokens_overrides "
+        "ids of a tokenizer are not given to other tokens here": "added_tokens_overrides "
         "resize_token_embeddings_to_32x shrink_embeddings",
         "LoRA+ is not supported: A and B are trained with one learning rate": "loraplus_lr_ratio loraplus_lr_embedding",
         "this variant of LoRA is not supported": "relora_steps relora_warmup_steps relora_anneal_steps "

@@ -157,7 +157,7 @@ def root(parts: Sequence[Part], book: Book, commit_of: CommitOf) -> dict[str, An
     written = [part for part in parts if part.kind != "chat"] or [_asked(part) for part in parts[:1]]
     for part in parts:
         if part.kind == "chat" and len(written) != len(parts):
-            text = "chatting and serving are no stages; use the folder that the last stage leaves"
+            text = "no stage: `pipeline chat` and `pipeline serve` use what the last stage leaves"
             book.note("not needed", part.place, text)
     chain = Chain(book, commit_of)
     for part in written:
@@ -171,7 +171,17 @@ def root(parts: Sequence[Part], book: Book, commit_of: CommitOf) -> dict[str, An
     counts = {name: part.processes for name, part in zip(chain.stages, written, strict=True) if part in trained}
     launches = {name: {"processes": count} for name, count in counts.items()}
     found |= _shared("launch", launches, chain.stages, {"processes": 1})
+    found |= _tokens(written)
     return found | ({"data": book.data} if book.data else {}) | {"stages": chain.stages}
+
+
+def _tokens(parts: Sequence[Part]) -> dict[str, Any]:
+    """`add_tokens` with the tokens of all commands."""
+    special = list(dict.fromkeys(token for part in parts for token in part.special))
+    words = list(dict.fromkeys(token for part in parts for token in part.words if token not in special))
+    if not words:
+        return {"add_tokens": special} if special else {}
+    return {"add_tokens": {**({"special": special} if special else {}), "words": words}}
 
 
 def _asked(part: Part) -> Part:

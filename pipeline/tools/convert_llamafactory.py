@@ -11,6 +11,7 @@ from pipeline.tools.convert_datasets import CommitOf, Sets, declare, read_info
 from pipeline.tools.convert_llamafactory_arguments import EARLIER, KNOWN
 from pipeline.tools.convert_llamafactory_settings import DEFAULT, Settings
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
+from pipeline.tools.convert_reading import config_file
 from pipeline.tools.convert_templates import chat_template
 from pipeline.tools.convert_trainer import adapter
 
@@ -64,6 +65,7 @@ class Command:
         if self.job.environment.get("FORCE_TORCHRUN") in ("1", "true") and self.job.processes is None:
             text = "`FORCE_TORCHRUN=1` starts a process on every GPU; write `launch: {processes: N}` for N GPUs"
             self.book.note("to do", self.job.place, text)
+        self._tokens()
         if verb == "train":
             return self._train()
         if verb == "export":
@@ -74,6 +76,21 @@ class Command:
 
     def _note(self, kind: Any, name: str, text: str) -> None:
         self.book.note(kind, self.arguments.place(name), text)
+
+    def _tokens(self) -> None:
+        """Tokens that the command adds to the tokenizer."""
+        take, part = self.arguments, self.part
+        part.words, part.special = take.words("add_tokens"), take.words("add_special_tokens")
+        path = take.take("new_special_tokens_config")
+        if path is None:
+            return
+        starts = [Path(), self.job.folder, *self.job.folder.resolve().parents]
+        file = next((there for start in starts if (there := start / str(path)).is_file()), None)
+        if file is None:
+            text = f"`{path}` is not found; write its tokens under `add_tokens`"
+            self._note("to do", "new_special_tokens_config", text)
+        else:
+            part.special = list(config_file(file))
 
     # Training
 

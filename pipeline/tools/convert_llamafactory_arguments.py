@@ -53,6 +53,9 @@ MADE: Mapping[str, str] = {
     "template": "`template`: a built-in name, or a .jinja file beside the config",
     "default_system": "the system prompt in that .jinja file",
     "enable_thinking": "the empty thought in that .jinja file",
+    "add_tokens": "`add_tokens: {words: […]}` at the top",
+    "add_special_tokens": "`add_tokens: […]` at the top",
+    "new_special_tokens_config": "`add_tokens: […]` at the top, the keys of that file",
     "disable_shuffling": "`trainer: {train_sampling_strategy: sequential}`",
     "group_by_length": "`trainer: {train_sampling_strategy: group_by_length}`",
     "warmup_ratio": "`trainer: {warmup_steps: …}`, where a value below 1 is a share",
@@ -123,6 +126,7 @@ NOT_NEEDED: Mapping[str, str] = by_name(
         "vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction "
         "sglang_tp_size sglang_config sglang_lora_backend skip_special_tokens",
         "`max_new_tokens` limits an answer": "max_length",
+        "new tokens get rows, and each row is the mean of all rows": "resize_vocab init_special_tokens",
         "a harness task has its own language and data": "lang task_dir download_mode",
         "it goes with `freeze`, which is not supported": "freeze_trainable_layers freeze_trainable_modules "
         "freeze_extra_modules",
@@ -137,7 +141,7 @@ NOT_NEEDED: Mapping[str, str] = by_name(
         "quantization_type double_quantization quantization_device_map fp8_backend "
         "fp8_enable_fsdp_float8_all_gather kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts "
         "kt_lora_expert_num kt_lora_expert_intermediate_size kt_optimize_rule kt_maxlen kt_use_cuda_graph kt_mode "
-        "kt_force_think cpu_infer chunk_size mode init_special_tokens swanlab_lark_secret ray_init_kwargs "
+        "kt_force_think cpu_infer chunk_size mode swanlab_lark_secret ray_init_kwargs "
         "ray_run_name ray_storage_path ray_storage_filesystem resources_per_worker placement_strategy master_addr "
         "master_port profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps "
         "profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack",
@@ -181,8 +185,7 @@ NOT_SUPPORTED: Mapping[str, str] = by_name(
         "this loss is not supported; cross-entropy is used here": "use_dft_loss use_asft_loss use_eaft_loss",
         "positions are not scaled here; set `rope_scaling` in the model's config.json": "rope_scaling",
         "the dtype of single layers is not set here": "upcast_layernorm upcast_lmhead_output",
-        "a tokenizer is not changed here; add the tokens to the model's folder before": "add_tokens "
-        "add_special_tokens new_special_tokens_config resize_vocab split_special_tokens",
+        "special tokens in a text are always read as such": "split_special_tokens",
         "training from random weights is not supported here; an `init` stage makes a small model": "train_from_scratch",
         "`sft` trains the answers alone, `pt` every token of a text": "train_on_prompt",
         "`sft` trains every answer of a conversation": "mask_history",

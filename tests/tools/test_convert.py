@@ -148,7 +148,7 @@ def test_the_notes_of_the_six_commands_say_what_differs_and_which_line_chains(fo
         "`dpo` starts from `sft`; the command starts again from `bigscience/bloomz-7b1`; to do as it does, write "
         f"`model: bigscience/bloomz-7b1@{COMMIT}` under `dpo`",
     ]
-    assert "chatting and serving are no stages; use the folder that the last stage leaves" in notes(found, "not needed")
+    assert "no stage: `pipeline chat` and `pipeline serve` use what the last stage leaves" in notes(found, "not needed")
     assert str(found.notes[0]).startswith("six.sh:29: differs: `sft` starts from")
     line = f"    model: bigscience/bloomz-7b1@{COMMIT}\n"
     assert line in found.text
