@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages import Metrics, Report, Stage
 from stages.data.row import Row
-from stages.data.source import CONVERSATIONS, Source, rows_of
+from stages.data.source import CONVERSATIONS, Reading, Source, rows_of
 from stages.measuring.gates import Gate, Verdict, gate_problems, judge_gate
 from stages.measuring.losses import Margins, Subject, answer_match, perplexity, preference
 from stages.measuring.metrics import Figures, Measured, figure_of, metric_names
@@ -226,7 +226,9 @@ def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
             found.append(Prompt(PROMPTS, number, [{"role": "user", "content": text}]))
         return found[: config.max_prompts]
     for name, source in config.prompts.items():
-        for number, row in enumerate(rows_of(inputs.read(source)), 1):
+        for number, (_, row) in enumerate(Reading(inputs.read(source)).kept(), 1):
+            if len(found) == config.max_prompts:
+                return found
             *before, last = row["messages"]
             answered = last["role"] == "assistant"
             reference = last["content"].strip() if answered and not last.get("tool_calls") else None

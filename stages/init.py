@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from stages import Metrics, Stage
 from stages.chat.template import install_template
 from stages.data.row import message_texts
-from stages.data.source import Source, rows_of
+from stages.data.source import Reading, Source
 from stages.model.facts import Facts, Needs
 from stages.model.folder import set_stop_tokens
 from stages.model.inputs import Inputs
@@ -200,7 +200,7 @@ def _tokenizer(config: Config, sources: Sequence[Source]) -> "PreTrainedTokenize
 def _texts(sources: Sequence[Source]) -> Iterator[str]:
     """All text in the rows, to train the tokenizer on."""
     for source in sources:
-        for row in rows_of(source):
+        for _, row in Reading(source).kept():
             if "text" in row:
                 yield row["text"]
             for key in ("messages", "prompt", "chosen", "completion"):

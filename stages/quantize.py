@@ -223,7 +223,7 @@ def _rows(config: Config, inputs: Inputs, folder: Path, out: Path) -> tuple[list
     """Rows to measure on and rows to calibrate with; a note says if there are fewer than wanted."""
     wanted = config.calibration.samples
     held_out, calibration = split(
-        calibration_rows(config.calibration, inputs.read, folder, config.seed), wanted, config.seed
+        calibration_rows(config.calibration, inputs.read, folder, config.seed, out), wanted, config.seed
     )
     if len(calibration) < wanted or len(held_out) < MEASURED:
         rows = f"{len(calibration)} of {wanted} rows to calibrate with"

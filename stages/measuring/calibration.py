@@ -1,7 +1,9 @@
 """Rows to calibrate quantization with, and rows to measure its perplexity on."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from stages.chat.rendering import render
 from stages.chat.writing import Refused
 from stages.data.mixture import Mixture
 from stages.data.row import Row
-from stages.data.source import Source, rows_of
+from stages.data.source import Reading, Source
+from stages.data.spool import SpooledRows
 from stages.model.folder import load_tokenizer
 from stages.runtime.errors import StageError
 
@@ -34,19 +37,34 @@ class Calibration(BaseModel):
     """Tokens of a row; longer rows are cut."""
 
 
-def calibration_rows(wanted: Calibration, read: Callable[[Source], Source], folder: Path, seed: int) -> list[Ids]:
+def calibration_rows(
+    wanted: Calibration, read: Callable[[Source], Source], folder: Path, seed: int, scratch: Path | None = None
+) -> list[Ids]:
     """Different rows as token ids, each cut to `max_length`: `samples` to calibrate with and `MEASURED` to measure on.
 
     They are drawn with `seed`, in such an order that every first part holds the share of each data set. A data set that
-    is too short is used up, and the others fill in; fewer rows are returned if all are used up.
+    is too short is used up, and the others fill in; fewer rows are returned if all are used up. Rows are kept on the
+    disk, in `scratch`, until they are drawn.
     """
     tokenizer = load_tokenizer([str(folder)])
     seen: set[tuple[int, ...]] = set()
     queues = []
-    for number, source in enumerate(wanted.data.sources):
-        rows = rows_of(read(source))
-        random.Random(f"{seed}:{number}").shuffle(rows)
-        queues.append(_different(rows, tokenizer, folder, wanted.max_length, seen))
+    with ExitStack() as stack:
+        for number, source in enumerate(wanted.data.sources):
+            rows = stack.enter_context(SpooledRows((row for _, row in Reading(read(source)).kept()), scratch))
+            shuffled = _shuffled(rows, f"{seed}:{number}")
+            queues.append(_different(shuffled, tokenizer, folder, wanted.max_length, seen))
+        return _drawn(wanted, queues)
+
+
+def _shuffled(rows: SpooledRows, seed: str) -> Iterator[Row]:
+    order = array("L", range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return (rows[index] for index in order)
+
+
+def _drawn(wanted: Calibration, queues: Sequence[Iterator[Ids]]) -> list[Ids]:
+    """Rows from the queues by their weights, as many as are wanted, or all."""
     weights = [Fraction(weight) for weight in wanted.data.weights or [1] * len(queues)]
     taken = [0] * len(queues)
     found: list[Ids] = []
@@ -63,7 +81,7 @@ def calibration_rows(wanted: Calibration, read: Callable[[Source], Source], fold
 
 
 def _different(
-    rows: Sequence[Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
+    rows: Iterable[Row], tokenizer: Any, folder: Path, length: int, seen: set[tuple[int, ...]]
 ) -> Iterator[Ids]:
     """Rows as token ids, without repeated rows, rows of a single token, and rows that the template cannot render."""
     for row in rows:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from stages.measuring.calibration import Calibration, calibration_rows, split
+from stages.data.spool import SpooledRows
+from stages.measuring.calibration import Calibration, _shuffled, calibration_rows, split
 from stages.model.folder import load_tokenizer
 
 
@@ -47,3 +48,24 @@ def test_calibration_mixes_its_data_in_shares(tiny, tmp_path):
     assert sum(even[:10]) == 5
     assert sum(even) == 30  # there are no more of them, so the others fill in
     assert [sum(shares(weights=[3, 1])[:count]) for count in (4, 40, 80)] == [1, 10, 20]
+
+
+def test_rows_that_are_not_drawn_are_not_in_memory(tmp_path):
+    """Ten megabytes of rows: their order is that of a shuffled list, and no more than a few are held."""
+    import random
+    import tracemalloc
+
+    rows = [{"text": f"{number} " + "a" * 1000} for number in range(10_000)]
+    expected = list(rows)
+    random.Random("7:0").shuffle(expected)
+    made = (dict(row) for row in rows)
+    tracemalloc.start()
+    with SpooledRows(made, tmp_path) as spooled:
+        drawn = [row for row, _ in zip(_shuffled(spooled, "7:0"), range(300), strict=False)]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(spooled) == 10_000
+        assert [spooled[0], spooled[9999]] == [rows[0], rows[9999]]
+    assert drawn == expected[:300]
+    assert peak < 9e6 + 2e6  # bytes: what is kept in memory before the file takes over, and 300 rows
+    assert not list(tmp_path.iterdir())
