@@ -8,7 +8,7 @@ from stages.data.drawing import Draw
 from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem
 from stages.runtime.events import emit
-from stages.training import loop, packing, preparation
+from stages.training import loop, loss_head, packing, preparation
 from stages.training import streaming as streaming_module
 from stages.training.rehearsal import check_libraries
 from stages.training.settings import TrainingConfig
@@ -81,6 +81,7 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
         processing_class=tokenizer,
         peft_config=loop.adapter(config, inputs),
     )
+    loss_head.install(trainer, every_step=False)
     seen.clear()  # TRL has looked at the first row of the stream, for which it was read
     metrics = loop.train(trainer, config, inputs, out)
     if config.streaming:
