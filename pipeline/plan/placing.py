@@ -17,11 +17,12 @@ from pipeline.plan.fingerprint import digest, installed_versions, settings_of
 from pipeline.plan.history import History
 from pipeline.plan.models import Models, PlacedModel
 from pipeline.plan.step import Plan, Step, gate_verdicts
-from pipeline.plan.templates import Templates
+from pipeline.plan.templates import FIXED_DATE, Templates
 from pipeline.saves import artifact
 from pipeline.saves.links import belongs, same_file
 from stages import Scorer
 from stages.chat.encoding import refused_rows, too_many
+from stages.chat.trial import has_clock
 from stages.data.source import ROWS_FILE
 from stages.model.device import gpus
 from stages.model.facts import Facts, Needs
@@ -241,6 +242,7 @@ class Placer:
         """Note what the stage itself has to say of its settings and its model, if it will run."""
         if step.state != "done":
             texts = step.stage.notes(step.entry.config, start.facts if start is not None else NO_MODEL)
+            texts = [*texts, *self.data.too_few_held_out(step.entry)]
             self.plan.notes += [f"stage `{step.name}`: {text}" for text in texts]
 
     def files(self, entry: StageEntry, models: list[PlacedModel]) -> dict[str, str]:
@@ -317,6 +319,8 @@ class Placer:
                 continue
             rows = self.plan.rows.get(name, shapes.rows)
             allowed = source.max_dropped if name in self.plan.rows else 1.0  # which rows a stage leaves is not known
+            if has_clock(template) and FIXED_DATE not in self.plan.notes:
+                self.plan.notes.append(FIXED_DATE)
             found = self.templates.refusals(template, facts, shapes, answered=draw is not None)
             if found.marks is not None:
                 self.problem(entry, "template", found.marks)

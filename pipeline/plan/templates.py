@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 
 from stages.chat.encoding import SHOWN
 from stages.chat.shapes import Shape, Shapes
-from stages.chat.trial import Trial
+from stages.chat.trial import DAY, Trial
 from stages.model.facts import ANY_DATA, Facts, unknown_marks
+
+FIXED_DATE = (
+    f"the chat template writes the date of the day; it is fixed to {DAY:%d %B %Y}, in training and in the template "
+    "that is saved"
+)
 
 
 @dataclass(frozen=True)

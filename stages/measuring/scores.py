@@ -230,6 +230,7 @@ def _padded(tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    install_template(tokenizer, None)
     return tokenizer
 
 

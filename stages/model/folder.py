@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.chat.template import install_template
 from stages.runtime.errors import StageError
 from stages.runtime.interfaces import require
 
@@ -104,6 +105,7 @@ def load_tokenizer(folders: Sequence[str]) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    install_template(tokenizer, None)
     return tokenizer
 
 

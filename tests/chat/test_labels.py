@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from stages import dpo, merge, pt, sft
+from stages.chat import encoding
 from stages.chat.encoder import Encoder
-from stages.chat.labels import IGNORED, encode_chat, end_of_turn
+from stages.chat.labels import IGNORED, Encoded, encode_chat, encode_chats, end_of_turn
 from stages.chat.rendering import render
 from stages.chat.template import install_template, template_names, template_text
 from stages.data.source import Source, rows_of
@@ -355,6 +356,129 @@ def test_a_template_that_could_not_be_served_is_refused(tiny, text, message):
     with pytest.raises(StageError) as caught:
         encode_chat(Encoder(tokenizer), TURNS)
     assert str(caught.value) == message
+
+
+# Prompt and answer as a server would see them
+
+
+@pytest.fixture(scope="module")
+def joining(tmp_path_factory):
+    """A tokenizer of bytes that joins two line ends, as Qwen's and Llama 3's do; and one that adds a blank in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    letters = [*pre_tokenizers.ByteLevel.alphabet()]
+    vocab = {token: number for number, token in enumerate([*letters, "ĊĊ", "Ġa", "▁"])}
+
+    def made(add_prefix_space):
+        backend = Tokenizer(models.BPE(vocab, [("Ċ", "Ċ"), ("Ġ", "a")]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(marks)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+    return made
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["", "with a blank in front"])
+@pytest.mark.parametrize("answer", ["\n根据", "\n\n\na", "a\n", "\n"])
+def test_no_answer_is_refused_for_how_it_begins(joining, front, answer):
+    tokenizer = joining(front)
+    install_template(tokenizer, template_text("chatml"))
+    talk = [TURNS[0], {"role": "assistant", "content": answer}, *TURNS[2:]]
+    ids, labels = encode_chat(Encoder(tokenizer), talk)
+    asked = ids_of(tokenizer, talk[:1], add_generation_prompt=True)
+    assert ids[: len(asked)] == asked
+    assert tokenizer.decode(ids).replace(" ", "") == render(tokenizer, talk).replace(" ", "")
+    answered = [answer + "<|im_end|>", TURNS[3]["content"] + "<|im_end|>"]
+    assert [text.replace(" ", "") for text in answers(tokenizer, ids, labels)] == [
+        text.replace(" ", "") for text in answered
+    ]
+    joined = ids_of(tokenizer, talk)
+    assert (ids == joined) == (not answer.startswith("\n"))
+
+
+def test_the_prompt_of_a_pair_is_what_a_server_sends(joining):
+    tokenizer = joining(False)
+    install_template(tokenizer, template_text("chatml"))
+    before = [TURNS[0], {"role": "assistant", "content": "\n\na"}, TURNS[2]]
+    pair = {"prompt": before, "chosen": [{"role": "assistant", "content": "\nb"}], "rejected": [TURNS[3]]}
+    ((chosen, rejected),) = encoding.encode(Encoder(tokenizer), [pair])
+    asked = ids_of(tokenizer, before, add_generation_prompt=True)
+    assert chosen.trained == [(len(asked), len(chosen.ids))]
+    assert rejected.trained == [(len(asked), len(rejected.ids))]
+    assert chosen.ids[: len(asked)] == rejected.ids[: len(asked)] == asked
+    assert tokenizer.decode(chosen.ids[len(asked) :]) == "\nb<|im_end|>"
+
+
+# As DeepSeek-R1-Distill's: the prompt opens a thought, and a finished answer has none.
+OPENS = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n<think>\n' }}{%- endif -%}"
+)
+THOUGHT = "<think>\n先想。\n</think>\n\n好。"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": THOUGHT},
+        {"content": THOUGHT.removeprefix("<think>\n")},
+        {"content": "好。", "reasoning_content": "先想。"},
+    ],
+    ids=["in the words", "as the model says it", "apart"],
+)
+def test_a_thought_that_the_prompt_opens_is_trained_after_it(joining, answer):
+    tokenizer = joining(False)
+    install_template(tokenizer, OPENS)
+    earlier = {"role": "assistant", "content": THOUGHT, "weight": 0}
+    talk = [TURNS[0], earlier, TURNS[2], {"role": "assistant", **answer}]
+    ids, labels = encode_chat(Encoder(tokenizer), talk)
+    asked = ids_of(tokenizer, talk[:3], add_generation_prompt=True)
+    assert tokenizer.decode(asked).endswith("<|im_end|><|im_start|>assistant\n<think>\n")
+    assert ids[: len(asked)] == asked
+    assert answers(tokenizer, ids, labels) == ["先想。\n</think>\n\n好。<|im_end|>"]
+    assert end_of_turn(Encoder(tokenizer)) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_an_answer_without_the_thought_that_the_prompt_opens_is_refused(joining):
+    tokenizer = joining(False)
+    install_template(tokenizer, OPENS)
+    first, second = encode_chats(
+        Encoder(tokenizer), [(TURNS[:2], None), ([TURNS[0], {**TURNS[1], "content": THOUGHT}], None)]
+    )
+    assert str(first) == (
+        "the chat template's prompt opens a thought with `<think>`, and the answer has none; write the thought before "
+        "the answer, as `<think>…</think>`"
+    )
+    assert isinstance(second, Encoded)  # the other rows are used
+
+
+# As gpt-oss's: a channel is named before the words.
+CHANNEL = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + ('<s>final' if m.role == 'assistant' else '') }}"
+    "{{ '<s>' + m.content + '<|im_end|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant' }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("answer", ["a", "l", "final", "s>", "n"])
+def test_a_short_answer_is_not_found_in_the_words_of_the_template(joining, answer):
+    tokenizer = joining(False)
+    install_template(tokenizer, CHANNEL)
+    ids, labels = encode_chat(Encoder(tokenizer), [TURNS[0], {"role": "assistant", "content": answer}])
+    assert answers(tokenizer, ids, labels) == [f"<s>final<s>{answer}<|im_end|>"]
+
+
+def test_the_ids_of_one_day_are_those_of_every_day(joining):
+    tokenizer = joining(False)
+    install_template(tokenizer, "{{- strftime_now('%d %b %Y') -}}" + template_text("chatml"))
+    assert tokenizer.decode(encode_chat(Encoder(tokenizer), TURNS[:2])[0]).startswith("26 Jul 2024<|im_start|>user")
+    assert ids_of(tokenizer, TURNS[:2]) == encode_chat(Encoder(tokenizer), TURNS[:2])[0]  # as the exported one
+    tokenizer.chat_template = "{{- strftime_now('%Y') -}}" + template_text("chatml")
+    install_template(tokenizer, None)
+    assert render(tokenizer, TURNS[:2]).startswith("2024<|im_start|>user")
 
 
 # The whole chain: every folder that it leaves must tokenize as the stages trained.

@@ -116,7 +116,7 @@ def test_a_template_that_fails_on_some_conversations_refuses_them(tokenizer):
     assert str(slow.value) == said
 
 
-@pytest.mark.parametrize("text", ["{{ strftime_now('%Y') }}", "{% unknown_tag %}", None, {"default": CHATML}], ids=str)
+@pytest.mark.parametrize("text", ["{{ strftime_now(form) }}", "{% unknown_tag %}", None, {"default": CHATML}], ids=str)
 def test_templates_that_need_transformers_are_left_to_it(tokenizer, text):
     assert is_slow(fast_renderer(with_template(tokenizer, text)))
 

@@ -6,6 +6,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stages.chat.template import template_names, template_text
+from stages.chat.trial import Trial, without_clock
 from stages.runtime.errors import StageError
 
 TURNS = [
@@ -141,3 +142,37 @@ def test_what_is_no_template_is_refused(tmp_path, monkeypatch, name, content, ex
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert refusal(name) == expected
+
+
+# The date of the day
+
+
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        ("strftime_now('%d %b %Y')", "26 Jul 2024"),
+        ('strftime_now( "%Y-%m-%d" )', "2024-07-26"),
+        ("strftime_now('%B') + ' ' + strftime_now('%A')", "July Friday"),
+        ("'it is ' + strftime_now('it''s %Y')", None),
+        ("strftime_now(form)", None),
+    ],
+)
+def test_the_date_of_the_day_is_fixed_where_its_form_is_written_out(call, written):
+    template = f"{{%- if strftime_now is defined -%}}{{{{- {call} -}}}}{{%- endif -%}}"
+    if written is not None:
+        fixed = without_clock(template)
+        assert "strftime_now(" not in fixed
+        assert rendered(fixed, TURNS, strftime_now=lambda form: pytest.fail("asked for the time")) == written
+        assert Trial(template, {}, bool).render(TURNS, None) == written
+        return
+    with pytest.raises(StageError) as error:
+        without_clock(template)
+    assert str(error.value) == (
+        "the chat template writes the date of the day with `strftime_now`, in a form that is not written out in the "
+        "call, so it cannot be fixed; write a date in place of the call"
+    )
+
+
+def test_a_template_without_a_date_stays_as_it_is():
+    for name in template_names():
+        assert without_clock(template_text(name)) == template_text(name)

@@ -272,5 +272,23 @@ def test_a_token_counts_where_the_template_writes_it_for_the_rows(project):
     project.write("chat.jsonl", json.dumps(WITH_SYSTEM))
     assert build(project, text).problems == [
         "x.yaml:7:3: stage `sft`: the template writes `<|system|>`, which the tokenizer of `m` does not know as one "
-        "token; `med`, `alpaca_zh` and `plain` end a turn with the model's own eos_token"
+        'token; write `add_tokens: ["<|system|>"]` at the top, or choose `med`, `alpaca_zh` or `plain`, which end a turn '
+        "with the model's own eos_token"
+    ]
+
+
+def test_a_plan_tells_of_the_date_that_a_template_writes(project):
+    text = CHAT.replace("template: med", "template: own.jinja") + "  again: {use: sft, data: consult}\n"
+    project.write("chat.jsonl", json.dumps(PLAIN))
+    project.write("own.jinja", "{{- 'Today: ' + strftime_now('%Y') -}}" + NO_EARLIER_THOUGHT)
+    planned = build(project, text)
+    assert planned.problems == []
+    assert planned.notes == [
+        "the chat template writes the date of the day; it is fixed to 26 July 2024, in training and in the template "
+        "that is saved"
+    ]
+    project.write("own.jinja", "{{- strftime_now('%Y' if messages else '%m') -}}" + NO_EARLIER_THOUGHT)
+    assert build(project, CHAT.replace("template: med", "template: own.jinja")).problems == [
+        "x.yaml:1:11: stage `sft`: the chat template writes the date of the day with `strftime_now`, in a form that is "
+        "not written out in the call, so it cannot be fixed; write a date in place of the call"
     ]
