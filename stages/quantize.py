@@ -97,6 +97,8 @@ def check_model(config: Config, facts: Facts) -> list[Problem]:
             ("model", f"transformers cannot load a quantized `{facts.model_type}`: {why}; remove the stage")
         )
         return problems
+    if text := facts.too_long(config.calibration.max_length):
+        problems.append(("calibration.max_length", text))
     return problems + _check_groups(config.group_size, facts.weights)
 
 

@@ -165,7 +165,8 @@ def _base(first: FinishedStep) -> str:
     base, *adapters = chain_of(start)
     name, _, commit = base.partition("@")
     text = f"`{name}` at commit `{commit}`" if is_hub_name(base) else f"The model `{_shown(base)}`"
-    return text + "".join(f" with the adapter `{_shown(adapter)}`" for adapter in adapters)
+    names = " and ".join(f"`{_shown(adapter)}`" for adapter in adapters)
+    return text if not adapters else f"{text} with the adapter{'s' if adapters[1:] else ''} {names}"
 
 
 def _shown(path: str) -> str:

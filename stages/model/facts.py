@@ -81,6 +81,14 @@ class Facts:
         """`positions` of a model that has no others, learned or in a table; 0 for a model that computes positions."""
         return 0 if are_computed(self.model_type) else self.positions
 
+    def too_long(self, length: int | None) -> str | None:
+        """What is wrong with rows of `length` tokens at most, or of any length; None if the model can read them."""
+        limit = self.learned_positions
+        if not limit or (length is not None and length <= limit):
+            return None
+        given = "`max_length` is not set" if length is None else f"`max_length` is {length}"
+        return f"{self.source} has {limit} positions, and {given}; write {limit}"
+
     def has_token(self, token: str) -> bool:
         """Whether the tokenizer knows a text as one token; True if the tokenizer is not known."""
         return not self.tokens or token in self.added or json.dumps(token, ensure_ascii=False) in self.tokens

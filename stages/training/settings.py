@@ -158,7 +158,8 @@ def check_training(
         )
     of_formats = (*MEASURED, *MEASURED_OF_PAIRS) if "preference" in formats else MEASURED
     problems += _check_best(config, measured or of_formats)
-    problems += _check_length(config, facts)
+    if text := facts.too_long(config.max_length):
+        problems.append(("trainer.max_length", text))
     problems += _check_values(config) + packages.check(config.trainer) + effects.check(config.trainer)
     if config.lora is not None:
         problems += adapters.check(config.lora, facts)
@@ -188,16 +189,6 @@ def more_memory(config: TrainingConfig) -> str:
         found.append("set `trainer.gradient_checkpointing: true`")
     found.append(f"lower `trainer.max_length`, which is {config.max_length}" if config.max_length else LIMIT)
     return ", or ".join(found)
-
-
-def _check_length(config: TrainingConfig, facts: Facts) -> list[Problem]:
-    """A model that learned a vector for each position has none for a later position."""
-    limit, length = facts.learned_positions, config.max_length
-    if not limit or not length or length <= limit:
-        return []
-    return [
-        ("trainer.max_length", f"{facts.source} has {limit} positions, and `max_length` is {length}; write {limit}")
-    ]
 
 
 def _check_best(config: TrainingConfig, measured: Sequence[str]) -> list[Problem]:

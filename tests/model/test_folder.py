@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages.model.facts import read_facts
-from stages.model.folder import load_model, load_tokenizer
+from stages.model.folder import carried_files, load_model, load_tokenizer
 from stages.runtime.errors import StageError
 
 pytestmark = pytest.mark.train
@@ -23,6 +23,19 @@ def refusal(folder):
 def test_the_tokenizer_is_that_of_the_last_folder_and_pads_on_the_right(tiny):
     loaded = load_tokenizer(["not a folder", str(tiny("llama"))])
     assert (loaded.padding_side, loaded.is_fast) == ("right", True)
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tiny, adapt, tmp_path):
+    base, adapter = tiny("llama"), shutil.copytree(adapt([tiny("llama")]), tmp_path / "adapter")
+    carried = carried_files(base, adapter)
+    assert {path.parent for path in carried} == {adapter}
+    for path in carried:
+        path.unlink()
+    assert load_tokenizer([str(base), str(adapter)]).chat_template == load_tokenizer([str(base)]).chat_template
+    assert carried_files(base, adapter) == carried_files(base)
+    shutil.copy(base / "tokenizer.json", adapter)
+    found = {path.name: path.parent for path in carried_files(base, adapter)}
+    assert found == {"tokenizer.json": adapter, "generation_config.json": base}
 
 
 def test_a_missing_pad_token_becomes_the_end_of_text(tiny, tmp_path):

@@ -413,3 +413,44 @@ def test_what_is_no_model_folder_is_told_what_it_is(project, base, model, told):
     assert planned(project, base.replace("model: m", f"model: {model}") + SFT).problems == [
         f"x.yaml:1:8: stage `sft`: {told}"
     ]
+
+
+# Positions
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "told"),
+    [
+        ("gpt2", {"n_positions": 512}, "problem"),
+        ("opt", {"max_position_embeddings": 512}, "problem"),
+        ("gptj", {"n_positions": 512}, "problem"),
+        ("mpt", {"max_seq_len": 512}, "problem"),
+        ("llama", {"max_position_embeddings": 512}, "note"),
+        ("gpt_neox", {"max_position_embeddings": 512}, "note"),
+        ("gemma3", {"text_config": {"max_position_embeddings": 512}}, "note"),
+        ("bloom", {"seq_length": 512}, None),
+        ("llama", {"max_position_embeddings": 1024}, None),
+    ],
+)
+def test_rows_longer_than_the_positions_of_a_model_are_a_problem_or_a_note(project, model_type, config, told):
+    plan = planned(project, project.model(model_type=model_type, **config) + "  sft: {data: consult}\n")
+    found = {"problem": plan.problems, "note": plan.notes}
+    for kind, texts in found.items():
+        assert bool([text for text in texts if "`max_length`" in text and "512 positions" in text]) is (kind == told)
+
+
+def test_what_init_will_make_has_positions(project):
+    text = TOP + "stages:\n  init: {architecture: llama, data: books, max_position_embeddings: 512}\n" + SFT
+    (note,) = planned(project, text).notes
+    assert "512 positions" in note
+
+
+def test_rows_without_a_limit_need_positions_without_an_end(project):
+    text = project.model(model_type="opt", max_position_embeddings=512) + SFT
+    unlimited = text.replace("lora: {r: 8}", "trainer: {max_length: null}")
+    told = "`m` has 512 positions, and `max_length` is not set; write 512"
+    assert planned(project, unlimited).problems == [f"x.yaml:8:46: stage `sft`: {told}"]
+    calibrated = text.replace("lora: {r: 8}", "trainer: {max_length: 512}")
+    calibrated += "  quantize: {group_size: 4, calibration: {data: consult, max_length: 600}}\n"
+    told = "the model of `sft` has 512 positions, and `max_length` is 600; write 512"
+    assert planned(project, calibrated).problems == [f"x.yaml:9:70: stage `quantize`: {told}"]
