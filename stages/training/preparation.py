@@ -27,6 +27,7 @@ from stages.runtime.errors import OUT_OF_MEMORY, StageError
 from stages.runtime.events import emit
 from stages.runtime.files import sha256
 from stages.runtime.processes import parallel_map, usable_cores
+from stages.training import held_out
 from stages.training import packing as packing_module
 from stages.training.sequences import lengths, sequences
 
@@ -193,7 +194,7 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
         if rows.held:
             made = map(encode(recipe["held_max_length"], data=1), rows.held_chunks())
             (total,) = _written(made, part / "held.arrow", 1)
-            account |= _account_of_held(total, args.max_length)
+            account |= _account_of_held(total, args.max_length, texts=recipe["cut"])
     if recipe["packing"]:
         account |= _pack(part / "train.arrow", args)
         if recipe["packs_held"] and account["held_out"]:
@@ -298,7 +299,7 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
     }
 
 
-def _account_of_held(total: encoding.Tokens, max_length: int | None) -> dict[str, int]:
+def _account_of_held(total: encoding.Tokens, max_length: int | None, *, texts: bool) -> dict[str, Any]:
     """The counts of the held-out rows; those without an answer at `max_length` are not measured.
 
     Raises:
@@ -314,7 +315,10 @@ def _account_of_held(total: encoding.Tokens, max_length: int | None) -> dict[str
             f"all {total.untrained:,} held-out rows lose their answer at `max_length` {max_length}; raise it"
         )
     lost = {"held_out_dropped": total.untrained, "held_out_refused": total.refused}
-    return {"held_out": total.rows} | {name: rows for name, rows in lost.items() if rows}
+    found: dict[str, Any] = {name: rows for name, rows in lost.items() if rows}
+    if (few := held_out.few(total.rows, total.trained, texts=texts)) is not None:
+        found["few_held_out"] = few
+    return {"held_out": total.rows, "held_out_tokens": total.trained, **found}
 
 
 def many_cut(truncated: int, rows: int, max_length: int | None) -> str | None:
@@ -334,6 +338,8 @@ def _told(account: dict[str, Any]) -> str:
         words.append(f"{lost:,} more held-out rows lose their answer and are not measured")
     if refused := account.get("held_out_refused"):
         words.append(f"{refused:,} more held-out rows are refused by the chat template and are not measured")
+    if few := account.get("few_held_out"):
+        words.append(f"only {few} held out, whose figures say little about new rows")
     if "packed_into" in account:
         words.append(f"{account['packed']:,} sequences packed into {account['packed_into']:,}")
         words.append(f"{account['padding']:.1%} of their room is empty")
