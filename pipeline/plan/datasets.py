@@ -6,13 +6,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pipeline.config.pipeline import StageEntry
 from pipeline.plan.fingerprint import digest
 from pipeline.plan.step import Plan, Step
 from pipeline.saves.content import ROWS, Inspection, Inspections
 from stages.chat.shapes import Shapes
+from stages.data import drawing
 from stages.data.mixture import Mixture
 from stages.data.source import NotFetched, Source, data_files, file_types, is_on_hub
 from stages.runtime.errors import StageError
+from stages.training import held_out
 
 
 def sources_in(value: Any) -> Iterator[Source]:
@@ -59,6 +62,27 @@ class DataSets:
             except StageError as error:
                 self._found[key] = [], error
         return self._found[key]
+
+    def too_few_held_out(self, entry: StageEntry) -> list[str]:
+        """A warning about held-out rows or tokens that are sure to be too few: a token has a byte or more."""
+        training = entry.training
+        if training is None or not (training.draw.eval_size or training.draw.eval_data):
+            return []
+        draw = training.draw
+        if training.cut:
+            files = [file for source in draw.sources for file in self.files(source)]
+            whole = [file for source in draw.eval_data for file in self.files(source)]
+            size = sum(file.stat().st_size for file in files) * min(1, draw.eval_size)
+            size += sum(file.stat().st_size for file in whole)
+            plain = all(file.suffix in (".txt", ".json", ".jsonl", ".csv") for file in (*files, *whole))
+            few = f"fewer than {held_out.FEW_TOKENS:,} tokens" if plain and size < held_out.FEW_TOKENS else None
+            return [held_out.warning(few)] if few is not None and (files or whole) else []
+        rows, kept = (
+            [self.plan.rows.get(self.names(source)[0], 0) for source in sources]
+            for sources in (draw.sources, draw.eval_data)
+        )
+        few = held_out.few(drawing.held_out(draw.eval_size, sum(rows)) + sum(kept))
+        return [held_out.warning(few)] if few is not None and all((*rows, *kept)) else []
 
     def digest(self, source: Source) -> str | None:
         """One hash for the content of all files, in their order; None when there are none."""

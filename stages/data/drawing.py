@@ -7,6 +7,7 @@ with their number. Only a cleaning step that compares rows, such as `near_duplic
 import math
 import pickle
 import random
+import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,8 +40,14 @@ class Draw:
     eval_data: Sequence[Source] = ()
     """Data sets that are held out as a whole."""
     eval_size: float = 0
-    """Rows of the sources to hold out: a share below 1, or a number of rows."""
+    """What to hold out of the sources: a share below 1 of the rows, of texts a share of the characters; or a number of
+    rows."""
     seed: int = 42
+
+    @property
+    def by_characters(self) -> bool:
+        """Whether a share of the characters is held out: a share of texts that differ in length can be any share."""
+        return 0 < self.eval_size < 1 and all(source.format == "text" for source in self.sources)
 
     def as_json(self) -> dict[str, Any]:
         """The draw as JSON, for a hash."""
@@ -51,10 +58,13 @@ class Draw:
             "eval_data": [source.model_dump(mode="json") for source in self.eval_data],
             "eval_size": self.eval_size,
             "seed": self.seed,
+            **({"held_out_by": "characters"} if self.by_characters else {}),
         }
 
     def too_many_held_out(self, rows: int) -> str | None:
         """The problem with holding out `eval_size` of so many rows; None when rows are left to train on."""
+        if self.by_characters:
+            return None  # a text is cut
         count = held_out(self.eval_size, rows)
         return None if count < rows else f"`eval_size` holds out {count} of {rows} rows; nothing is left to train on"
 
@@ -130,7 +140,11 @@ class _Spool:
 
     def __init__(self, file: IO[bytes], rows: Iterable[DrawnRow]) -> None:
         self.file = file
-        self.sizes = [(len(chunk.copies), file.write(chunk.rows)) for chunk in chunks(rows)]
+        self.characters = array("L")
+        """Of each row, in `text`."""
+        self.cut: dict[int, Row] = {}
+        """Rows of which only a part is trained on."""
+        self.sizes = [(len(chunk.copies), file.write(chunk.rows)) for chunk in chunks(self._measured(rows))]
         self.rows = sum(rows for rows, _ in self.sizes)
         self.copies = array("L", [1]) * self.rows
 
@@ -138,8 +152,22 @@ class _Spool:
         first = start = 0
         for rows, size in self.sizes:
             self.file.seek(start)
-            yield Chunk(first, self.file.read(size), self.copies[first : first + rows].tolist())
+            yield self._with_cut(Chunk(first, self.file.read(size), self.copies[first : first + rows].tolist()))
             first, start = first + rows, start + size
+
+    def _measured(self, rows: Iterable[DrawnRow]) -> Iterator[DrawnRow]:
+        for row in rows:
+            self.characters.append(len(row.row.get("text", "")))
+            yield row
+
+    def _with_cut(self, chunk: Chunk) -> Chunk:
+        numbers = [number for number in self.cut if 0 <= number - chunk.first < len(chunk.copies)]
+        if not numbers:
+            return chunk
+        rows = pickle.loads(chunk.rows)
+        for number in numbers:
+            rows[number - chunk.first] = rows[number - chunk.first]._replace(row=self.cut[number])
+        return chunk._replace(rows=pickle.dumps(rows, pickle.HIGHEST_PROTOCOL))
 
 
 @contextmanager
@@ -194,8 +222,16 @@ def _hold_out(
     `parts`: the indices of each data set's rows. Raises StageError when no row would be left to train on, or none of a
     data set to hold out.
     """
-    numbers = _chosen_to_hold_out(draw, spool.rows)
-    held = [row.row for chunk in spool for number, row, _ in chunk.trained() if number in numbers] if numbers else []
+    numbers, rest = _chosen_to_hold_out(draw, spool.rows), None
+    if draw.by_characters:
+        numbers, rest = _texts_to_hold_out(draw, spool.characters)
+    wanted = numbers if rest is None else {*numbers, rest.row}
+    found = ((number, row.row) for chunk in spool for number, row, _ in chunk.trained() if number in wanted)
+    held = []
+    for number, row in found if wanted else ():
+        if rest is not None and number == rest.row:
+            spool.cut[number], row = _parted(row, rest.characters)
+        held.append(row)
     for source in draw.eval_data:
         whole = rows_of(source)
         if not whole:
@@ -212,7 +248,52 @@ def _hold_out(
         entry["trained_rows"] = sum(spool.copies[part])
         entry["like_held_out"] = sum(part.start <= number < part.stop for number in similar)
         entry["held_out"] = entry["kept"] - entry["trained_rows"] - entry["like_held_out"]
+        if in_part := sum(part.start <= number < part.stop for number in spool.cut):
+            entry |= {"held_out": entry["held_out"] + in_part, "held_out_in_part": in_part}
     return held
+
+
+class _Rest(NamedTuple):
+    """A text of which only the end is held out."""
+
+    row: int
+    """Its index."""
+    characters: int
+    """How many are held out, about."""
+
+
+def _texts_to_hold_out(draw: Draw, characters: Sequence[int]) -> tuple[set[int], _Rest | None]:
+    """The indices of the texts to hold out, drawn at random, and the one that is cut so that their share is right.
+
+    `characters`: of each text. Raises StageError when they are too few to cut.
+    """
+    left = math.ceil(draw.eval_size * sum(characters))
+    if left >= sum(characters):
+        raise StageError(f"`eval_size` holds out all {left} characters; nothing is left to train on")
+    numbers: set[int] = set()
+    for number in random.Random(draw.seed).sample(range(len(characters)), len(characters)):
+        if characters[number] > left:
+            return numbers, _Rest(number, left) if left else None
+        numbers.add(number)
+        left -= characters[number]
+    return numbers, None
+
+
+# Where a text is best cut: after line breaks, after the end of a sentence, after blanks.
+_ENDS = (re.compile(r"\n+"), re.compile(r"[。！？!?]+|\.(?=\s)"), re.compile(r"\s+"))
+
+
+def _parted(row: Row, characters: int) -> tuple[Row, Row]:
+    """A text in two: its start, and its end of about so many characters. It is cut at a better place if one is near."""
+    text = str(row["text"])
+    place, room = len(text) - characters, characters // 10
+    first, last = max(1, place - room), min(len(text), place + room)
+    for pattern in _ENDS:
+        ends = [match.end() for match in pattern.finditer(text, first, last) if match.end() < len(text)]
+        if ends:
+            place = min(ends, key=lambda end: abs(end - place))
+            break
+    return {**row, "text": text[:place]}, {**row, "text": text[place:]}
 
 
 def _chosen_to_hold_out(draw: Draw, rows: int) -> set[int]:
@@ -291,7 +372,8 @@ def summary(entry: Mapping[str, Any]) -> str:
     """The account of a data set on one line, for people."""
     words = [f"{entry['path']}: {entry['read']:,} rows read, {entry['trained_rows']:,} to train on"]
     words += [f"{lost['rows']:,} dropped ({reason})" for reason, lost in entry["dropped"].items()]
-    words += [f"{entry['held_out']:,} held out"] if entry["held_out"] else []
+    in_part = ", one of them in part" if entry.get("held_out_in_part") else ""
+    words += [f"{entry['held_out']:,} held out{in_part}"] if entry["held_out"] else []
     words += [f"{entry['like_held_out']:,} near duplicates of held-out rows"] if entry["like_held_out"] else []
     words += [f"{count:,} {name} found" for name, count in entry["personal_data"].items()]
     return ", ".join(words)

@@ -28,10 +28,16 @@ def best(metrics: Mapping[str, Any]) -> str:
     return f"{stopped}, best at step {metrics['best_step']}"
 
 
+def on_few(metrics: Mapping[str, Any]) -> str:
+    """On how little a held-out figure was measured, as a clause, if that is too little."""
+    return f" (on only {metrics['few_held_out']})" if metrics.get("few_held_out") else ""
+
+
 def headline(metrics: Mapping[str, Any]) -> str:
     """The key figure of a training stage: its held-out loss if it has one."""
     if "eval_loss" in metrics:
-        return f"held-out loss {metrics['eval_loss_before']:.3f} → {metrics['eval_loss']:.3f}{best(metrics)}"
+        change = f"{metrics['eval_loss_before']:.3f} → {metrics['eval_loss']:.3f}"
+        return f"held-out loss {change}{on_few(metrics)}{best(metrics)}"
     if "loss_last" in metrics:
         return f"loss {metrics['loss_first']:.3f} → {metrics['loss_last']:.3f}"
     return f"{metrics['steps']} steps"
@@ -40,7 +46,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
 def preference_headline(metrics: Mapping[str, Any]) -> str:
     """The key figure of a stage that trains on preferences: its held-out accuracy if it has one."""
     if "eval_rewards/accuracies" in metrics:
-        return f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}{best(metrics)}"
+        accuracy = f"{metrics['eval_rewards/accuracies']:.0%}"
+        return f"held-out preference accuracy {accuracy}{on_few(metrics)}{best(metrics)}"
     return headline(metrics)
 
 

@@ -268,3 +268,19 @@ def test_more_tokens_than_positions_are_refused_or_noted(project):
     top = project.model("new", max_position_embeddings=512)
     told = "stage `pt`: `max_length` 1024 is above the 512 positions that `new` was made for"
     assert told in notes(project, top + "  pt: {data: books, trainer: {packing: false}}\n")
+
+
+# Held-out rows
+
+
+def test_held_out_rows_that_are_too_few_are_noted(project):
+    row = '{"instruction": "a", "output": "b"}\n'
+    project.write("consult.jsonl", row * 50)
+    note = "so their figures say little about new rows; raise `eval_size`, or add rows"
+    for setting, few in [("eval_size: 0.1", "5 rows"), ("eval_size: 1", "1 row"), ("eval_size: 12", None)]:
+        found = [text for text in notes(project, f"{INIT}  sft: {{data: consult, {setting}}}\n") if "held out" in text]
+        assert found == ([f"stage `sft`: held out: {few}, {note}"] if few else [])
+    pt = f"{INIT}  pt: {{data: books, eval_size: 0.1}}\n"
+    assert f"stage `pt`: held out: fewer than 1,000 tokens, {note}" in notes(project, pt)
+    project.write("books.jsonl", '{"text": "' + "a" * 20_000 + '"}\n')
+    assert not [text for text in notes(project, pt) if "held out" in text]

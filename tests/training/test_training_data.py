@@ -97,6 +97,54 @@ def test_held_out_rows_that_leave_nothing_are_refused(tmp_path):
         read([data], tmp_path, eval_data=[data])
 
 
+def chapters(path: Path, *texts: str) -> Source:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return Source(path=str(path), format="text")
+
+
+def read_texts(data, out, **settings) -> SimpleNamespace:
+    with drawing.drawn(drawing.Draw(sources=data, **settings), out) as drawn:
+        train = [row.row["text"] for chunk in drawn.chunks for _, row, copies in chunk.trained() for _ in range(copies)]
+        return SimpleNamespace(train=train, held=[row["text"] for row in drawn.held], account=drawn.account)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_held_out_texts_are_a_share_of_their_characters(tmp_path, seed):
+    draw = random.Random(1)
+    long = ["".join(draw.choices(WORDS, k=24)) + "。" for _ in range(400)]
+    texts = ["第一章 前言", *("".join(long[start : start + 50]) for start in range(0, 400, 50)), "第二章"]
+    data = [chapters(tmp_path / "a.jsonl", *texts)]
+    found = read_texts(data, tmp_path, eval_size=0.1, seed=seed)
+    whole = sum(map(len, texts))
+    assert sum(map(len, found.held)) == pytest.approx(0.1 * whole, rel=0.1)
+    assert sum(map(len, found.held)) + sum(map(len, found.train)) == whole
+    cut = [(start, end) for start in found.train for end in found.held if start + end in texts]
+    assert len(cut) == 1
+    assert cut[0][0].endswith("。")
+    assert found.account[0]["held_out_in_part"] == 1
+    assert drawing.summary(found.account[0]).endswith(f"{len(found.held)} held out, one of them in part")
+    again = read_texts(data, tmp_path, eval_size=0.1, seed=seed)
+    assert (again.train, again.held) == (found.train, found.held)
+
+
+def test_a_single_text_is_cut_and_a_number_of_texts_stays_whole(tmp_path):
+    text = "\n".join(different(40, 9))
+    data = [chapters(tmp_path / "a.jsonl", text)]
+    found = read_texts(data, tmp_path, eval_size=0.25)
+    assert found.train[0] + found.held[0] == text
+    assert found.train[0].endswith("\n")
+    assert len(found.held[0]) == pytest.approx(0.25 * len(text), rel=0.1)
+    parts = different(5, 11)
+    found = read_texts([chapters(tmp_path / "b.jsonl", *parts)], tmp_path, eval_size=2)
+    assert (len(found.held), len(found.train), set(found.held + found.train)) == (2, 3, set(parts))
+    assert "held_out_in_part" not in found.account[0]
+
+
+def test_conversations_are_held_out_whole(tmp_path):
+    found = read([source(tmp_path / "a.jsonl", different(20, 3))], tmp_path, eval_size=0.1)
+    assert (len(found.held), len(found.train)) == (2, 18)
+
+
 def test_cleaning_that_leaves_nothing_to_hold_out_says_so(tmp_path):
     data = source(tmp_path / "a.jsonl", different(3, 3))
     held = source(tmp_path / "held.jsonl", different(3, 5), clean=[{"length": {"min": 5000}}])
