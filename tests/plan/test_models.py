@@ -446,11 +446,12 @@ def test_what_init_will_make_has_positions(project):
 
 
 def test_rows_without_a_limit_need_positions_without_an_end(project):
-    text = project.model(model_type="opt", max_position_embeddings=512) + SFT
+    weights = {"model.layers.0.self_attn.q_proj.weight": [16, 16]}
+    text = project.model(model_type="opt", max_position_embeddings=512, weights=weights) + SFT
     unlimited = text.replace("lora: {r: 8}", "trainer: {max_length: null}")
     told = "`m` has 512 positions, and `max_length` is not set; write 512"
     assert planned(project, unlimited).problems == [f"x.yaml:8:46: stage `sft`: {told}"]
     calibrated = text.replace("lora: {r: 8}", "trainer: {max_length: 512}")
-    calibrated += "  quantize: {group_size: 4, calibration: {data: consult, max_length: 600}}\n"
+    calibrated += "  quantize: {group_size: 16, calibration: {data: consult, max_length: 600}}\n"
     told = "the model of `sft` has 512 positions, and `max_length` is 600; write 512"
     assert planned(project, calibrated).problems == [f"x.yaml:9:70: stage `quantize`: {told}"]
