@@ -86,7 +86,8 @@ class Adapter:
         path = Path(folder, "adapter_config.json")
         try:
             self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            self.file: Any = safe_open(str(Path(folder, "adapter_model.safetensors")), framework="pt")
+            with safe_open(str(Path(folder, "adapter_model.safetensors")), framework="pt") as file:
+                self.names = frozenset(file.keys())
         except (OSError, ValueError, SafetensorError) as error:
             raise StageError(f"the adapter `{folder}` cannot be read ({error})") from None
         for name, _ in check_foldable(self.config):
@@ -95,7 +96,6 @@ class Adapter:
                 f"the adapter `{folder}` was trained with `{setting}`, and cannot be folded into its base; train it "
                 "again without"
             )
-        self.names = frozenset(self.file.keys())
         self.unused = set(self.names)
         own = (name.removeprefix(PREFIX) for name in self.names)
         parts = re.compile(r"\.(lora_|token_adapter\.|base_layer\.).*|\.[^.]*$")
@@ -108,7 +108,14 @@ class Adapter:
         if key not in self.names:
             return None
         self.unused.discard(key)
-        return self.file.get_tensor(key).float()
+        return self.read(key).float()
+
+    def read(self, key: str) -> "torch.Tensor":
+        """A tensor of the file, which is opened for each: pages that were read stay in memory until it is closed."""
+        from safetensors import safe_open
+
+        with safe_open(str(Path(self.folder, "adapter_model.safetensors")), framework="pt") as file:
+            return file.get_tensor(key)
 
     def scale(self, module: str) -> float:
         """The factor of B A for a module: α / r, or α / √r for rsLoRA."""

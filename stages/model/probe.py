@@ -128,23 +128,25 @@ def proof(name: str, like: Any, adapter: Adapter, before: Parameters, after: Par
     from peft import LoraConfig, set_peft_model_state_dict
 
     own = f"{PREFIX}{name}."
-    tensors = {key: adapter.file.get_tensor(key) for key in adapter.names if key.startswith(own)}
+    tensors = {key: adapter.read(key) for key in adapter.names if key.startswith(own)}
     if not any(".lora_" in key for key in tensors):
         return _whole(own, tensors, adapter, before, after)
-    alone, folded = layer(like, before), layer(like, after)
+    alone, inner, folded = layer(like, before), layer(like, before), layer(like, after)
     if alone is None:
         return f"it is a {type(like).__name__}, of which no adapter can be folded"
     config = LoraConfig.from_pretrained(adapter.folder)
     config.init_lora_weights, config.modules_to_save, config.trainable_token_indices = True, None, None
     try:
-        root = under_peft(name, layer(like, before), config)
+        root = under_peft(name, inner, config)
         loaded = set_peft_model_state_dict(root, {key.removeprefix(PREFIX): one for key, one in tensors.items()})
+        if loaded.unexpected_keys:
+            return f"PEFT has no place for `{loaded.unexpected_keys[0]}`"
+        with torch.no_grad():
+            return difference(alone, folded, root.get_submodule(name))
     except (ValueError, RuntimeError) as error:
         return f"PEFT does not put the adapter there ({error})"
-    if loaded.unexpected_keys:
-        return f"PEFT has no place for `{loaded.unexpected_keys[0]}`"
-    with torch.no_grad():
-        return difference(alone, folded, root.get_submodule(name))
+    finally:
+        inner.weight = None  # PEFT's objects refer to each other, and would keep it until the garbage is collected
 
 
 def _whole(own: str, tensors: Parameters, adapter: Adapter, before: Parameters, after: Parameters) -> Difference | str:
