@@ -147,11 +147,9 @@ class _Place(NamedTuple):
                 way = _IN_CONTENT if "reasoning_content" in message else ""
                 raise Refused(_left_out("thought", number) + (way if self.last else _GIVEN))
         words = words or "</think>" * bool(thought)
-        if self.text.find(words, begin, self.limit) < 0:
+        end = self.before if message.get("tool_calls") else self._mark_after(words, begin)
+        if (end is None or message.get("tool_calls")) and self.text.find(words, begin, self.limit) < 0:
             raise Refused(_left_out("words", number))
-        if message.get("tool_calls"):
-            return self.before
-        end = self._mark_after(words, begin)
         if end is None:
             raise Refused(NO_END)
         return end

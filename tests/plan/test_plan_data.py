@@ -272,8 +272,8 @@ def test_a_token_counts_where_the_template_writes_it_for_the_rows(project):
     project.write("chat.jsonl", json.dumps(WITH_SYSTEM))
     assert build(project, text).problems == [
         "x.yaml:7:3: stage `sft`: the template writes `<|system|>`, which the tokenizer of `m` does not know as one "
-        'token; write `add_tokens: ["<|system|>"]` at the top, or choose `med`, `alpaca_zh` or `plain`, which end a turn '
-        "with the model's own eos_token"
+        'token; write `add_tokens: ["<|system|>"]` at the top, or choose `med`, `alpaca_zh` or `plain`, which end a '
+        "turn with the model's own eos_token"
     ]
 
 
