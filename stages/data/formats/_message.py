@@ -49,12 +49,12 @@ def read_message(item: object, name: str, form: MessageForm) -> Message:
     """A message as an object with `role` and `content`, or with `from` and `value`. Raises RowError."""
     if not isinstance(item, dict):
         raise RowError(f"{name} is {type_in_words(item)}; {_SHAPE}")
-    usual = ("from", "value") if "from" in item else ("role", "content")
-    role_key, content_key = form.keys.get("role", usual[0]), form.keys.get("content", usual[1])
-    role = _role(item.get(role_key), role_key, name, form)
-    content = item.get(content_key)
-    if len(item) == 2 and isinstance(content, str) and role in ("system", "user", "assistant"):  # most messages
-        return {"role": role, "content": said(role, content, name, may_be_empty=role == "system")}
+    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    if form.keys:
+        role_key, content_key = form.keys.get("role", role_key), form.keys.get("content", content_key)
+    role, content = _role(item.get(role_key), role_key, name, form), item.get(content_key)
+    if len(item) == 2 and isinstance(content, str) and (role == "user" or role == "assistant"):  # most messages
+        return {"role": role, "content": said(role, content, name)}
     more = {key: value for key, value in item.items() if key not in (role_key, content_key) and not is_blank(value)}
     if role == "function_call":
         content, thought = split_call(content)

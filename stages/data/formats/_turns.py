@@ -34,7 +34,7 @@ def as_messages(value: object, name: str, form: MessageForm, role: str = "") -> 
     """
     value = _from_json(value, name, is_text=bool(role)) if isinstance(value, str) else value
     items = [value] if isinstance(value, dict) else value
-    texts = isinstance(items, list) and bool(items) and all(isinstance(item, str) for item in items)
+    texts = isinstance(items, list) and isinstance(next(iter(items), None), str) and all(map(_is_text, items))
     if role and (texts or not isinstance(items, list)):
         return [plain_message(role, value, f"`{name}`")]
     if not isinstance(items, list) or not items:
@@ -42,6 +42,10 @@ def as_messages(value: object, name: str, form: MessageForm, role: str = "") -> 
     if texts:
         items = _alternating(items)
     return [read_message(item, f"message {number} of `{name}`", form) for number, item in enumerate(items, 1)]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _from_json(value: str, name: str, *, is_text: bool) -> object:
@@ -99,19 +103,28 @@ def in_order(messages: Messages, name: str, last: str, form: MessageForm) -> Mes
     before, is_asked = "", False
     for number, message in enumerate(messages, 1):
         role = message["role"]
-        if turns and role == turns[-1]["role"] and _joins(turns[-1], message, f"message {number} of {name}", form):
+        if form.merge and role == "assistant" and not is_asked:
+            message = {**message, "weight": 0}
+        following, rule = _FOLLOWING[before]
+        if is_asked and role == following[0]:  # most messages
+            turns.append(message)
+            before = "call" if "tool_calls" in message else role
+            continue
+        follows = bool(turns) and role == turns[-1]["role"] != "tool"  # a message of the same role
+        apart = _apart(turns[-1], message) if follows else None
+        if follows and apart is None and (form.merge or not message["content"]):
             turns[-1] = _joined(turns[-1], message)
         elif number == 1 and role == "system":
             turns.append(message)
             continue
         else:
-            following, rule = _FOLLOWING[before]
             is_first = form.merge and not before and role == "assistant"
             if role not in following and not is_first:
-                hint = _hint(before, role, name, alone=len(messages) == 1 and last == "assistant")
+                alone = name if len(messages) == 1 and last == "assistant" else ""
+                hint = _joining(apart) if follows else _leading(alone) if not before and role == "assistant" else ""
                 raise RowError(f"message {number} of {name} is from the {role}, not the {following[0]}; {rule}{hint}")
             is_asked = is_asked or role == "user"
-            turns.append({**message, "weight": 0} if role == "assistant" and not is_asked else message)
+            turns.append(message)
         before = "" if role == "system" else "call" if "tool_calls" in turns[-1] else role
     if turns[-1]["role"] not in ((last, "tool") if last == "user" else (last,)):
         add = "; add the answer, or remove the row" if last == "assistant" else ""
@@ -119,26 +132,13 @@ def in_order(messages: Messages, name: str, last: str, form: MessageForm) -> Mes
     return turns if turns[0]["role"] != "system" or turns[0]["content"] else turns[1:]
 
 
-def _joins(before: Message, message: Message, where: str, form: MessageForm) -> bool:
-    """Whether a message and the one before it, of the same role, are one turn.
-
-    Raises:
-        RowError: all messages of one role are to be joined, and these cannot be.
-    """
-    if message["role"] == "tool":
-        return False
-    only_calls = "tool_calls" in message and not message["content"]
+def _apart(before: Message, message: Message) -> str | None:
+    """Why a message cannot be one turn with the message before it, of the same role; None if it can."""
     if "reasoning_content" in message:
-        why = "it has a thought of its own"
-    elif before.get("weight") != message.get("weight"):
-        why = "one of them is trained on and the other is not"
-    elif "tool_calls" in before and message["content"]:
-        why = "words cannot follow a tool call"
-    else:
-        return form.merge or only_calls
-    if form.merge:
-        raise RowError(f"{where} cannot be joined to the message before it: {why}")
-    return False
+        return "it has a thought of its own"
+    if before.get("weight") != message.get("weight"):
+        return "one of them is trained on and the other is not"
+    return "words cannot follow a tool call" if "tool_calls" in before and message["content"] else None
 
 
 def _joined(before: Message, message: Message) -> Message:
@@ -147,14 +147,17 @@ def _joined(before: Message, message: Message) -> Message:
     return {**before, "content": words, **({"tool_calls": called} if called else {})}
 
 
-def _hint(before: str, role: str, name: str, *, alone: bool) -> str:
-    """What makes a row readable whose message is out of order; empty where only the file can be changed."""
-    if not before and role == "assistant":
-        if alone:
-            return f"; for text without a question use `format: text` with `columns: {{text: {name.strip('`')}}}`"
-        return "; with `turns: merge` it stays in the prompt, outside the loss"
-    is_same = role == {"call": "assistant"}.get(before, before)
-    return "; `turns: merge` joins messages of one role" if is_same else ""
+def _joining(apart: str | None) -> str:
+    """The clause about a message of the same role as the one before it; `apart` is why they cannot be joined."""
+    joined = "`turns: merge` joins messages of one role"
+    return f"; {joined}" if apart is None else f"; it cannot be joined to the message before it: {apart}"
+
+
+def _leading(alone: str) -> str:
+    """The clause about an answer before the first question; `alone` is its column if that holds nothing else."""
+    if alone:
+        return f"; for text without a question use `format: text` with `columns: {{text: {alone.strip('`')}}}`"
+    return "; with `turns: merge` it stays in the prompt, outside the loss"
 
 
 def up_to_trained(messages: Messages, name: str) -> Messages:

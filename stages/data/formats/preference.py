@@ -21,7 +21,7 @@ def normalise(row: FileRow, form: MessageForm) -> Row:
     if asked:
         asked = _longer(asked, before)
     elif before:
-        asked = with_context(row, before, form)
+        asked = without_weights(with_context(row, before, form))
     else:
         raise RowError("the row has no prompt; give `prompt`, `instruction` or `conversations`")
     return with_tools(row, {"prompt": asked, "chosen": [chosen], "rejected": [rejected]})
