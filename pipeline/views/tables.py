@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from typer import TyperException
 
 from pipeline.views.controls import without_controls
+from stages.chat.encoding import reasons
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +100,8 @@ def _data_summary(view: "DataView") -> Iterator[str]:
         f"longest {tokens.longest:,} tokens, {tokens.truncated:,} cut off at max_length, "
         f"{tokens.untrained:,} dropped because nothing to train is left, {tokens.padding:.1%} padding if not packed"
     )
+    if tokens.refused:
+        yield f"{tokens.refused:,} dropped, refused by the chat template: {reasons(tokens.why)}"
     if view.warning:
         yield f"warning: {view.warning}"
 
