@@ -12,10 +12,19 @@ import pytest
 
 @pytest.fixture(scope="session")
 def engine(tiny):
-    """An untrained Llama whose template writes tools; its answers are noise, always the same."""
+    """An untrained Llama whose template writes tools; its answers are readable noise, always the same.
+
+    Its generation config suppresses the tokens that are special, or that are not whole characters.
+    """
     from stages.model.generation import load_engine
 
-    return load_engine([str(tiny("llama", template="qwen"))])
+    loaded = load_engine([str(tiny("llama", template="qwen"))])
+    texts = [loaded.tokenizer.decode([token], skip_special_tokens=True) for token in range(len(loaded.tokenizer))]
+    unreadable = [
+        token for token, text in enumerate(texts) if not text.strip() or not text.isprintable() or "\ufffd" in text
+    ]
+    loaded.model.generation_config.suppress_tokens = unreadable
+    return loaded
 
 
 @pytest.fixture(scope="session")
