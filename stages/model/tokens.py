@@ -5,6 +5,7 @@ A token whose id is no row of the embedding ends training with an IndexError. It
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from stages.runtime.errors import Problem
 HEADS = ("lm_head", "embed_out")  # output embeddings, by their last name
 NEW_ROWS = "new_rows.json"  # in the folder of a model whose tokenizer was extended: the rows of the new tokens
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NOT_TEXT = re.compile("image|audio|video|vision", re.I)  # placeholders, which no text holds: Gemma 3 has one
 SHOWN = 3
 
 
@@ -39,11 +41,11 @@ def rows(facts: Facts) -> int | None:
 def ids(facts: Facts) -> dict[str, int]:
     """Token → id, as transformers loads the tokenizer; empty if its files do not say so."""
     found = dict(_in_file(facts.tokens))
-    for number, entry in (facts.tokenizer.get("added_tokens_decoder") or {}).items():
-        found[_word(entry)] = int(number)
+    decoder = facts.tokenizer.get("added_tokens_decoder") or {}
+    listed = [decoder[number] for number in sorted(decoder, key=int)]
     named = [facts.tokenizer.get(name) for name in _NAMED]
     more = facts.tokenizer.get("additional_special_tokens") or facts.tokenizer.get("extra_special_tokens") or []
-    for token in (*named, *(more.values() if isinstance(more, dict) else more), *facts.added):
+    for token in (*listed, *named, *(more.values() if isinstance(more, dict) else more), *facts.added):
         if token and found and _word(token) not in found:  # transformers adds it when it loads the tokenizer
             found[_word(token)] = max(found.values()) + 1
     return found
@@ -74,10 +76,11 @@ def _word(token: Any) -> str:
 
 
 def without_row(facts: Facts) -> list[str]:
-    """Tokens whose id is not a row of the embedding, in the order of their ids."""
+    """Tokens of text whose id is not a row of the embedding, in the order of their ids."""
     limit = rows(facts)
     known = ids(facts) if limit is not None else {}
-    return sorted((token for token, number in known.items() if number >= (limit or 0)), key=lambda token: known[token])
+    lost = [token for token, number in known.items() if number >= (limit or 0) and not _NOT_TEXT.search(token)]
+    return sorted(lost, key=lambda token: known[token])
 
 
 def check_rows(facts: Facts) -> list[Problem]:

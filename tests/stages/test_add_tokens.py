@@ -9,7 +9,7 @@ from stages import add_tokens, dpo, kto, merge, pt, reward, sft
 from stages.model.facts import read_facts
 from stages.model.folder import load_model, load_tokenizer
 from stages.model.inputs import Inputs
-from stages.model.tokens import NEW_ROWS
+from stages.model.tokens import NEW_ROWS, ids
 from stages.runtime.errors import Interrupted
 
 pytestmark = pytest.mark.train
@@ -224,3 +224,23 @@ def test_what_the_plan_expects_is_what_the_stage_leaves(tiny, tmp_path):
         assert expected.stored == found.stored
         assert expected.config["vocab_size"] == found.config["vocab_size"]
         assert all(expected.has_token(token) and found.has_token(token) for token in NEW)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pad_token": "[PAD]"},
+        {"pad_token": {"content": "[PAD]", "special": True, "__type": "AddedToken"}},
+        {"additional_special_tokens": ["<x>", "<y>"], "cls_token": "[CLS]"},
+        {"extra_special_tokens": {"image_token": "<img>"}},
+        {"added_tokens_decoder": {"900": {"content": "<far>", "special": True}}},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_ids_are_those_of_the_loaded_tokenizer(tiny, tmp_path, settings):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | settings), encoding="utf-8")
+    expected = load_tokenizer([str(folder)]).get_vocab()
+    assert ids(read_facts(folder)) == expected
+    assert len(expected) > len(load_tokenizer([str(tiny("llama"))]))
