@@ -12,6 +12,7 @@ from pipeline.run.process import fork
 from pipeline.run.worker import to_log
 from pipeline.saves import artifact
 from pipeline.saves.artifact import LOG
+from stages import Model
 from stages.runtime.processes import end_with_parent
 
 FILE = "answers.json"
@@ -32,7 +33,8 @@ def ask_question(plan: Plan) -> dict[str, str]:
     recorded = {name: _answer_in_record(step, question) for name, step in models.items()}
     answers = {name: answer for name, answer in recorded.items() if answer is not None}
     missing = {name: _folders(plan, step) for name, step in models.items() if name not in answers}
-    generated = _in_child(missing, question, file.parent)
+    templates = [step.entry.template for step in _model_steps(plan) if step.entry.template is not None]
+    generated = _in_child(missing, question, templates[-1] if templates else None, file.parent)
     answers |= generated or dict.fromkeys(missing, f"(no answer; the log is {file.parent / LOG})")
     answers = {name: answers[name] for name in models if name in answers}
     if generated or not missing:
@@ -43,14 +45,17 @@ def ask_question(plan: Plan) -> dict[str, str]:
 def _models(plan: Plan) -> dict[str, Step | None]:
     """Name → step for the first model, the last one in full precision, and the last quantized one.
 
-    The step of the first model is None if no stage made it. The result is empty if no stage starts from a model.
+    The first model is the first one with the tokenizer of the others. Its step is None if no stage made it. The result
+    is empty if no stage starts from a model.
     """
     unquantized = [step for step in _model_steps(plan) if step.entry.bits is None]
     quantized = [step for step in _model_steps(plan) if step.entry.bits is not None]
     trained = [step for step in unquantized if step.entry.start is not None]
     if not trained:
         return {}
-    first = unquantized[0] if unquantized[0].entry.start is None else None
+    extended = [step for step in unquantized if isinstance(step.stage.leaves, Model) and step.stage.leaves.tokenizer]
+    made = extended[-1:] or [step for step in unquantized[:1] if step.entry.start is None]
+    first = made[0] if made else None
     models: dict[str, Step | None] = {"the first model": first, f"after {trained[-1].name}": trained[-1]}
     for step in quantized[-1:]:
         models[f"in {step.entry.bits} bits"] = step
@@ -85,13 +90,16 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
         return {}
 
 
-def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict[str, str]:
-    """Generate the answers in a forked process; empty if that fails."""
+def _in_child(models: dict[str, list[str]], question: str, template: str | None, folder: Path) -> dict[str, str]:
+    """Generate the answers in a forked process; empty if that fails.
+
+    `template` is for a model that has no chat template: a base before the first stage that installs one.
+    """
     if not models:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = fork(folder / LOG, _generate, models, question, str(folder), sender)
+    child = fork(folder / LOG, _generate, models, question, template, str(folder), sender)
     sender.close()
     try:
         answers: dict[str, str] = receiver.recv()
@@ -104,12 +112,21 @@ def _in_child(models: dict[str, list[str]], question: str, folder: Path) -> dict
 
 
 def _generate(
-    models: dict[str, list[str]], question: str, folder: str, pipe: "multiprocessing.connection.Connection"
+    models: dict[str, list[str]],
+    question: str,
+    template: str | None,
+    folder: str,
+    pipe: "multiprocessing.connection.Connection",
 ) -> None:
     end_with_parent()
+    from stages.model.facts import read_tokenizer
+    from stages.model.folder import tokenizer_folder
     from stages.model.generation import load_engine
 
     to_log(Path(folder, LOG))
     messages = [{"role": "user", "content": question}]
-    answers = {name: load_engine(folders).answer(messages, MAX_TOKENS) for name, folders in models.items()}
+    answers = {}
+    for name, folders in models.items():
+        own = read_tokenizer(tokenizer_folder(folders))[2]
+        answers[name] = load_engine(folders, template if own is None else None).answer(messages, MAX_TOKENS)
     pipe.send(answers)
