@@ -105,6 +105,8 @@ class Stage(Generic[C]):
     """What later stages can know of the model that the stage leaves."""
     reads_model: Callable[[C], bool] = lambda config: True
     """Whether it reads the model that it starts from. One that does not need not run again when that model changes."""
+    renders: Callable[[C], bool] = lambda config: True
+    """Whether it writes the conversations that it reads with the chat template, where it reads a model."""
     reads_files: Callable[[C], list[Path]] = lambda config: []
     """Files that it reads besides models and data."""
     rehearse: Callable[[C, Inputs, Path], None] | None = None

@@ -118,6 +118,11 @@ def reads_model(config: Config) -> bool:
     return config.method in ("ifd", "necessity") or (config.method != "quality" and config.embedder is None)
 
 
+def renders(config: Config) -> bool:
+    """Whether the stage writes rows with the chat template of the model that it starts from."""
+    return config.method in ("ifd", "necessity")
+
+
 def check(config: Config) -> list[Problem]:
     """What the settings alone show."""
     problems = _check_data(config)
@@ -131,7 +136,7 @@ def check_model(config: Config, facts: Facts) -> list[Problem]:
     problems: list[Problem] = []
     if "quantization_config" in facts.config:
         problems.append(("model", f"{facts.source} is quantized; score with the model before its quantization"))
-    if config.method in ("ifd", "necessity"):
+    if renders(config):
         problems += check_template(config.template, facts)
     return problems
 
@@ -247,5 +252,6 @@ STAGE = Stage(
     check=check,
     check_model=check_model,
     reads_model=reads_model,
+    renders=renders,
     libraries=("numpy",),
 )

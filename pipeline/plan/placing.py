@@ -309,7 +309,7 @@ class Placer:
     def check_shapes(self, entry: StageEntry, facts: Facts) -> None:
         """The chat template must be usable for the rows; those that it is not usable for are bad ones."""
         template = entry.template or facts.template
-        if template is None or not facts.known:
+        if template is None or not facts.known or not entry.stage.renders(entry.config):
             return
         draw = entry.training.draw if entry.training is not None else None
         sources = [*draw.sources, *draw.eval_data] if draw is not None else sources_in(entry.config)

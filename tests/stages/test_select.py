@@ -108,7 +108,15 @@ def test_tools_in_the_data_are_known_of_the_rows_selected_from_it(project):
     row = {"messages": [*said, {"role": "assistant", "content": "b"}]}
     project.write("consult.jsonl", json.dumps(row) + "\n")
     text = CHAIN.replace("format: alpaca", "format: messages").replace("[$select, consult]", "$select")
-    assert "stage `sft`: data `$select` holds tool calls" in project.validate(text)[1]
+    refused = "the chat template cannot be used for 1 of 1 rows of data"
+    shown = project.validate(text)[1]
+    assert (
+        f"stage `select`: {refused} `consult`, which is more than `max_dropped` 0.01 of them: consult.jsonl:1:" in shown
+    )
+    assert f"stage `sft`: {refused} `$select`, so none is left: consult.jsonl:1:" in shown
+    shown = project.validate(text.replace("method: ifd", "method: k_center"))[1]
+    assert "stage `select`:" not in shown  # it reads the words alone
+    assert f"stage `sft`: {refused} `$select`" in shown
 
 
 @pytest.mark.parametrize(
