@@ -287,7 +287,6 @@ class Reading:
         needed = [source.columns.get(name, name) for name in form.NEEDED]
         known = {source.columns.get(name, name) for name in (*form.NEEDED, *form.OPTIONAL)}
         others = {theirs: name for name, theirs in self._other_names().items()}
-        whole = formats.list_column(form)
         hint = f"{source.format} rows need " + " and ".join(f"`{name}`" for name in form.NEEDED)
         usual: set[tuple[str, ...]] = set()  # the columns of rows in which all are known and no needed one is missing
 
@@ -306,8 +305,8 @@ class Reading:
             return row
 
         def normalise(row: FileRow | RowError) -> Row:
-            if isinstance(row, NotAnObject) and whole and row.value and isinstance(row.value, list):
-                row = {source.columns.get(whole, whole): row.value}
+            if isinstance(row, NotAnObject):
+                row = formats.as_object(form, row, source.columns)
             if isinstance(row, RowError):
                 raise row
             if tuple(row) not in usual:

@@ -9,6 +9,9 @@ import importlib
 from collections.abc import Mapping
 from types import ModuleType
 
+from stages.data.formats._values import is_message
+from stages.data.row import FileRow, NotAnObject, RowError
+
 
 def module(name: str) -> ModuleType:
     """The module of a format. Raises ModuleNotFoundError when there is none of that name."""
@@ -23,3 +26,17 @@ def other_names(form: ModuleType) -> Mapping[str, str]:
 def list_column(form: ModuleType) -> str | None:
     """The needed column that a row holds which is a list; None where a row must be an object."""
     return getattr(form, "LIST", None)
+
+
+def as_object(form: ModuleType, row: NotAnObject, columns: Mapping[str, str]) -> FileRow:
+    """A row that is a list as an object with that list in one column; `columns` is our column name → the file's.
+
+    Raises:
+        RowError: the format reads no such row.
+    """
+    column, value = list_column(form), row.value
+    if column is not None and value and isinstance(value, list):
+        return {columns.get(column, column): value}
+    if value and isinstance(value, list) and all(map(is_message, value)):
+        raise RowError("the row is a list of messages, which `format: messages` reads")
+    raise row
