@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from stages.model import tokens
 from stages.model.facts import EMBEDDINGS, Facts
 from stages.model.lora import check_foldable
 from stages.runtime.errors import Problem
@@ -157,7 +158,7 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
         if name in ("lm_head", *EMBEDDINGS):
             clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` would train a copy"
             problems.append(("lora.modules_to_save", f"{clause}; {advice}"))
-    problems += _check_token_rows(lora, facts) if tied else []
+    problems += _check_token_rows(lora, facts, tied=bool(tied))
     targets, excluded = lora.get("target_modules") or [], lora.get("exclude_modules") or []
     for name in facts.weights if tied and targets != "all-linear" else ():
         module = name.removesuffix(".weight")
@@ -167,13 +168,22 @@ def _check_foldable(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
     return problems
 
 
-def _check_token_rows(lora: Mapping[str, Any], facts: Facts) -> list[Problem]:
-    """Where input and output embeddings are one weight, a row is trained in both."""
-    given = lora.get("trainable_token_indices")
-    rows = given if isinstance(given, dict) else {}
-    inputs = next((ids for name, ids in rows.items() if is_named(name, EMBEDDINGS)), None)
-    for name, ids in rows.items():
+def _check_token_rows(lora: Mapping[str, Any], facts: Facts, *, tied: bool) -> list[Problem]:
+    """Rows of embeddings to train: they are there, and PEFT computes the output embedding as the model does."""
+    setting, given = "lora.trainable_token_indices", lora.get("trainable_token_indices") or []
+    named: Mapping[str, Any] = given if isinstance(given, dict) else {"": given}
+    limit = tokens.rows(facts)
+    for row in (row for ids in named.values() for row in ids):
+        if limit is not None and not 0 <= row < limit:
+            text = f"the embedding of {facts.source} has {limit:,} rows, and {row:,} is not the number of one"
+            return [(setting, f"{text}; write ids from 0 to {limit - 1:,}")]
+    inputs = next((ids for name, ids in named.items() if is_named(name, EMBEDDINGS)), None)
+    for name, ids in named.items() if tied and isinstance(given, dict) else ():
         if ids != inputs:
             clause = f"input and output embeddings of {facts.source} are one weight, and `{name}` has ids of its own"
-            return [("lora.trainable_token_indices", f"{clause}; write one list of ids")]
+            return [(setting, f"{clause}; write one list of ids")]
+    biased = any(tokens.last_module(weight) in tokens.HEADS for weight in facts.weights if weight.endswith(".bias"))
+    if given and biased and (tied or any(is_named(name, tokens.HEADS) for name in named)):
+        way = "remove it" if tied else "name the input embedding alone"
+        return [(setting, f"PEFT leaves out the bias of the output embedding of {facts.source} with it; {way}")]
     return []

@@ -174,6 +174,31 @@ def test_mistakes_in_new_tokens_name_their_place(project):
     assert (code, shown.splitlines()[0]) == (2, expected)
 
 
+@pytest.mark.parametrize(
+    ("rows", "more", "told"),
+    [
+        ("[1, 4]", {}, "the embedding of `m` has 4 rows, and 4 is not the number of one; write ids from 0 to 3"),
+        (
+            "{embed_tokens: [-1]}",
+            {},
+            "the embedding of `m` has 4 rows, and -1 is not the number of one; write ids from 0 to 3",
+        ),
+        (
+            "{embed_tokens: [1], lm_head: [1]}",
+            {"lm_head.weight": [4, 8], "lm_head.bias": [4, 1]},
+            "PEFT leaves out the bias of the output embedding of `m` with it; name the input embedding alone",
+        ),
+        ("[1]", {"lm_head.bias": [4, 1]}, "PEFT leaves out the bias of the output embedding of `m` with it; remove it"),
+        ("{embed_tokens: [1]}", {"lm_head.weight": [4, 8], "lm_head.bias": [4, 1]}, None),
+        ("{embed_tokens: [1], lm_head: [2]}", {"lm_head.weight": [4, 8]}, None),
+    ],
+)
+def test_rows_that_cannot_be_trained_are_refused(project, rows, more, told):
+    text = project.model(weights=EMBEDDING | more) + SFT.replace("r: 8", f"r: 8, trainable_token_indices: {rows}")
+    found = planned(project, text).problems
+    assert [problem.partition("stage `sft`: ")[2] for problem in found] == ([told] if told else [])
+
+
 # Adapters
 
 

@@ -244,3 +244,65 @@ def test_ids_are_those_of_the_loaded_tokenizer(tiny, tmp_path, settings):
     expected = load_tokenizer([str(folder)]).get_vocab()
     assert ids(read_facts(folder)) == expected
     assert len(expected) > len(load_tokenizer([str(tiny("llama"))]))
+
+
+OTHERS = {
+    "gpt2": ({"n_layer": 1, "n_head": 2, "n_embd": 16}, ["transformer.wte"]),
+    "opt": ({"num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}, ["model.decoder.embed_tokens"]),
+    "gpt_neox": (
+        {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+        ["gpt_neox.embed_in", "lm_head"],
+    ),
+    "phi": ({"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}, ["model.embed_tokens"]),
+    "gemma3_text": (
+        {
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            "head_dim": 8,
+        },
+        ["model.embed_tokens"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_name_their_embeddings_otherwise(tiny, adapt, tmp_path, kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes, modules = OTHERS[kind]
+    folder, out = shutil.copytree(tiny("llama"), tmp_path / "model"), tmp_path / "out"
+    tokenizer = load_tokenizer([str(folder)])
+    if "n_embd" not in sizes:
+        sizes = {**sizes, "hidden_size": 16}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=3, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
+        torch.nn.init.normal_(bias)
+    model.save_pretrained(folder)
+    add(folder, out, special=NEW)
+    written = json.loads((out / NEW_ROWS).read_text(encoding="utf-8"))
+    assert written == {"modules": modules, "ids": [len(tokenizer), len(tokenizer) + 1]}
+    before, after = load_model([str(folder)]), load_model([str(out)])
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = getattr(before, name)(), getattr(after, name)()
+        assert torch.allclose(new.weight[-2:], old.weight.mean(0).expand(2, -1), atol=1e-6)
+        if getattr(old, "bias", None) is not None:
+            assert torch.allclose(new.bias[-2:], old.bias.mean().expand(2), atol=1e-6)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.allclose(after(ids).logits[..., :-2], before(ids).logits, atol=1e-6)
+    expected = add_tokens.facts(add_tokens.Config(model="m", special=NEW), read_facts(folder))
+    assert expected.weights == read_facts(out).weights
+    adapter = adapt([out], trainable_token_indices=dict.fromkeys(modules, written["ids"]))
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    chain = [str(out), str(adapter)]
+    merge.run(merge.Config(model="chain"), Inputs(model=chain), merged)
+    with torch.no_grad():
+        assert torch.allclose(load_model([str(merged)])(ids).logits, load_model(chain)(ids).logits, atol=1e-5)
