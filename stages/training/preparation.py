@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 FOLDER = ".prepared"
 VERSION = 1  # raise it when the same rows would become other sequences
 _ACCOUNT = "account.json"  # written last: a folder without it is not whole
+# Why rows are too long to train on: nothing of the answer is left, or a reward model would score a part of the pair.
+NO_ANSWER, TOO_LONG = "lose their answer at `max_length`", "are longer than `max_length`"
+REASONS = {NO_ANSWER: "no answer left at `max_length`", TOO_LONG: "longer than `max_length`"}
 MANY_CUT = 0.05  # the share of rows that lose their end which is worth a warning
 FEW = 8  # chunks that are not worth another process
 
@@ -189,12 +192,13 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
         whole = encoding.Tokens()
         for total in totals:
             whole.add(total)
-        check_dropped(draw, whole, args.max_length)
-        account = _account_of(rows, totals, whole)
+        lost = TOO_LONG if recipe.get("whole") else NO_ANSWER
+        check_dropped(draw, whole, args.max_length, lost)
+        account = _account_of(rows, totals, whole, lost)
         if rows.held:
             made = map(encode(recipe["held_max_length"], data=1), rows.held_chunks())
             (total,) = _written(made, part / "held.arrow", 1)
-            account |= _account_of_held(total, args.max_length, texts=recipe["cut"])
+            account |= _account_of_held(total, args.max_length, lost, texts=recipe["cut"])
     if recipe["packing"]:
         account |= _pack(part / "train.arrow", args)
         if recipe["packs_held"] and account["held_out"]:
@@ -250,7 +254,7 @@ def _dataset(file: Path) -> "Dataset":
     return Dataset.from_file(str(file))
 
 
-def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None) -> None:
+def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None, lost: str = NO_ANSWER) -> None:
     """Check how many rows the chat template cannot be used for, and how many have no token to train on.
 
     Raises:
@@ -262,21 +266,23 @@ def check_dropped(draw: Draw, total: encoding.Tokens, max_length: int | None) ->
     if encoding.too_many(total.refused, every, allowed):
         raise StageError(encoding.refused_rows(total.refused, every, allowed, total.why))
     if not total.rows:
-        raise StageError(f"all {rows} rows lose their answer at `max_length` {max_length}; raise it")
+        raise StageError(f"all {rows} rows {lost} {max_length}; raise it")
     if total.untrained > allowed * rows:
         raise StageError(
-            f"{total.untrained:,} of {rows:,} rows lose their answer at `max_length` {max_length}, the first at "
-            f"{total.first[0]}; that is more than `max_dropped` {allowed:g} of them; raise `max_length`, or "
+            f"{total.untrained:,} of {rows:,} rows {lost} {max_length}, the first at {total.first[0]}; "
+            f"that is more than `max_dropped` {allowed:g} of them; raise `max_length`, or "
             "`max_dropped` of the data"
         )
 
 
-def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: encoding.Tokens) -> dict[str, Any]:
+def _account_of(
+    drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: encoding.Tokens, lost: str
+) -> dict[str, Any]:
     """The counts of the stage, with those of each data set under `data`."""
     for entry, total in zip(drawn.account, totals, strict=True):
         if total.untrained:
             entry["trained_rows"] -= total.untrained
-            entry["dropped"]["no answer left at `max_length`"] = {"rows": total.untrained, "first": total.first}
+            entry["dropped"][REASONS[lost]] = {"rows": total.untrained, "first": total.first}
         if total.refused:
             entry["trained_rows"] -= total.refused
             first = [encoding.reasons({reason: places}) for reason, places in total.why.items()]
@@ -299,7 +305,7 @@ def _account_of(drawn: drawing.Drawn, totals: list[encoding.Tokens], whole: enco
     }
 
 
-def _account_of_held(total: encoding.Tokens, max_length: int | None, *, texts: bool) -> dict[str, Any]:
+def _account_of_held(total: encoding.Tokens, max_length: int | None, lost: str, *, texts: bool) -> dict[str, Any]:
     """The counts of the held-out rows; those without an answer at `max_length` are not measured.
 
     Raises:
@@ -311,9 +317,7 @@ def _account_of_held(total: encoding.Tokens, max_length: int | None, *, texts: b
             f"{next(iter(total.why))}"
         )
     if not total.rows:
-        raise StageError(
-            f"all {total.untrained:,} held-out rows lose their answer at `max_length` {max_length}; raise it"
-        )
+        raise StageError(f"all {total.untrained:,} held-out rows {lost} {max_length}; raise it")
     lost = {"held_out_dropped": total.untrained, "held_out_refused": total.refused}
     found: dict[str, Any] = {name: rows for name, rows in lost.items() if rows}
     if (few := held_out.few(total.rows, total.trained, texts=texts)) is not None:
@@ -335,7 +339,7 @@ def _told(account: dict[str, Any]) -> str:
     words += [f"{account['tokens']:,} tokens", f"{account['trained_tokens']:,} in the loss"]
     words += [f"{account['held_out']:,} held out"] if account["held_out"] else []
     if lost := account.get("held_out_dropped"):
-        words.append(f"{lost:,} more held-out rows lose their answer and are not measured")
+        words.append(f"{lost:,} more held-out rows are too long and are not measured")
     if refused := account.get("held_out_refused"):
         words.append(f"{refused:,} more held-out rows are refused by the chat template and are not measured")
     if few := account.get("few_held_out"):

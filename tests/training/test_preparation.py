@@ -287,8 +287,10 @@ def test_held_out_rows_that_lose_their_answer_are_told(prepared, tmp_path):
         rows = prepared(**asked)
         assert len(rows.held) == rows.account["held_out"] == 1
         assert rows.account["held_out_dropped"] == 2
-        text = "1 held out, 2 more held-out rows lose their answer and are not measured"
-        assert notes(prepared.out)[-1].endswith(text)
+        assert notes(prepared.out)[-1].endswith(
+            "1 held out, 2 more held-out rows are too long and are not measured, only 6 tokens held out, whose figures "
+            "say little about new rows"
+        )
     file.write_text("".join(lines[:2]), encoding="utf-8")
     with pytest.raises(StageError, match=r"^all 2 held-out rows lose their answer at `max_length` 200; raise it$"):
         prepared(**asked)
