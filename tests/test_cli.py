@@ -277,6 +277,19 @@ def test_version(project):
             "`pt.trainer.max_steps=3` needs `--set`: write `pipeline run x.yaml --set pt.trainer.max_steps=3`",
         ),
         (
+            "run x.yaml --pt.trainer.max_steps 3",
+            "`pt.trainer.max_steps=3` needs `--set`: write `pipeline run x.yaml --set pt.trainer.max_steps=3`",
+        ),
+        (
+            "run x.yaml pt.max_steps=3 --stages.pt.lora.r=4",
+            "`pt.max_steps=3` needs `--set`; `stages.pt.lora.r=4` needs `--set`: write `pipeline run x.yaml --set "
+            "pt.trainer.max_steps=3 --set pt.lora.r=4`",
+        ),
+        (
+            "run x.yaml trainer.max_steps=3",
+            "`trainer.max_steps=3` needs `--set`: write `pipeline run x.yaml --set pt.trainer.max_steps=3`",
+        ),
+        (
             "data x.yaml pt.trainer.max_steps=3",
             "`pt.trainer.max_steps=3` needs `--set`: write `pipeline data x.yaml --set pt.trainer.max_steps=3`",
         ),

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.config import settings
 from pipeline.config.document import Document, Key, read
+from pipeline.config.foreign import NAMES, program_of
 from pipeline.config.pipeline import TENSORBOARD, Card, Launch, Pipeline, StageEntry
 from pipeline.config.problems import Problems, in_order
 from pipeline.config.references import UNKNOWN, References, joined
@@ -32,8 +33,13 @@ def load_config(path: Path, assignments: Sequence[str] = ()) -> Pipeline:
     document = read(path)
     if not isinstance(document.data, dict) or (document.problems and not document.data):
         raise ConfigError(document.problems)
+    if "stages" not in document.data and (program := program_of(document.data)) is not None:
+        way = f"`pipeline convert {path}` writes it as a config of this program"
+        raise ConfigError([f"{path}: this is a config of {NAMES[program]}; {way}"])
+    document.drop_extensions()
     for assignment in assignments:
         document.set(assignment)
+    document.refuse_variables()
     checker = Checker(path, document)
     pipeline = checker.pipeline()
     if checker.problems.found:

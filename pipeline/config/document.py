@@ -5,6 +5,7 @@ word. Refused, each with its place: duplicate keys, tabs, tags, aliases beyond a
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ Key = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9]{1,99}$|0x[0-9a-fA-F]+$|0o[0-7]+$")  # Python refuses to read thousands of digits
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+_VARIABLE = re.compile(r"\$\{[^{}\s]+\}")
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(["", "~", "null", "Null", "NULL"]),
     **dict.fromkeys(["true", "True", "TRUE"], True),
@@ -63,6 +65,19 @@ class Document:
             found = {key: place for key, place in places.items() if key[: len(old)] == old}
             places.update({new + key[len(old) :]: place for key, place in found.items()})
 
+    def drop_extensions(self) -> None:
+        """Forget keys at the top such as `x-shared`, which hold anchors for the rest of the file."""
+        self.data = {key: value for key, value in self.data.items() if not key.startswith("x-")}
+
+    def refuse_variables(self) -> None:
+        """Note values such as `${HOME}`, which other programs replace by a variable of the environment."""
+        for key, value in _texts(self.data, ()):
+            if found := _VARIABLE.search(value):
+                path = ".".join(map(str, key[1:] if key[:1] == ("stages",) else key))
+                why = f"`{found[0]}` is not replaced, because the file says all that runs"
+                way = f"write the value, or give it with `--set {path}=…`"
+                self.problems.append(f"{self.value_place(key)}: {why}; {way}")
+
     def set(self, assignment: str) -> None:
         """Apply one `--set key.path=value`; the value is read as YAML.
 
@@ -90,6 +105,15 @@ class Document:
         for depth in range(1, len(words) + 1):
             self.keys.setdefault(tuple(words[:depth]), f"--set {path}")
         self.keys[tuple(words)] = self.values[tuple(words)] = f"--set {path}"
+
+
+def _texts(value: Any, key: Key) -> Iterator[tuple[Key, str]]:
+    """Every text below a value, with its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for word, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, (*key, word))
 
 
 def read(path: Path) -> Document:
@@ -182,11 +206,12 @@ class _Reader:
         if re.search("[\ud800-\udfff]", node.value):
             self.document.problems.append(f"{place}: half a character (a lone surrogate); write the whole character")
         plain = getattr(node, "style", None) is None  # quoted words stay text
-        return _scalar(node.value) if plain else node.value
+        return scalar(node.value) if plain else node.value
 
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        merged = [pair for pair in node.value if _is_merge(pair[0])]
+        for key_node, value_node in [pair for pair in node.value if pair not in merged]:
             place = self._place(key_node)
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag:
                 self.document.problems.append(f"{place}: a key is one word")
@@ -198,13 +223,35 @@ class _Reader:
                 continue
             self.document.keys[(*key, word)] = place
             found[word] = self.value(value_node, (*key, word))
+        for key_node, value_node in self._inherited(merged):
+            if key_node.value not in found:
+                self.document.keys[(*key, key_node.value)] = self._place(key_node)
+                found[key_node.value] = self.value(value_node, (*key, key_node.value))
         return found
+
+    def _inherited(self, merged: list[tuple[yaml.Node, yaml.Node]]) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+        """The keys and values behind `<<: *name`, or behind a list of such mappings, the first ones first."""
+        for key_node, node in merged:
+            for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+                if not isinstance(part, yaml.MappingNode):
+                    place = self._place(key_node)
+                    self.document.problems.append(f"{place}: `<<` takes mappings, such as `<<: *name`")
+                    continue
+                words = [pair for pair in part.value if isinstance(pair[0], yaml.ScalarNode) and not _is_merge(pair[0])]
+                yield from words
+                yield from self._inherited([pair for pair in part.value if _is_merge(pair[0])])
 
     def _place(self, node: yaml.Node) -> str:
         return f"{self.document.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
-def _scalar(text: str) -> Any:
+def _is_merge(node: yaml.Node) -> bool:
+    """Whether a key is YAML's `<<`, which takes over the keys of other mappings; in quotes it is a word."""
+    return isinstance(node, yaml.ScalarNode) and node.value == "<<" and node.style is None
+
+
+def scalar(text: str) -> Any:
+    """The value of a plain word by the core schema of YAML 1.2, such as 1e-5 for `1e-5`."""
     if text in _WORDS:
         return _WORDS[text]
     if _INT.match(text):

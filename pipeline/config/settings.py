@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.config.document import scalar
 from pipeline.config.library_names import HIDDEN, MANAGED, MOVED
 from pipeline.errors import ConfigError
 from stages.runtime.errors import nearest
@@ -185,7 +186,10 @@ def _misfit(owner: str, setting: Setting, value: object) -> str | None:
     if not _fits(node, value, setting.home) and not _fits(node, listed, setting.home):
         if isinstance(value, str) and words:
             return _no_choice(owner, setting.name, value, words)
-        return f"`{setting.name}` is `{shown(value)}`; {owner} wants {_wants(node, setting.home)}"
+        bare = scalar(value) if isinstance(value, str) else value
+        quoted = isinstance(bare, int | float) and _fits(node, bare, setting.home)
+        way = "; remove the quotes" if quoted else ""
+        return f"`{setting.name}` is `{shown(value)}`; {owner} wants {_wants(node, setting.home)}{way}"
     choices = setting.choices or _hidden(owner, setting.name)
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if choices and item is not None and str(item) not in map(str, choices):
@@ -301,7 +305,7 @@ def _want(part: ast.expr, home: Path) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as the user may have written it, on one line."""
-    plain = isinstance(value, str) and value.strip() and "\n" not in value
+    """A value as the user may have written it, on one line; with quotes where text would be another value without."""
+    plain = isinstance(value, str) and value.strip() and "\n" not in value and scalar(value) == value
     text = str(value) if plain else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:59] + "…"

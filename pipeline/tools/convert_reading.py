@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.document import parse, read
+from pipeline.config.foreign import program_of
 from pipeline.errors import ConfigError
 from pipeline.tools.convert_parts import Book, Given, Job
 
@@ -133,17 +134,8 @@ def recognised(given: Mapping[str, Any], path: Path) -> str:
     if "model" in given and {"train_dataset", "peft_config", "dist_config"} & given.keys():
         text = "is for LLaMA-Factory's new code (USE_V1=1), which is not converted; name a config with `stage:`"
         raise ConfigError([f"{path}: {text}"])
-    marks = {
-        "axolotl": ("base_model", "sequence_len", "micro_batch_size", "num_epochs"),
-        "llamafactory": ("stage", "finetuning_type", "export_dir", "template", "infer_backend", "task", "lora_rank"),
-        "trl": (
-            *("dataset_mixer", "dataset_mixture", "dataset_name", "use_peft", "lora_r", "datasets", "max_seq_length"),
-            *("beta", "max_length", "learning_rate"),
-        ),
-    }
-    for program, keys in marks.items():
-        if any(key in given for key in keys) and ("model_name_or_path" in given or program == "axolotl"):
-            return program
+    if (program := program_of(given)) is not None:
+        return program
     text = "the keys are those of no known program (LLaMA-Factory, Axolotl, TRL, alignment-handbook)"
     raise ConfigError([f"{path}: {text}; name the file that its train command gets"])
 

@@ -143,12 +143,14 @@ class Correction:
         return plain, known, unknown
 
     def assignment(self, word: str, config: str | None) -> list[str]:
-        """The option for `a.b=1`, which is how Hydra writes a setting."""
+        """The option for `a.b=1`, which is how Hydra writes a setting; parts of its path may be missing."""
         name, _, value = word.partition("=")
-        if "." not in name and (paths := _paths(name, config)):
+        *owners, last = name.removeprefix("stages.").split(".")
+        paths = [path for path in _paths(last, config) if {*owners} <= {*path.split(".")[:-1]}]
+        if not owners and paths:
             return self.setting(name, value, paths)
         self.reasons.append(f"`{word}` needs `--set`")
-        return ["--set", word]
+        return ["--set", f"{paths[0]}={value}" if paths else word]
 
     def setting(self, name: str, value: str, paths: Sequence[str]) -> list[str]:
         """The option for a setting written without its stage; the first stage in `paths` gets the value."""
@@ -164,6 +166,8 @@ class Correction:
         from stages.runtime.errors import nearest
 
         word = name.lstrip("-").replace("-", "_")
+        if "." in name and "--set" in options:
+            return self.assignment(f"{name.lstrip('-')}={value or 'true'}", config)
         if word in OUTPUT_OPTIONS and "--saves" in options:
             self.reasons.append("outputs go to `--saves`")
             return ["--saves", value or "DIR"]

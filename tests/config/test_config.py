@@ -402,3 +402,42 @@ def test_a_setting_of_a_library_or_of_another_tool_is_sent_to_its_place(project)
         "x.yaml:8:68: stage `sft` has no setting `lora_rank`; it is now `lora: {r: …}`",
         "x.yaml:8:82: stage `sft` has no setting `val_size`; it is now the stage's `eval_size`",
     )
+
+
+# What other programs read
+
+
+def test_keys_for_anchors_are_read_and_checked_where_they_are_used(project):
+    text = "x-trainer: &trainer {learning_rate: 2e-4, max_steps: 3}\n" + TOP
+    assert project(text + "  sft: {data: consult, trainer: {<<: *trainer, max_steps: 5}}\n")[0] == 0
+    wrong = text.replace("learning_rate", "lerning_rate") + "  sft: {data: consult, trainer: {<<: *trainer}}\n"
+    told = "x.yaml:1:22: stage `sft`: SFTConfig has no setting `lerning_rate`; did you mean `learning_rate`?"
+    assert project(wrong) == refused(told)
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "word", "path"),
+    [
+        ("  sft: {data: consult, trainer: {run_name: '${RUN}-1'}}", "8:44", "${RUN}", "sft.trainer.run_name"),
+        ("  sft: {data: consult, template: '${oc.env:X}'}", "8:34", "${oc.env:X}", "sft.template"),
+    ],
+)
+def test_a_variable_of_the_environment_is_not_replaced(project, monkeypatch, line, place, word, path):
+    monkeypatch.setenv("RUN", "canary")
+    _, told = project(f"{TOP}{line}\n")
+    why = f"`{word}` is not replaced, because the file says all that runs"
+    assert f"x.yaml:{place}: {why}; write the value, or give it with `--set {path}=…`\n" in told
+    assert "canary" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ndataset: x\ndo_train: true\n", "LLaMA-Factory"),
+        ("base_model: a/b\nsequence_len: 512\ndatasets: [{path: x, type: alpaca}]\n", "Axolotl"),
+        ("model_name_or_path: a/b\ndataset_name: x\nuse_peft: true\n", "TRL or alignment-handbook"),
+    ],
+)
+def test_a_config_of_another_program_is_recognised_in_one_sentence(project, text, program):
+    way = "`pipeline convert x.yaml` writes it as a config of this program"
+    assert project(text) == refused(f"x.yaml: this is a config of {program}; {way}")

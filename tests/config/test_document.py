@@ -222,3 +222,35 @@ def test_a_wrong_assignment_says_why(assignment, expected):
     with pytest.raises(ConfigError) as error:
         assigned(assignment)
     assert error.value.problems == [expected]
+
+
+# Keys of anchors
+
+
+def test_a_merge_key_takes_over_keys_that_are_not_there():
+    text = "x-a: &a {r: 1, s: 2}\nx-b: &b {<<: *a, s: 3, t: 4}\nc: {s: 5, <<: *b}\nd: {<<: [*a, *b], u: 6}\n"
+    document = parse(text, "x.yaml")
+    assert document.problems == []
+    assert (document.data["c"], document.data["d"]) == ({"s": 5, "t": 4, "r": 1}, {"u": 6, "r": 1, "s": 2, "t": 4})
+    places = [document.value_place(("c", word)) for word in ("r", "s", "t")]
+    assert places == ["x.yaml:1:13", "x.yaml:3:8", "x.yaml:2:27"]
+
+
+def test_a_key_that_a_mapping_has_is_not_filled_up():
+    assert parse("x: &a {t: {r: 1, s: 2}}\nc: {<<: *a, t: {r: 3}}\n", "x.yaml").data["c"] == {"t": {"r": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("c: {<<: 3}\n", "x.yaml:1:5: `<<` takes mappings, such as `<<: *name`"),
+        ("a: &a {r: 1}\nc: {<<: [*a, 3]}\n", "x.yaml:2:5: `<<` takes mappings, such as `<<: *name`"),
+        ("c: &c {<<: *c}\n", "x.yaml: not valid YAML (nested deeper than 32 levels)"),
+    ],
+)
+def test_what_cannot_be_merged_says_why(text, expected):
+    assert parse(text, "x.yaml").problems == [expected]
+
+
+def test_a_merge_key_in_quotes_is_a_word():
+    assert parse('c: {"<<": {r: 1}}\n', "x.yaml").data == {"c": {"<<": {"r": 1}}}

@@ -102,7 +102,19 @@ def test_a_wrong_name(reference, name, value, expected):
             "`modules_to_save` is `lm_head`; LoraConfig wants a list, each item text (str)",
         ),
         (LORA, "bias", 0, "`bias` is `0`; LoraConfig wants `none` or `all` or `lora_only`"),
-        (GPTQ, "group_size", "128", "`group_size` is `128`; GPTQConfig wants a whole number (int)"),
+        (
+            GPTQ,
+            "group_size",
+            "128",
+            '`group_size` is `"128"`; GPTQConfig wants a whole number (int); remove the quotes',
+        ),
+        (
+            SFT,
+            "learning_rate",
+            "2e-4",
+            '`learning_rate` is `"2e-4"`; SFTConfig wants a number (float); remove the quotes',
+        ),
+        (SFT, "bf16", "true", '`bf16` is `"true"`; SFTConfig wants true or false; remove the quotes'),
         (GPTQ, "damp_percent", "auto", "`damp_percent` is `auto`; GPTQConfig wants a number (float)"),
     ],
 )

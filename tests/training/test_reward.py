@@ -249,9 +249,9 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(tuned, train, tmp_path)
     assert (len(done.trainer.train_dataset), len(done.trainer.eval_dataset)) == (1, 1)
     with pytest.raises(StageError) as caught:
         train(reward, tuned, rows, trainer={**ONE, "max_length": 8})
-    assert str(caught.value) == "all 3 rows lose their answer at `max_length` 8; raise it"
+    assert str(caught.value) == "all 3 rows are longer than `max_length` 8; raise it"
     config = reward.Config(model="m", data=[rows], trainer={"max_length": 8})
-    with pytest.raises(StageError, match=r"^all 3 rows lose their answer at `max_length` 8; raise it$"):
+    with pytest.raises(StageError, match=r"^all 3 rows are longer than `max_length` 8; raise it$"):
         reward.STAGE.rehearse(config, Inputs(model=[str(tuned[0])]), tmp_path)
 
 
