@@ -31,9 +31,9 @@ SWITCHES = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "ea
 
 def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     """The stage of one config."""
-    take = Arguments(job)
+    take = Arguments(job, book)
     if job.verb == "merge-lora":
-        part = Part(job.place, "merge", take.take("base_model"))
+        part = Part(job.place, "merge", take.text("base_model"))
         part.adapters = take.words("lora_model_dir") or take.words("output_dir")
         return [part]
     if job.verb not in ("", "train"):
@@ -44,9 +44,9 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     if kind is None:
         book.note("not supported", take.place("rl"), f"`rl: {method}` is not supported; no stage is written for it")
         return []
-    part = Part(job.place, kind, take.take("base_model"), take.take("revision_of_model"))
-    part.adapters, part.leaves = take.words("lora_model_dir"), take.take("output_dir", "./model-out")
-    part.seed, part.processes = take.take("seed", 42), job.processes or 1
+    part = Part(job.place, kind, take.text("base_model"), take.text("revision_of_model"))
+    part.adapters, part.leaves = take.words("lora_model_dir"), take.text("output_dir") or "./model-out"
+    part.seed, part.processes = take.number("seed", 42), job.processes or 1
     part.words = take.words("tokens")
     if not Rows(take, book, commit_of, part).write():
         book.note("not supported", job.place, "no data set is left, so no stage is written")
@@ -55,7 +55,7 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
         part.template = _template(take, book, alpaca=any(one["format"] == "alpaca" for one in book.data.values()))
     _adapter(take, part, book)
     _trainer(take, part, book, method)
-    take.report_rest(book, KNOWN)
+    take.report_rest(KNOWN)
     return [part]
 
 
@@ -80,7 +80,7 @@ class Rows:
         held = [self._declared(one, "test_datasets") for one in self._listed("test_datasets")]
         if held := [name for name in held if name is not None]:
             self.part.settings["eval_data"] = held
-        size = self.take.take("val_set_size", 0)
+        size = self.take.number("val_set_size", 0)
         if not is_off(size) and not texts:
             self.part.settings["eval_size"] = Noted(size, "val_set_size")
         return True
@@ -153,13 +153,14 @@ class Rows:
 
     def _names(self, one: Mapping[str, Any]) -> dict[str, Any]:
         """`roles` and `message_keys`, where they differ from the usual names."""
-        keys = dict(one.get("message_property_mappings") or {})
+        mapped, roles_ = one.get("message_property_mappings"), one.get("roles")
+        keys = dict(mapped) if isinstance(mapped, Mapping) else {}
         keys |= {"role": one["message_field_role"]} if one.get("message_field_role") else {}
         keys |= {"content": one["message_field_content"]} if one.get("message_field_content") else {}
         usual = (keys.get("role"), keys.get("content")) in ((None, None), ("role", "content"), ("from", "value"))
         roles = {
             ours: theirs[0]
-            for ours, theirs in (one.get("roles") or {}).items()
+            for ours, theirs in (roles_.items() if isinstance(roles_, Mapping) else ())
             if isinstance(theirs, list) and theirs and ours in USUAL and theirs[0] not in USUAL[ours]
         }
         kept = {name: keys[name] for name in ("role", "content") if keys.get(name)}
@@ -172,8 +173,8 @@ class Rows:
 
 def _template(take: Arguments, book: Book, *, alpaca: bool) -> str | None:
     """Our template; rows of `type: alpaca` are written in Alpaca's form unless a chat template is named."""
-    name, text = take.take("chat_template"), take.take("chat_template_jinja")
-    default = take.take("default_system_message")
+    name, text = take.text("chat_template"), take.text("chat_template_jinja")
+    default = take.text("default_system_message")
     if text:
         file = book.beside("chat_template.jinja")
         book.files[file] = str(text)
@@ -199,7 +200,7 @@ def _template(take: Arguments, book: Book, *, alpaca: bool) -> str | None:
 
 def _adapter(take: Arguments, part: Part, book: Book) -> None:
     method = take.take("adapter")
-    rank, alpha, dropout = take.take("lora_r", 8), take.take("lora_alpha", 16), take.take("lora_dropout", 0)
+    rank, alpha, dropout = take.number("lora_r", 8), take.number("lora_alpha", 16), take.number("lora_dropout", 0)
     targets, saved = take.words("lora_target_modules"), take.words("lora_modules_to_save")
     linear = take.flag("lora_target_linear")
     flags = {"use_dora": take.flag("peft_use_dora"), "use_rslora": take.flag("peft_use_rslora")}
@@ -233,12 +234,12 @@ def _trainer(take: Arguments, part: Part, book: Book, method: Any) -> None:
         trainer.set("packing", True, "sample_packing")
     _precision(take, trainer)
     _schedule(take, trainer)
-    beta = take.take("rl_beta", take.take("dpo_beta"))
+    beta = take.number("rl_beta", take.number("dpo_beta"))
     if beta is not None:
         trainer.set("beta", beta, "rl_beta")
     if method == "ipo":
         trainer.set("loss_type", "ipo", "rl")
-    alpha = take.take("rpo_alpha")
+    alpha = take.number("rpo_alpha")
     if alpha is not None:
         trainer.set("loss_type", ["sigmoid", "sft"], "rpo_alpha")
         trainer.set("loss_weights", [1, alpha])
@@ -270,15 +271,16 @@ def _precision(take: Arguments, trainer: Trainer) -> None:
 
 def _schedule(take: Arguments, trainer: Trainer) -> None:
     """The least learning rate, and evaluations and checkpoints as shares of all steps."""
-    least = take.take("cosine_min_lr_ratio")
+    least = take.number("cosine_min_lr_ratio")
     if least is not None:
         trainer.set("lr_scheduler_type", "cosine_with_min_lr", "cosine_min_lr_ratio")
         trainer.set("lr_scheduler_kwargs", {"min_lr_rate": least})
     epochs = trainer.found.get("num_train_epochs")
-    epochs = epochs.value if isinstance(epochs, Noted) else epochs or 1
+    epochs = epochs.value if isinstance(epochs, Noted) else epochs
+    epochs = epochs if isinstance(epochs, int | float) and epochs > 0 else 1
     for word, name in (("evals_per_epoch", "eval_steps"), ("saves_per_epoch", "save_steps")):
-        count = take.take(word)
-        if not is_off(count):
+        count = take.number(word)
+        if not is_off(count) and count > 0:
             trainer.set(name, round(1 / (count * epochs), 6), word)
             if name == "eval_steps":
                 trainer.set("eval_strategy", "steps", word)

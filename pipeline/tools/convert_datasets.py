@@ -82,7 +82,7 @@ class Sets:
                 text = f"`{key}` in the entry of `{name}` is no key of dataset_info.json{nearest(key, KEYS)}"
                 self.book.note("unknown", place, text)
         settings = self._place(entry, name, place) | form(entry, kind)
-        if entry.get("num_samples") is not None:
+        if isinstance(entry.get("num_samples"), int):
             text = f"`num_samples` of `{name}`: the first rows are read, where LLaMA-Factory draws rows at random"
             self.book.note("differs", place, text)
             settings["max_samples"] = entry["num_samples"]
@@ -116,6 +116,9 @@ def form(entry: Mapping[str, Any], kind: str) -> dict[str, Any]:
     defaults = {"messages": "conversations"} if talk else ALPACA
     if entry.get("ranking"):
         defaults = {**defaults, "chosen": "chosen", "rejected": "rejected"}
+    for word in ("columns", "tags"):
+        if not isinstance(entry.get(word) or {}, Mapping):
+            raise NoData(f"its `{word}` in dataset_info.json is no object")
     theirs = {key: str(value) for key, value in (entry.get("columns") or defaults).items() if value}
     if media := [key for key in ("images", "videos", "audios") if key in theirs]:
         raise NoData(f"it has {media[0]}, and only text is supported")

@@ -27,8 +27,10 @@ def hub_commit(kind: str, name: str) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    # The base class of the HTTP library that huggingface_hub uses (httpx, or httpx2): no connection is such an error.
+    no_answer = HfHubHTTPError.__mro__[1]
     try:
         commit: str | None = HfApi().repo_info(name, repo_type=kind, timeout=10).sha
         return commit
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+    except (no_answer, OfflineModeIsEnabled, OSError, ValueError):
         return None

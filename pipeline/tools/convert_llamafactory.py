@@ -18,16 +18,16 @@ from pipeline.tools.convert_trainer import adapter
 STAGES = {"pt": "pt", "sft": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 CHAT = ("chat", "api", "webchat", "webui")
 TASKS = {"mmlu": "mmlu", "cmmlu": "cmmlu", "ceval": "ceval-valid"}
-GENERATION = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 1024}
+GENERATION = {"temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 1024}
 
 
 def convert_job(job: Job, book: Book, commit_of: CommitOf, info: Path | None) -> list[Part]:
     """The stages of one command; what has no place in them is noted."""
-    arguments = Arguments(job, EARLIER)
+    arguments = Arguments(job, book, EARLIER)
     verb = job.verb or verb_of(job)
     made = Command(arguments, book, commit_of, info)
     parts = made.parts(verb)
-    arguments.report_rest(book, KNOWN)
+    arguments.report_rest(KNOWN)
     return parts
 
 
@@ -54,8 +54,8 @@ class Command:
     def parts(self, verb: str) -> list[Part]:
         """The stages, in their order."""
         take = self.arguments
-        self.part.model = take.take("model_name_or_path")
-        self.part.revision = take.take("model_revision")
+        self.part.model = take.text("model_name_or_path")
+        self.part.revision = take.text("model_revision")
         self.part.adapters = take.words("adapter_name_or_path")
         if self.job.environment.get("USE_MODELSCOPE_HUB") in ("1", "true") and self.part.model is not None:
             text = (
@@ -81,7 +81,7 @@ class Command:
         """Tokens that the command adds to the tokenizer."""
         take, part = self.arguments, self.part
         part.words, part.special = take.words("add_tokens"), take.words("add_special_tokens")
-        path = take.take("new_special_tokens_config")
+        path = take.text("new_special_tokens_config")
         if path is None:
             return
         starts = [Path(), self.job.folder, *self.job.folder.resolve().parents]
@@ -103,14 +103,14 @@ class Command:
         trains = take.flag("do_train")
         predicts = take.flag("predict_with_generate") | take.flag("do_predict")
         data, eval_data = take.words("dataset"), take.words("eval_dataset")
-        part.kind, part.leaves = STAGES[stage], take.take("output_dir")
+        part.kind, part.leaves = STAGES[stage], take.text("output_dir")
         part.template = None if part.kind == "pt" else self._template()
-        samples = take.take("max_samples")
+        samples = take.number("max_samples")
         if not data or not (trains or not predicts):
             return self._evaluation(eval_data or data, samples, part.template, predicts)
         if not trains:
             self._note("differs", "do_train", "`do_train` is missing or false, and a training stage is written")
-        part.seed, part.processes = take.take("seed", 42), self.job.processes or 1
+        part.seed, part.processes = take.number("seed", 42), self.job.processes or 1
         if not self._mixture(data, eval_data, samples):
             self._note("not supported", "dataset", f"no data set of `{part.kind}` is left, so no stage is written")
             return []
@@ -130,7 +130,7 @@ class Command:
         if not ours:
             return False
         strategy = str(take.take("mix_strategy", "concat"))
-        weights = [float(word) for word in take.words("interleave_probs")]
+        weights = take.numbers("interleave_probs")
         settings["data"] = ours[0] if len(ours) == 1 else ours
         if strategy in ("interleave_under", "interleave_over") and len(ours) > 1:
             given = weights if len(weights) == len(data) else [1.0] * len(data)
@@ -145,7 +145,7 @@ class Command:
         held = [self._sets_of().declared(name, kind, take.place("eval_dataset"), samples) for name in eval_data]
         if held := [name for name in held if name is not None]:
             settings["eval_data"] = held
-        streaming, size = take.flag("streaming"), take.take("val_size", 0)
+        streaming, size = take.flag("streaming"), take.number("val_size", 0)
         if streaming:
             settings["streaming"] = True
         if not is_off(size) and streaming:
@@ -157,7 +157,7 @@ class Command:
 
     def _sets_of(self) -> Sets:
         if self._sets is None:
-            folder = str(self.arguments.take("dataset_dir", "data"))
+            folder = self.arguments.text("dataset_dir") or "data"
             place = self.arguments.place("dataset_dir")
             if folder.startswith("REMOTE:"):
                 text = f"`{folder}`: download dataset_info.json and the files, and name it with `--dataset-info`"
@@ -174,12 +174,12 @@ class Command:
         fresh = take.flag("create_new_adapter")
         if method == "full":
             return
-        rank = take.take("lora_rank", 8)
-        alpha = take.take("lora_alpha", 2 * rank)
+        rank = take.number("lora_rank", 8)
+        alpha = take.number("lora_alpha", 2 * rank)
         if method != "lora":
             self._note("not supported", "finetuning_type", f"`finetuning_type: {method}`: LoRA is written instead")
         flags = {name: take.take(name) for name in ("use_rslora", "use_dora")}
-        dropout, targets = take.take("lora_dropout", 0), take.words("lora_target")
+        dropout, targets = take.number("lora_dropout", 0), take.words("lora_target")
         saved = take.words("additional_target")
         settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved, **flags)
         if self.part.adapters and not fresh:
@@ -191,8 +191,8 @@ class Command:
     def _template(self) -> str | None:
         """Our template, a built-in name or the path of a new file; None for the model's own."""
         take = self.arguments
-        name = take.take("template")
-        default, thinking = take.take("default_system"), take.flag("enable_thinking", True)
+        name = take.text("template")
+        default, thinking = take.text("default_system"), take.flag("enable_thinking", True)
         if name is None:
             return None
         try:
@@ -210,17 +210,17 @@ class Command:
 
     def _export(self) -> list[Part]:
         take, part = self.arguments, self.part
-        bits, size = take.take("export_quantization_bit"), take.take("export_size")
-        part.leaves, part.kind = take.take("export_dir"), "merge" if is_off(bits) else "quantize"
-        data = take.take("export_quantization_dataset")
+        bits, size = take.number("export_quantization_bit"), take.number("export_size")
+        part.leaves, part.kind = take.text("export_dir"), "merge" if is_off(bits) else "quantize"
+        data = take.text("export_quantization_dataset")
         size = Noted("5GB", DEFAULT) if size is None else Noted(f"{shown(size).removesuffix('GB')}GB", "export_size")
         for name in ("template", "finetuning_type", "trust_remote_code", "stage"):
             take.left.pop(name, None)
         if part.kind == "merge":
             part.settings = {"shard_size": size}
             return [part]
-        rows = {"samples": take.take("export_quantization_nsamples", 128)}
-        rows |= {"max_length": take.take("export_quantization_maxlen", 1024)}
+        rows = {"samples": take.number("export_quantization_nsamples", 128)}
+        rows |= {"max_length": take.number("export_quantization_maxlen", 1024)}
         part.settings = {"bits": bits, "group_size": Noted(128, "fixed there")}
         part.settings |= {"calibration": {"data": self._calibration(data), **rows}, "shard_size": size}
         return [part]
@@ -241,9 +241,9 @@ class Command:
         if known is None:
             self._note("unknown", "task", f"`task: {task}`; there is mmlu_test, cmmlu_test and ceval_validation")
             return []
-        harness = {"num_fewshot": take.take("n_shot", 5), "batch_size": take.take("batch_size", 4)}
+        harness = {"num_fewshot": take.number("n_shot", 5), "batch_size": take.number("batch_size", 4)}
         part.kind, part.settings = "evaluate", {"tasks": [known], "harness": harness}
-        part.seed = take.take("seed", 42)
+        part.seed = take.number("seed", 42)
         for name in ("template", "finetuning_type", "dataset_dir", "stage"):
             take.left.pop(name, None)
         text = "tasks need lm-evaluation-harness (`pip install lm_eval`), which reads its data from the Hub"
@@ -255,7 +255,7 @@ class Command:
         if not data:
             self._note("not supported", "stage", "no `dataset` or `eval_dataset` is named, so no stage is written")
             return []
-        self.part.leaves, self.part.template, self.part.seed = None, template, self.arguments.take("seed", 42)
+        self.part.leaves, self.part.template, self.part.seed = None, template, self.arguments.number("seed", 42)
         for name in ("finetuning_type", "per_device_eval_batch_size", "per_device_train_batch_size", "output_dir"):
             self.arguments.left.pop(name, None)
         return self._questions(self.part, data, samples, predicts)
@@ -265,7 +265,7 @@ class Command:
         take = self.arguments
         names = [self._sets_of().declared(name, "evaluate", take.place("eval_dataset"), samples) for name in data]
         found = [name for name in names if name is not None]
-        settings: dict[str, Any] = {"max_length": take.take("cutoff_len", 2048)}
+        settings: dict[str, Any] = {"max_length": take.number("cutoff_len", 2048)}
         settings |= {"generation": self._generation()} if predicts else {}
         if not predicts:
             return [replace(like, kind="evaluate", settings={"data": found, **settings})] if found else []
@@ -273,9 +273,10 @@ class Command:
 
     def _generation(self) -> dict[str, Any]:
         take = self.arguments
-        values = {name: take.take(name, default) for name, default in GENERATION.items()}
-        penalty = take.take("repetition_penalty", 1.0)
-        if is_off(values["do_sample"]):
+        sampled = take.flag("do_sample", True)
+        values = {"do_sample": sampled, **{name: take.number(name, default) for name, default in GENERATION.items()}}
+        penalty = take.number("repetition_penalty", 1.0)
+        if not sampled:
             values = {"do_sample": False, "max_new_tokens": values["max_new_tokens"]}
         return values | ({"repetition_penalty": penalty} if penalty != 1.0 else {})
 

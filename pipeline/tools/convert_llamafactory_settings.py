@@ -83,8 +83,8 @@ class Settings:
             return
         loss, ftx, bco = (
             str(take.take("pref_loss", "sigmoid")),
-            take.take("pref_ftx", 0),
-            take.take("pref_bco_weight", 0),
+            take.number("pref_ftx", 0),
+            take.number("pref_bco_weight", 0),
         )
         if loss not in LOSSES:
             text = f"`pref_loss: {loss}`: this loss is not supported; `sigmoid` is written instead"
@@ -110,6 +110,7 @@ class Settings:
             trainer.set("per_device_eval_batch_size", 2, "a batch of `kto` has two rows or more")
         if trainer.found.get("per_device_train_batch_size") == 1:
             steps = trainer.found.get("gradient_accumulation_steps", 1)
+            steps = steps if isinstance(steps, int) else 1
             trainer.set("per_device_train_batch_size", 2, "a batch of `kto` has two rows or more")
             trainer.set("gradient_accumulation_steps", max(1, steps // 2), "halved: as many rows a step as there")
             text = "`per_device_train_batch_size: 1` becomes 2, because the KL term needs other rows of the batch"
@@ -117,7 +118,7 @@ class Settings:
 
     def _reference(self) -> None:
         take, part = self.arguments, self.part
-        model, adapters = take.take("ref_model"), take.words("ref_model_adapters")
+        model, adapters = take.text("ref_model"), take.words("ref_model_adapters")
         same = model in (None, part.model) and (adapters == part.adapters or not adapters)
         if model is not None and not same:
             text = f"`ref_model: {model}`: the reference is always the model that the stage starts from"

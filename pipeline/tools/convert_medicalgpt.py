@@ -99,15 +99,15 @@ KNOWN = Known(NOT_NEEDED, NOT_SUPPORTED, frozenset({*SAME, *MADE}))
 
 def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     """The stage of one command."""
-    take = Arguments(job)
+    take = Arguments(job, book)
     if job.verb == "merge":
         return [_merge(take, job, book)]
     if job.verb not in KINDS:
         book.note("not supported", job.place, f"`{job.verb}` is not supported; no stage is written for it")
         return []
-    part = Part(job.place, job.verb, take.take("model_name_or_path"), take.take("model_revision"))
+    part = Part(job.place, job.verb, take.text("model_name_or_path"), take.text("model_revision"))
     part.adapters = take.words("peft_path")
-    part.leaves, part.seed, part.processes = take.take("output_dir"), take.take("seed", 42), job.processes or 1
+    part.leaves, part.seed, part.processes = take.text("output_dir"), take.number("seed", 42), job.processes or 1
     if not _data(take, part, book, commit_of):
         book.note("not supported", job.place, "no `train_file_dir` is given, so no stage is written")
         return []
@@ -116,24 +116,24 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
         part.template = _template(name, book, take.place("template_name"))
     _adapter(take, part)
     _trainer(take, part, book)
-    take.report_rest(book, KNOWN)
+    take.report_rest(KNOWN)
     return [part]
 
 
 def _merge(take: Arguments, job: Job, book: Book) -> Part:
-    model = take.take("base_model") or take.take("base_model_name_or_path")
+    model = take.text("base_model") or take.text("base_model_name_or_path")
     adapters = take.words("lora_model") or take.words("peft_model_path")
-    part = Part(job.place, "merge", model, adapters=adapters, leaves=take.take("output_dir"))
-    take.report_rest(book, KNOWN)
+    part = Part(job.place, "merge", model, adapters=adapters, leaves=take.text("output_dir"))
+    take.report_rest(KNOWN)
     return part
 
 
 def _data(take: Arguments, part: Part, book: Book, commit_of: CommitOf) -> bool:
     """`data`, `eval_data` and `eval_size`; whether there is any data."""
-    folder, held, hub = take.take("train_file_dir"), take.take("validation_file_dir"), take.take("dataset_name")
-    samples, held_samples = take.take("max_train_samples"), take.take("max_eval_samples")
-    share = take.take("validation_split_percentage", 1)
-    subset = take.take("dataset_config_name")
+    folder, held, hub = take.text("train_file_dir"), take.text("validation_file_dir"), take.text("dataset_name")
+    samples, held_samples = take.number("max_train_samples"), take.number("max_eval_samples")
+    share = take.number("validation_split_percentage", 1)
+    subset = take.text("dataset_config_name")
     if hub is not None:
         path = pinned(book, commit_of, "dataset", str(hub), take.place("dataset_name"))
         settings = {"path": path, **ROWS[part.kind]} | ({"subset": subset} if subset else {})
@@ -175,8 +175,8 @@ def _template(name: str, book: Book, place: str) -> str | None:
 def _adapter(take: Arguments, part: Part) -> None:
     """`lora:` with the scripts' own defaults."""
     wanted = take.flag("use_peft", True)
-    rank, dropout = take.take("lora_rank", 8), take.take("lora_dropout", 0.05)
-    alpha = take.take("lora_alpha", 16 if part.kind == "dpo" else 32)
+    rank, dropout = take.number("lora_rank", 8), take.number("lora_dropout", 0.05)
+    alpha = take.number("lora_alpha", 16 if part.kind == "dpo" else 32)
     targets, saved = take.words("target_modules"), take.words("modules_to_save")
     if not wanted:
         return
@@ -186,7 +186,7 @@ def _adapter(take: Arguments, part: Part) -> None:
 def _trainer(take: Arguments, part: Part, book: Book) -> None:
     trainer = Trainer(take, book)
     trainer.take_same(part.kind, part.settings, SAME, {*MADE, *NOT_NEEDED, *NOT_SUPPORTED})
-    source, target = take.take("max_source_length"), take.take("max_target_length")
+    source, target = take.number("max_source_length"), take.number("max_target_length")
     if source or target:
         trainer.set("max_length", (source or 256) + (target or 256), "max_source_length and max_target_length")
     for name, value in DEFAULTS[part.kind].items():

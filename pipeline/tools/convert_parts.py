@@ -114,10 +114,10 @@ SECRET = re.compile(
 class Arguments:
     """The arguments of one command. Each is taken once; what is left at the end is reported."""
 
-    def __init__(self, job: Job, renamed: Mapping[str, str] | None = None) -> None:
+    def __init__(self, job: Job, book: Book, renamed: Mapping[str, str] | None = None) -> None:
         """`renamed`: names that arguments had earlier → their names today."""
         names = renamed or {}
-        self.job = job
+        self.job, self.book = job, book
         self.given = {names.get(name, name): given for name, given in job.given.items()}
         self.left = dict(self.given)
 
@@ -125,6 +125,33 @@ class Arguments:
         """The value, or the default where it is missing or null."""
         given = self.left.pop(name, None)
         return default if given is None or given.value is None else given.value
+
+    def text(self, name: str) -> str | None:
+        """A value as text; None, and a note, where it is a list or a mapping."""
+        value = self.take(name)
+        return None if value is None or not self._is(name, value, str | int | float, "text") else str(value)
+
+    def number(self, name: str, default: Any = None) -> Any:
+        """A value as a number; the default, and a note, where it is none."""
+        value = self.take(name, default)
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if plain or value is default or self._is(name, value, (), "a number") else default
+
+    def numbers(self, name: str) -> list[float]:
+        """The numbers of a list, or of a text with commas; none, and a note, where one is no number."""
+        words = self.words(name)
+        try:
+            return [float(word) for word in words]
+        except ValueError:
+            self._is(name, ",".join(words), (), "numbers with commas between them")
+            return []
+
+    def _is(self, name: str, value: Any, kinds: Any, wanted: str) -> bool:
+        """Whether a value is of a kind; otherwise it is left out, and a note says so."""
+        if isinstance(value, kinds):
+            return True
+        self.book.note("to do", self.place(name), f"`{name}` is `{shown(value)}`; it wants {wanted}")
+        return False
 
     def flag(self, name: str, default: bool = False) -> bool:
         """A value as true or false: command lines and YAML 1.1 write it as text, too."""
@@ -142,11 +169,11 @@ class Arguments:
         given = self.given.get(name)
         return given.place if given is not None else self.job.place
 
-    def report_rest(self, book: Book, known: "Known") -> None:
+    def report_rest(self, known: "Known") -> None:
         """A note for each argument that nothing has taken."""
         for name, given in self.left.items():
             kind, text = known.about(name, given.value)
-            book.note(kind, given.place, text)
+            self.book.note(kind, given.place, text)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Trainer:
     def shared(self, kind: str) -> None:
         """Take what transformers' Trainer called otherwise in earlier versions, and the trackers."""
         take = self.arguments
-        warmup = take.take("warmup_ratio")
+        warmup = take.number("warmup_ratio")
         if warmup is not None and not is_off(warmup) and not self.has("warmup_steps"):
             self.set("warmup_steps", warmup, "warmup_ratio")
         if take.flag("group_by_length"):

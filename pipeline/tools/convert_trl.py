@@ -96,21 +96,21 @@ KNOWN = Known(NOT_NEEDED, NOT_SUPPORTED, frozenset({*SAME, *MADE}))
 
 def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     """The stage of one command."""
-    take = Arguments(job)
+    take = Arguments(job, book)
     kind = kind_of(job)
     if kind is None:
         book.note("not supported", job.place, f"`{job.verb}` is not supported; no stage is written for it")
         return []
-    part = Part(job.place, kind, take.take("model_name_or_path"), take.take("model_revision"))
-    part.leaves, part.seed, part.processes = take.take("output_dir"), take.take("seed", 42), job.processes or 1
-    text_field = take.take("dataset_text_field") or take.take("text_column")
+    part = Part(job.place, kind, take.text("model_name_or_path"), take.text("model_revision"))
+    part.leaves, part.seed, part.processes = take.text("output_dir"), take.number("seed", 42), job.processes or 1
+    text_field = take.text("dataset_text_field") or take.text("text_column")
     if kind == "sft" and text_field and not any("mess" in str(one) for one in take.words("columns")):
         part.kind = "pt"
         book.note("differs", take.place("dataset_text_field"), f"rows are read as texts in `{text_field}`, by `pt`")
     if not Data(take, book, commit_of, part, text_field).write():
         book.note("not supported", job.place, "no data set is named, so no stage is written")
         return []
-    template = take.take("chat_template")
+    template = take.text("chat_template")
     if template:
         book.files[book.beside("chat_template.jinja")] = str(template)
         part.template = book.beside("chat_template.jinja")
@@ -119,7 +119,7 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
         book.note("differs", job.place, text)
     _adapter(take, part)
     _trainer(take, part, book)
-    take.report_rest(book, KNOWN)
+    take.report_rest(KNOWN)
     return [part]
 
 
@@ -180,9 +180,9 @@ class Data:
 
     def _named(self) -> dict[str, Any]:
         """`dataset_name`, with its splits."""
-        name = self.take.take("dataset_name")
-        subset, split = self.take.take("dataset_config"), self.take.take("dataset_train_split")
-        test = self.take.take("dataset_test_split")
+        name = self.take.text("dataset_name")
+        subset, split = self.take.text("dataset_config"), self.take.text("dataset_train_split")
+        test = self.take.text("dataset_test_split")
         if name is None:
             return {}
         if not is_off(self.take.given.get("eval_strategy", self.take.given.get("evaluation_strategy"))):
@@ -198,7 +198,7 @@ class Data:
         mixture = self.take.take("dataset_mixture") or {}
         listed = self.take.take("datasets") or (mixture.get("datasets") if isinstance(mixture, Mapping) else None) or []
         shares: dict[str, Any] = {}
-        for one in listed:
+        for one in listed if isinstance(listed, list) else ():
             if isinstance(one, Mapping):
                 name = str(one.get("id") or one.get("path"))
                 split = str(one["split"]) if one.get("split") else None
@@ -210,8 +210,8 @@ class Data:
         for index, (name, share) in enumerate(mixer.items() if isinstance(mixer, Mapping) else ()):
             subset = configs[index] if index < len(configs) else None
             shares[self._declared(str(name), subset, train)] = share
-        if mixer and (test := [split for split in splits if "test" in split]):
-            self._held([str(name) for name in mixer], test[0])
+        if isinstance(mixer, Mapping) and (test := [split for split in splits if "test" in split]):
+            self._held(list(map(str, mixer)), test[0])
         size = mixture.get("test_split_size") if isinstance(mixture, Mapping) else None
         if size:
             self.part.settings["eval_size"] = Noted(size, "test_split_size")
@@ -222,8 +222,8 @@ def _adapter(take: Arguments, part: Part) -> None:
     """`lora:` with TRL's own defaults, where `use_peft` asks for it."""
     quantized = {"load_in_4bit", "load_in_8bit"} & take.left.keys()
     wanted = take.flag("use_peft")
-    rank, alpha = take.take("lora_r"), take.take("lora_alpha")
-    dropout = take.take("lora_dropout", 0.05)
+    rank, alpha = take.number("lora_r"), take.number("lora_alpha")
+    dropout = take.number("lora_dropout", 0.05)
     targets, saved = take.words("lora_target_modules"), take.words("lora_modules_to_save")
     flags = {name: take.flag(name) for name in ("use_rslora", "use_dora")}
     if not (wanted or (quantized and rank)):
@@ -247,7 +247,7 @@ def _trainer(take: Arguments, part: Part, book: Book) -> None:
     if take.flag("use_liger_kernel"):
         trainer.model("use_kernels", True)
     trainer.shared(part.kind)
-    alpha = take.take("rpo_alpha")
+    alpha = take.number("rpo_alpha")
     if alpha is not None:
         trainer.set("loss_type", ["sigmoid", "sft"], "rpo_alpha")
         trainer.set("loss_weights", [1, alpha])
