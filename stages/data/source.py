@@ -60,8 +60,8 @@ class Source(BaseModel):
     roles: dict[str, str] = {}
     """Our role → the file's, such as `{user: prompter, assistant: bot}`; the usual names need no mapping."""
     message_keys: dict[str, str] = {}
-    """`role`, `content`, `reasoning_content`, `tool_calls`, `weight` → the keys of the file's messages, such as
-    `{role: speaker, content: words}`."""
+    """`role`, `content`, `reasoning_content`, `tool_calls`, `tool_call_id`, `weight` → the keys of the file's
+    messages, such as `{role: speaker, content: words}`."""
     turns: Literal["merge"] | None = None
     """`merge` joins messages of one role that follow each other, and keeps an assistant's first message out of the
     loss; without it such a row is bad."""

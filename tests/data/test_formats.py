@@ -117,6 +117,25 @@ def test_several_calls_and_several_results():
     assert said[2:4] == [{"role": "tool", "content": ""}, {"role": "tool", "content": "2"}]
 
 
+def test_outputs_stand_in_the_order_of_the_calls_that_they_name():
+    def call(name):
+        return {"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+    def answer(name):
+        return {"role": "tool", "tool_call_id": name, "content": f"output of {name}"}
+
+    first, second = {"tool_calls": [call("a"), call("b")]}, {"tool_calls": [call("c")]}
+    said = [ASK, {**CALLS, **first}, {**CALLS, **second}, answer("c"), answer("b"), answer("a"), ANSWER]
+    reading, (row,) = read_all(source({"messages": said}, "messages"))
+    assert [message["content"] for message in row["messages"][2:5]] == ["output of a", "output of b", "output of c"]
+    assert [one["function"]["name"] for one in row["messages"][1]["tool_calls"]] == ["a", "b", "c"]
+    assert reading.unread == []
+    assert "tool_call_id" not in text(row)
+    assert '"id"' not in text(row)
+    said = [ASK, {**CALLS, **first}, answer("a"), answer("x"), ANSWER]
+    assert refusal({"messages": said}, "messages") == "message 4 of `messages` answers the call `x`, which is not made"
+
+
 def test_the_output_of_a_tool_may_be_an_object():
     said = [ASK, CALLS, {"role": "tool", "content": {"天": [1, None]}}, ANSWER]
     assert of({"messages": said}, "messages")["messages"][2]["content"] == '{"天": [1, null]}'
@@ -575,7 +594,7 @@ THEIRS = "maps our names to the file's, and"
         ({"roles": {"user": "x", "system": "x"}},
          "`roles` names `x` twice; a role of the file can be only one of our roles"),
         ({"message_keys": {"from": "x"}}, f"`message_keys` {THEIRS} `from` {OURS}; there is `content`, "
-         "`reasoning_content`, `role`, `tool_calls`, `weight`"),
+         "`reasoning_content`, `role`, `tool_call_id`, `tool_calls`, `weight`"),
         ({"columns": {"images": "images"}},
          "`columns` maps `images`, and images, video and audio are not supported; only text is"),
         ({"split": "train"},

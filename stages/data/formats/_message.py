@@ -22,6 +22,7 @@ _USUAL = {
 _EXTRA = {
     "reasoning_content": ("reasoning_content", "reasoning", "thinking"),
     "tool_calls": ("tool_calls", "function_call"),
+    "tool_call_id": ("tool_call_id",),
     "weight": ("weight", "loss_weight", "train"),
 }
 KEYS = ("role", "content", *_EXTRA)
@@ -118,6 +119,8 @@ def _message(role: str, held: Content, extra: _Extra) -> Message:
         message["reasoning_content"] = thought
     if called:
         message["tool_calls"] = called
+    for answers in extra.filled("tool_call_id").values():
+        message |= {"tool_call_id": answers} if role == "tool" and isinstance(answers, str) else {}
     if extra.more:
         message |= _weight(role, extra)
         extra.refuse_rest()

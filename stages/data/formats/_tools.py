@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from stages.data.formats._values import encodable, listed, parsed, text, type_in_words
-from stages.data.row import FileRow, Row, RowError, Tools
+from stages.data.row import FileRow, Message, Messages, Row, RowError, Tools
 
 _CALL = '`{"name": …, "arguments": {…}}`'
 _TOOL = '`{"name": …, "description": …, "parameters": {…}}`'
@@ -49,7 +49,10 @@ def _tool(value: object, name: str) -> dict[str, Any]:
 
 
 def calls(value: object, name: str) -> list[dict[str, Any]]:
-    """The tool calls of a message: the value is one call or a list, as objects or as JSON text. Raises RowError."""
+    """The tool calls of a message: the value is one call or a list, as objects or as JSON text.
+
+    A call keeps its `id`, with which an output names it, until `in_order_of_calls`. Raises RowError.
+    """
     given = parsed(value, f"{name} is a tool call that", _CALL) if isinstance(value, str) else value
     items = given if isinstance(given, list) else [given]
     if not items:
@@ -72,7 +75,44 @@ def _call(value: object, name: str) -> dict[str, Any]:
         raise RowError(
             f"{name} calls {listed([tool])} with arguments that are {type_in_words(arguments)}; it must be {_CALL}"
         )
-    return _encodable({"type": "function", "function": {"name": tool, "arguments": arguments}}, name)
+    call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
+    identity = {"id": value["id"]} if isinstance(value, dict) and isinstance(value.get("id"), str) else {}
+    return _encodable(identity | call, name)
+
+
+def in_order_of_calls(messages: Messages, name: str) -> Messages:
+    """The messages with the outputs of tools in the order of the calls that they name, and without the names.
+
+    Raises:
+        RowError: an output names a call that the messages before it do not make.
+    """
+    if not any("tool_calls" in message or "tool_call_id" in message for message in messages):
+        return messages
+    found: Messages = []
+    asked: list[str] = []  # the calls that the next outputs answer
+    outputs: list[tuple[int, Message]] = []
+    for number, message in enumerate(messages, 1):
+        answers = message.get("tool_call_id")
+        if message["role"] == "tool" and answers is not None and asked:
+            if answers not in asked:
+                raise RowError(f"message {number} of `{name}` answers the call {listed([answers])}, which is not made")
+            outputs.append((asked.index(answers), message))
+            continue
+        found += [output for _, output in sorted(outputs, key=lambda placed: placed[0])]
+        outputs = []
+        if "tool_calls" in message:
+            before = asked if found and "tool_calls" in found[-1] else []
+            asked = [*before, *(call["id"] for call in message["tool_calls"] if "id" in call)]
+        found.append(message)
+    found += [output for _, output in sorted(outputs, key=lambda placed: placed[0])]
+    return [_without_names(message) for message in found]
+
+
+def _without_names(message: Message) -> Message:
+    kept = {key: value for key, value in message.items() if key != "tool_call_id"}
+    if "tool_calls" in kept:
+        kept["tool_calls"] = [{key: value for key, value in call.items() if key != "id"} for call in kept["tool_calls"]]
+    return kept
 
 
 def output(value: object, name: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from stages.data.formats._content import thought_in
 from stages.data.formats._message import MessageForm, read_message, said
+from stages.data.formats._tools import in_order_of_calls
 from stages.data.formats._values import MEDIA_COLUMNS, is_blank, is_message, optional, parsed, text, type_in_words
 from stages.data.row import FileRow, Message, Messages, RowError, is_trained
 
@@ -41,7 +42,8 @@ def as_messages(value: object, name: str, form: MessageForm, role: str = "") -> 
         raise RowError(f"`{name}` is {type_in_words(value)}; it must be a list of messages")
     if texts:
         items = _alternating(items)
-    return [read_message(item, f"message {number} of `{name}`", form) for number, item in enumerate(items, 1)]
+    messages = [read_message(item, f"message {number} of `{name}`", form) for number, item in enumerate(items, 1)]
+    return in_order_of_calls(messages, name)
 
 
 def _is_text(value: object) -> bool:
