@@ -67,6 +67,7 @@ SILENT = (
     ),
     *("sleep", "wait", "export", "unset", "ulimit", "module", "nvidia-smi", "true", "exit", "huggingface-cli", "hf"),
 )
+LAUNCHERS = ("torchrun", "accelerate", "deepspeed", "nohup", "time", "srun", "env", "sudo", "uv", "poetry", "exec")
 CONTROL = ("if", "then", "else", "elif", "fi", "for", "while", "until", "do", "done", "case", "esac", "function")
 COUNTS = ("--nproc_per_node", "--nproc-per-node", "--num_processes", "--num_gpus")
 NODES = ("--nnodes", "--num_machines", "--num_nodes")
@@ -216,12 +217,17 @@ class Script:
 
     def _job(self, words: list[str], environment: Mapping[str, str], place: str) -> Job | None:
         """The job of one command; None if it starts none of the programs."""
+        if words[0] in CONTROL:
+            text = f"`{words[0]}`: control flow of the shell is not followed; commands in it are read once"
+            self.book.note("differs", place, text)
+            words = words[1:] if words[0] in ("do", "then", "else") else []
+        if not words:
+            return None
+        first = Path(words[0]).name
+        launched = first in LAUNCHERS or first.startswith("python")
         start = next((index for index, word in enumerate(words) if Path(word).name in STARTERS), None)
-        if start is None:
-            if words[0] in CONTROL:
-                text = f"`{words[0]}`: control flow of the shell is not followed; commands in it are read once"
-                self.book.note("differs", place, text)
-            elif Path(words[0]).name not in SILENT:
+        if start is None or (start and not launched):
+            if first not in SILENT:
                 self.book.note("not needed", place, f"`{words[0]} …`: it starts no training")
             return None
         program, verb = STARTERS[Path(words[start]).name]
@@ -232,6 +238,11 @@ class Script:
         if (Path(words[start]).name == "train.py" or program == "trl") and "base_model" in given:
             program = "axolotl"
         count = _processes(words[:start], environment, launched=program == "llamafactory")
+        if (file := _value_of(words[:start], ("--config_file",))) is not None:
+            text = (
+                f"`--config_file {file}`: accelerate's file is not read; `launch: {{processes: N}}` runs data-parallel"
+            )
+            self.book.note("not supported", place, text)
         if (nodes := _value_of(words[:start], NODES) or environment.get("NNODES", "1")) not in ("1", "1:1"):
             self.book.note("not supported", place, f"{nodes} machines: a run uses one machine")
         folder = next((Path(word).parent for word in rest if Path(word).suffix in CONFIGS), self.folder)

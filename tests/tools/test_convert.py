@@ -321,11 +321,18 @@ def test_visible_devices_are_processes(folder):
 
 def test_what_a_script_does_besides_is_noted(folder):
     Path("run.sh").write_text(
-        f"for i in 1 2; do\n{command('sft', '')}\ndone\npython clean.py\necho done\n", encoding="utf-8"
+        f"pip install trl llamafactory\nfor i in 1 2; do\n{command('sft', '')}\ndone\npython clean.py\necho done\n",
+        encoding="utf-8",
     )
     found, _ = written("run.sh")
     assert "`for`: control flow of the shell is not followed; commands in it are read once" in notes(found, "differs")
     assert "`python …`: it starts no training" in notes(found, "not needed")
+    found, pipeline = written(f"for i in 1 2; do {command('sft', '--seed $i')}; done")
+    assert list(stages(pipeline)) == ["sft"]
+    found, _ = written("accelerate launch --config_file fsdp.yaml src/train.py" + command("sft", "")[22:])
+    assert notes(found, "not supported") == [
+        "`--config_file fsdp.yaml`: accelerate's file is not read; `launch: {processes: N}` runs data-parallel"
+    ]
 
 
 @pytest.mark.parametrize(
