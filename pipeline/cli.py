@@ -9,10 +9,18 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.commands import cleaning, inspecting, running, using
+from pipeline.commands import cleaning, inspecting, running, starting, using
 from pipeline.commands.app import app
 
-__all__ = ["app", "cleaning", "inspecting", "main", "running", "using"]  # importing a module registers its commands
+__all__ = [
+    "app",
+    "cleaning",
+    "inspecting",
+    "main",
+    "running",
+    "starting",
+    "using",
+]  # importing a module registers its commands
 
 
 def main(words: Sequence[str] | None = None) -> int:

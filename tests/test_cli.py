@@ -34,6 +34,7 @@ from stages.training.checkpoint import seal
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
 PANELS = {
+    "Start": ["convert"],
     "Run": ["run", "plan", "validate"],
     "Use": ["chat", "predict", "serve"],
     "Inspect": ["data", "status", "report", "diff"],
@@ -197,7 +198,7 @@ def test_version(project):
         (
             "frobnicate x.yaml",
             "`frobnicate` is not a command; "
-            "there is `chat`, `data`, `diff`, `gc`, `plan`, `predict`, `report`, `run`, `serve`, `status`, `validate`",
+            "there is `chat`, `convert`, `data`, `diff`, `gc`, `plan`, `predict`, `report`, `run`, `serve`, `status`, `validate`",
         ),
         # what is missing or too many
         ("plan", "CONFIG is missing: write `pipeline plan configs/tiny.yaml`"),
