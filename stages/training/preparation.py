@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 from stages.chat import encoding
 from stages.data import drawing
 from stages.data.drawing import Draw
-from stages.data.source import READER_VERSION, data_files
+from stages.data.source import READER_VERSION
 from stages.runtime.errors import OUT_OF_MEMORY, StageError
 from stages.runtime.events import emit
 from stages.runtime.files import sha256
 from stages.runtime.processes import parallel_map, usable_cores
-from stages.training import held_out
+from stages.training import held_out, identity
 from stages.training import packing as packing_module
 from stages.training.sequences import lengths, sequences
 
@@ -78,16 +78,16 @@ def prepare(
             while it was read.
     """
     recipe = _recipe(draw, tokenizer, args, cut=cut) | ({"whole": True} if whole else {})
-    key = _key(recipe, draw)
+    key = identity.key(recipe, draw, out.parent)
     folder = out.parent / FOLDER / key
     with _alone(folder):
-        account = _whole(folder)
+        account = _whole(folder, draw)
         if account is None:
             try:
                 account = _make(draw, tokenizer, recipe, args, folder)
             except MemoryError:
                 raise StageError(f"{OUT_OF_MEMORY}{_fewer(args)}") from None
-            if _key(recipe, draw) != key:
+            if identity.key(recipe, draw, out.parent) != key:
                 shutil.rmtree(folder)
                 raise StageError("a data file changed while it was read; run again")
         else:
@@ -139,14 +139,6 @@ def _recipe(draw: Draw, tokenizer: Any, args: Any, *, cut: bool) -> dict[str, An
     }
 
 
-def _key(recipe: dict[str, Any], draw: Draw) -> str:
-    sources = [*draw.sources, *draw.eval_data]
-    sources += [other for source in sources for other in source.others.values()]
-    files = {str(file): sha256(file) for source in sources for file in data_files(source)}
-    text = json.dumps([recipe, sorted(files.items())], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Let one process prepare, and others, of this run or of another, wait for it."""
@@ -167,12 +159,13 @@ def reader_lock(folder: Path) -> Path:
     return lock(folder).with_suffix(".reader")
 
 
-def _whole(folder: Path) -> dict[str, Any] | None:
-    """The counts of prepared rows; None unless every file is as it was written."""
+def _whole(folder: Path, draw: Draw) -> dict[str, Any] | None:
+    """The counts of prepared rows, with data files as they are called now; None unless every file is as written."""
     try:
         kept: dict[str, Any] = json.loads((folder / _ACCOUNT).read_text(encoding="utf-8"))
         files: dict[str, str] = kept["files"]
         whole = all(sha256(folder / name) == hashed for name, hashed in files.items())
+        identity.rename(kept["account"]["data"], kept["names"], identity.names(draw))
     except (OSError, ValueError, KeyError):
         return None
     return dict(kept["account"]) if whole else None
@@ -204,7 +197,8 @@ def _make(draw: Draw, tokenizer: Any, recipe: dict[str, Any], args: Any, folder:
         if recipe["packs_held"] and account["held_out"]:
             _pack(part / "held.arrow", args)
     files = {file.name: sha256(file) for file in sorted(part.iterdir())}
-    (part / _ACCOUNT).write_text(json.dumps({"account": account, "files": files}, ensure_ascii=False), encoding="utf-8")
+    kept = {"account": account, "files": files, "names": identity.names(draw)}
+    (part / _ACCOUNT).write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
     part.rename(folder)
     return account
 
@@ -318,8 +312,8 @@ def _account_of_held(total: encoding.Tokens, max_length: int | None, lost: str, 
         )
     if not total.rows:
         raise StageError(f"all {total.untrained:,} held-out rows {lost} {max_length}; raise it")
-    lost = {"held_out_dropped": total.untrained, "held_out_refused": total.refused}
-    found: dict[str, Any] = {name: rows for name, rows in lost.items() if rows}
+    dropped = {"held_out_dropped": total.untrained, "held_out_refused": total.refused}
+    found: dict[str, Any] = {name: rows for name, rows in dropped.items() if rows}
     if (few := held_out.few(total.rows, total.trained, texts=texts)) is not None:
         found["few_held_out"] = few
     return {"held_out": total.rows, "held_out_tokens": total.trained, **found}

@@ -19,6 +19,7 @@ from stages.data import drawing
 from stages.data.source import Reading, Source
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
+from stages.runtime.hashes import HASHES, Hashes
 from stages.training import loop, preparation, sequences
 
 pytestmark = pytest.mark.train
@@ -249,6 +250,36 @@ def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch)
     monkeypatch.undo()
     assert prepared().train.num_rows == 6
     assert [folder.suffix for folder in entries(prepared.saves)] == [""]
+
+
+def test_a_file_that_was_moved_has_the_same_rows(prepared, tmp_path):
+    lines = prepared.file.read_text(encoding="utf-8").splitlines(keepends=True)
+    prepared.file.write_text("".join([*lines, lines[0], '{"instruction": "?"}\n']), encoding="utf-8")
+    cleaned = {"clean": [{"step": "exact_duplicates"}], "max_dropped": 0.5}
+    first = prepared(source=cleaned)
+    made = content(prepared.saves)
+    old, moved = prepared.file, tmp_path / "elsewhere.jsonl"
+    prepared.file = old.rename(moved)
+    again = prepared(data=[Source(path=str(moved), format="alpaca", **cleaned)])
+    assert content(prepared.saves) == made
+    assert list(again.train) == list(first.train)
+    (entry,) = again.account["data"]
+    assert entry["path"] == str(moved)
+    assert entry["dropped"]["exact duplicate"]["first"] == [f"{moved}:7, as {moved}:1"]
+    assert entry["dropped"]["bad"]["first"][0].startswith(f"{moved}:8: the row has no `output`")
+    assert (
+        prepared(data=[Source(path=str(moved), format="alpaca", max_dropped=0.5)]).train.num_rows == 7
+    )  # other settings
+
+
+def test_no_process_of_a_stage_reads_a_data_file_for_its_hash(prepared, monkeypatch):
+    """The run has hashed it, and its cache knows the hash."""
+    hashes = Hashes(prepared.saves / HASHES)
+    hashes.one(prepared.file, clock=prepared.file.stat().st_ctime_ns + 1)
+    hashes.save()
+    monkeypatch.setattr("stages.runtime.hashes.sha256", lambda path: pytest.fail(f"{path} was hashed"))
+    first = prepared()
+    assert list(prepared().train) == list(first.train)
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(prepared, monkeypatch):
