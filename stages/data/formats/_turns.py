@@ -187,7 +187,10 @@ def refuse_untrained(answer: Message, name: str) -> None:
 
 def without_weights(messages: Messages) -> Messages:
     """The messages of a prompt, none of which is trained on."""
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    return [
+        {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
+        for message in messages
+    ]
 
 
 # Conversations
@@ -202,8 +205,8 @@ def with_context(row: FileRow, messages: Messages, form: MessageForm) -> Message
     for media in MEDIA_COLUMNS:
         if row.get(media):
             raise RowError(f"the row has `{media}`; only text can be trained on")
-    system = optional(row.get("system"), "`system`")
-    history = _history(row.get("history"), form)
+    system = optional(row["system"], "`system`") if "system" in row else ""
+    history = _history(row["history"], form) if "history" in row else []
     if not system and not history:
         return messages
     parts = {
