@@ -166,9 +166,9 @@ def declare(book: Book, name: str, settings: dict[str, Any], kind: str) -> str:
 
 def pinned(book: Book, commit_of: CommitOf, kind: str, name: str, place: str, revision: str | None = None) -> str:
     """A name on the Hub with its commit; `@COMMIT` and a note where the commit is not known."""
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+    if isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision):
         return f"{name}@{revision}"
-    branch = revision or "main"
+    branch = str(revision or "main")
     commit = commit_of(kind, name) if branch == "main" else None
     if commit is None:
         address = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"

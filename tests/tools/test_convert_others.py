@@ -6,6 +6,10 @@ import pytest
 from converted import COMMIT, notes, stages, written
 
 from pipeline.errors import ConfigError
+from pipeline.tools import convert_axolotl_arguments as axolotl
+from pipeline.tools import convert_llamafactory_arguments as llamafactory
+from pipeline.tools import convert_trl as trl
+from pipeline.tools.convert import convert
 
 
 @pytest.fixture(autouse=True)
@@ -327,3 +331,23 @@ def test_secrets_are_not_repeated():
     everything = found.text + "".join(map(str, found.notes))
     assert not any(secret in everything for secret in ("abc123", "hf_xyz", "456"))
     assert found.text.startswith("# Converted from a command line.\n")
+
+
+BASES = {
+    "llamafactory": (
+        llamafactory,
+        "model_name_or_path: org/m\nstage: sft\ndo_train: true\ndataset: a\nval_size: 0.1\n",
+    ),
+    "axolotl": (axolotl, AXOLOTL),
+    "trl": (trl, ZEPHYR),
+}
+
+
+@pytest.mark.parametrize("program", BASES)
+def test_a_value_of_the_wrong_kind_is_no_internal_error(program):
+    module, text = BASES[program]
+    base = yaml.safe_load(text)
+    for name in sorted(module.KNOWN.taken):
+        Path("x.yaml").write_text(yaml.safe_dump({**base, name: {"a": [1]}}), encoding="utf-8")
+        with contextlib.suppress(ConfigError):
+            convert(["x.yaml"], Path("out.yaml"), commit_of=lambda *_: COMMIT)

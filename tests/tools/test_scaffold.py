@@ -1,0 +1,65 @@
+"""`init`: data files are looked into, and the config that is written validates and plans."""
+
+import json
+
+import pytest
+
+from pipeline.cli import main
+
+TURNS = [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
+ROWS = {
+    "qa.csv": "科室,问题,回答\n内科,头痛怎么办？,多休息。\n外科,扭伤怎么办？,先冰敷。\n",
+    "book.txt": "心脏位于胸腔中。\n\n肝脏位于右上腹。\n",
+    "prefer.jsonl": '{"question": "头痛", "chosen": "多休息。", "rejected": "不知道。"}\n' * 30,
+    "chat.json": json.dumps([{"conversations": TURNS}] * 30),
+    "marked.jsonl": '{"prompt": "头痛", "completion": "多休息。", "label": true}\n' * 30,
+    "odd.jsonl": '{"a": 1, "b": 2, "c": 3}\n',
+}
+
+
+@pytest.fixture
+def files(project, tmp_path):
+    for name, text in ROWS.items():
+        (tmp_path / name).write_bytes(text.encode("gb18030" if name == "qa.csv" else "utf-8"))
+
+    def call(*words):
+        code = main(list(words))
+        shown = project.capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+def test_a_config_for_every_kind_of_data_plans(files, tmp_path):
+    data = [word for name in list(ROWS)[:-1] for word in ("--data", name)]
+    code, out, err = files("init", "mine.yaml", *data, "--question", "头痛怎么办？")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1:] == [
+        "qa.csv: `alpaca`, `问题` as `instruction`, `回答` as `output`, gb18030",
+        "book.txt: `text`, utf-8",
+        "prefer.jsonl: `preference`, `question` as `prompt`, utf-8",
+        "chat.json: `sharegpt`, utf-8",
+        "marked.jsonl: `labelled`, utf-8",
+        "wrote mine.yaml",
+        "next: pipeline plan mine.yaml",
+    ]
+    code, out, err = files("plan", "mine.yaml", "--json")
+    assert (code, err) == (0, "")
+    stages = [stage["stage"] for stage in json.loads(out)["stages"]]
+    assert stages == ["init", "pt", "sft", "dpo", "kto", "merge", "quantize"]
+
+
+def test_what_cannot_be_read_is_named_and_a_file_is_not_overwritten(files, tmp_path):
+    code, _, err = files("init", "mine.yaml", "--data", "odd.jsonl", "--data", "no.csv")
+    assert code == 2
+    assert err.splitlines()[0] == (
+        "--data odd.jsonl: `odd.jsonl`: no format fits its columns `a`, `b`, `c`; "
+        "write it into the config with `format:` and `columns:`"
+    )
+    (tmp_path / "mine.yaml").write_text("x: 1\n")
+    code, _, err = files("init", "mine.yaml", "--data", "qa.csv")
+    assert (code, err) == (2, "--out mine.yaml: is there already; name another file, or replace it with --force\n")
+    assert (tmp_path / "mine.yaml").read_text() == "x: 1\n"
+    assert files("init", "--data", "qa.csv")[0] == 0
+    code, _, err = files("init", "other.yaml")
+    assert (code, err) == (2, "--data: name at least one file of texts, conversations or preference pairs\n")
