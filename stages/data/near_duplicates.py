@@ -7,7 +7,7 @@ pair may be missed.
 """
 
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ _HASHES = 128  # the most min-hashes of a text
 _RECALL = 0.99  # the least share of pairs at exactly the similarity asked for that must become candidates
 _MARGIN = 4  # standard deviations by which the estimate of a pair's similarity may be too low; 3 of 100,000 are lower
 _BATCH = 200_000  # characters hashed together, so that the arrays fit in the processor's cache
+_CROWD = 100  # texts of a bucket from which on their rarest n-grams are looked at
+_COUNTED = 22  # bits of a hash by which n-grams are counted
 _MULTIPLIER = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, an odd number
 
 
@@ -79,12 +81,17 @@ def common(texts: Sequence[str], against: Sequence[str], size: int) -> dict[int,
 class _Index:
     """Texts by the buckets that they share, to find the added texts that are similar to a text.
 
-    Buckets have no upper size: a text is compared with every member, because leaving some out would miss pairs.
+    No member of a bucket is left out, because that would miss pairs. Thousands of texts around one template share
+    buckets; of these, `_Prefixes` finds those that can be similar, and the result is the same.
     """
 
     def __init__(self, texts: Sequence[str], similarity: float) -> None:
-        keys, self.sketches = _signatures(texts, similarity)
-        self.shared = _shared_buckets(keys)
+        self.keys, self.sketches = _signatures(texts, similarity)
+        self.shared = list(_shared_buckets(self.keys))
+        sizes = Counter(bucket for _, buckets in self.shared for bucket in buckets)
+        self.crowded = {bucket for bucket, size in sizes.items() if size > _CROWD}
+        crowd = [text for text, buckets in self.shared if not self.crowded.isdisjoint(buckets)] if self.crowded else []
+        self.prefixes = _Prefixes(texts, crowd, similarity) if crowd else None
         self.texts, self.similarity = texts, similarity
         hashes = self.sketches.shape[1]
         self.least_equal = hashes * similarity - _MARGIN * (hashes * similarity * (1 - similarity)) ** 0.5
@@ -93,21 +100,23 @@ class _Index:
 
     def add(self, text: int, buckets: Sequence[int]) -> None:
         """Add a text, with which later texts are compared."""
+        crowded = False
         for bucket in buckets:
             self.members[bucket].append(text)
+            crowded = crowded or bucket in self.crowded
+        if crowded and self.prefixes is not None:
+            self.prefixes.add(text)
 
     def similar(self, text: int, buckets: Sequence[int]) -> list[tuple[int, float]]:
         """The added texts that are similar enough, each with its exact Jaccard similarity to the text.
 
-        Thousands of texts around one long template share a bucket, so those whose min-hashes differ too much are
-        discarded first.
+        Those whose min-hashes differ too much are discarded first.
         """
         import numpy as np
 
-        members = [np.frombuffer(self.members[bucket], np.int64) for bucket in buckets if bucket in self.members]
-        if not members:
+        others = self._sharing(text, buckets)
+        if not len(others):
             return []
-        others = np.unique(np.concatenate(members))
         equal = np.count_nonzero(self.sketches[others] == self.sketches[text], axis=1)
         near = others[equal >= self.least_equal].tolist()
         if not near:
@@ -121,12 +130,123 @@ class _Index:
         values = common / (len(mine) + sizes - common)
         return [(near[hit], float(values[hit])) for hit in np.flatnonzero(values >= self.similarity).tolist()]
 
+    def _sharing(self, text: int, buckets: Sequence[int]) -> "NDArray[Any]":
+        """The added texts that share a bucket with a text, without some of a crowded bucket that are not similar."""
+        import numpy as np
+
+        there = [bucket for bucket in buckets if bucket in self.members]
+        crowded = [bucket for bucket in there if bucket in self.crowded]
+        found = None
+        if crowded and self.prefixes is not None:
+            found = self.prefixes.candidates(text, sum(len(self.members[bucket]) for bucket in crowded))
+        if found is not None:
+            found = found[(self.keys[:, found] == self.keys[:, text, None]).any(axis=0)]
+            there = [bucket for bucket in there if bucket not in self.crowded]
+        members = [np.frombuffer(self.members[bucket], np.int64) for bucket in there]
+        members += [found] if found is not None else []
+        return np.unique(np.concatenate(members)) if members else np.empty(0, np.int64)
+
     def _grams_of(self, text: int) -> "NDArray[Any]":
         import numpy as np
 
         if text not in self.grams:
             self.grams[text] = np.unique(_hashed([self.texts[text]], _GRAM)[0])
         return self.grams[text]
+
+
+class _Prefixes:
+    """Which of the added texts can be similar to a text: those that share one of their rarest n-grams with it.
+
+    Prefix filtering (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007) with the n-grams of every text in
+    one order, rare ones first. Of two texts whose Jaccard similarity is at least s, the one with fewer n-grams, n, has
+    at least 2s/(1 + s) · n in common with the other one, and the other one, with m, at least s · m. So the first
+    n − ⌈2s/(1 + s) · n⌉ + 1 of the one and the first m − ⌈s · m⌉ + 1 of the other share an n-gram. The n-grams of a
+    template are in so many texts that they come last and are in neither.
+    """
+
+    def __init__(self, texts: Sequence[str], crowd: Sequence[int], similarity: float) -> None:
+        """`crowd`: the indices of the texts that will be added or asked for, in order."""
+        import numpy as np
+
+        self.place = {text: place for place, text in enumerate(crowd)}
+        owner, gram, is_short = _rarest([texts[text] for text in crowd], similarity)
+        order = np.argsort(gram, kind="stable")
+        new = np.ones(len(order), bool)
+        new[1:] = gram[order[1:]] != gram[order[:-1]]
+        number = np.empty(len(order), np.int64)
+        number[order] = np.cumsum(new) - 1
+        shared = np.bincount(number, minlength=1)[number] > 1  # an n-gram of one text finds no other text
+        self.gram, self.is_short = number[shared], is_short[shared]
+        self.begin = np.searchsorted(owner[shared], np.arange(len(crowd) + 1))
+        sizes = [np.bincount(self.gram[which], minlength=number.max(initial=0) + 1) for which in (self.is_short, ...)]
+        # For each n-gram the added texts that have it in their shorter and in their longer part, in a common array.
+        self.start = [np.cumsum(size) - size for size in sizes]
+        self.filled = [np.zeros(len(size), np.int64) for size in sizes]
+        self.texts = [np.empty(int(size.sum()), np.int64) for size in sizes]
+
+    def _parts(self, text: int) -> "list[NDArray[Any]]":
+        """The n-grams in the shorter and in the longer part of a text."""
+        place = self.place[text]
+        long = self.gram[self.begin[place] : self.begin[place + 1]]
+        return [long[self.is_short[self.begin[place] : self.begin[place + 1]]], long]
+
+    def add(self, text: int) -> None:
+        """Add a text, which is a candidate for later texts."""
+        for part, grams in enumerate(self._parts(text)):
+            self.texts[part][self.start[part][grams] + self.filled[part][grams]] = text
+            self.filled[part][grams] += 1
+
+    def candidates(self, text: int, most: int) -> "NDArray[Any] | None":
+        """The added texts that can be similar to a text, some of them several times; None if they are `most` or more.
+
+        Raises KeyError when the text is not in the crowd.
+        """
+        import numpy as np
+
+        short, long = self._parts(text)
+        found = []
+        for part, grams in enumerate((long, short)):  # shorter parts of the added texts, and then their longer parts
+            filled = self.filled[part][grams]
+            starts = self.start[part][grams]
+            for place in np.flatnonzero(filled).tolist():
+                found.append(self.texts[part][starts[place] : starts[place] + filled[place]])
+                most -= int(filled[place])
+                if most <= 0:
+                    return None
+        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+
+def _rarest(texts: Sequence[str], similarity: float) -> "tuple[NDArray[Any], NDArray[Any], NDArray[Any]]":
+    """The rarest n-grams of each text, as many as `_Prefixes` needs: index of the text, n-gram, whether it is in the
+    shorter part. The texts are in order.
+    """
+    import numpy as np
+
+    counts = np.zeros(2**_COUNTED, np.uint32)  # n-grams with the same highest bits are counted together
+    for start, stop in _batches(texts):
+        highest, times = np.unique(_hashed(texts[start:stop], _GRAM)[0] >> np.uint64(64 - _COUNTED), return_counts=True)
+        counts[highest] += times.astype(np.uint32)
+    owners, grams, shorts = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], [np.empty(0, bool)]
+    for start, stop in _batches(texts):
+        hashes, lengths = _hashed(texts[start:stop], _GRAM)
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        often = np.minimum(counts[hashes >> np.uint64(64 - _COUNTED)], 2**_COUNTED - 1).astype(np.uint64)
+        ranked = (often << np.uint64(64 - _COUNTED)) | (hashes & np.uint64(2 ** (64 - _COUNTED) - 1))
+        order = np.lexsort((ranked, owner))
+        owner, ranked = owner[order], ranked[order]
+        new = np.ones(len(order), bool)
+        new[1:] = (ranked[1:] != ranked[:-1]) | (owner[1:] != owner[:-1])
+        owner, ranked = owner[new], ranked[new]
+        size = np.bincount(owner, minlength=len(lengths))
+        place = np.arange(len(owner)) - (np.cumsum(size) - size)[owner]
+        # A little less than the bound, so that rounding leaves nothing out.
+        longer = size - np.ceil(similarity * size - 1e-6) + 1
+        shorter = size - np.ceil(2 * similarity / (1 + similarity) * size - 1e-6) + 1
+        kept = place < longer[owner]
+        owners.append(owner[kept] + start)
+        grams.append(ranked[kept])
+        shorts.append(place[kept] < shorter[owner[kept]])
+    return np.concatenate(owners), np.concatenate(grams), np.concatenate(shorts)
 
 
 def _shape(similarity: float) -> tuple[int, int]:
