@@ -24,6 +24,7 @@ from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
 from stages.runtime.figures import Figure
+from stages.runtime.interfaces import require
 
 if TYPE_CHECKING:
     import torch
@@ -103,13 +104,26 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
 def _whole_names(weights: shards.Weights, model: "PreTrainedModel") -> dict[str, str]:
     """The name of each weight in a file → its name in the language model.
 
-    Weights of a base model on the Hub may lack the prefix that the language-model class adds.
+    Weights of a base model on the Hub may lack the prefix that the language-model class adds, and transformers renames
+    some when it loads a file, such as the output embedding of GPT-NeoX.
     """
+    from transformers import conversion_mapping, core_model_loading
+
+    require("transformers", conversion_mapping, "get_model_conversion_mapping")
+    require("transformers", core_model_loading, "WeightRenaming")
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, core_model_loading.WeightRenaming)]
     prefix = model.base_model_prefix
-    return {
-        name: name if name in known or name.startswith(f"{prefix}.") else f"{prefix}.{name}" for name in weights.entries
-    }
+
+    def whole(name: str) -> str:
+        renamed = name
+        for one in renamings:
+            renamed = one.rename_source_key(renamed)[0]
+        found = next((other for other in (name, renamed) if other in known), name)
+        return found if found in known or found.startswith(f"{prefix}.") else f"{prefix}.{found}"
+
+    return {name: whole(name) for name in weights.entries}
 
 
 # The proof

@@ -114,12 +114,12 @@ def _misfit(name: str, shapes: Mapping[str, tuple[int, ...]], base: Facts) -> st
 def _place(weight: str, base: Facts, *, tied: bool) -> str | None:
     """The name of a weight in the files of the base.
 
-    Files that were saved without the language-model class lack the first part of the name, and an output embedding that
-    is the input embedding is not in them.
+    Files that were saved without the language-model class lack the first part of the name. An output embedding may have
+    another name there, and it is not in them where it is the input embedding.
     """
     found = next((name for name in (weight, weight.partition(".")[2]) if name in base.weights), None)
-    if found is None and tied and last_module(weight) in HEADS:
-        return next((name for name in base.weights if last_module(name) in EMBEDDINGS), None)
+    if found is None and weight.endswith(".weight") and last_module(weight) in HEADS:
+        return next((name for name in base.weights if last_module(name) in (EMBEDDINGS if tied else HEADS)), None)
     return found
 
 
