@@ -1,8 +1,10 @@
 """Configs of Axolotl, TRL and alignment-handbook, and commands of MedicalGPT."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
+import yaml
 from converted import COMMIT, notes, stages, written
 
 from pipeline.errors import ConfigError
