@@ -18,7 +18,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages import Metrics, Model, Stage
-from stages.measuring.calibration import MEASURED, Calibration, calibration_rows, split
+from stages.data.source import Reading
+from stages.measuring.calibration import MEASURED, Calibration, calibration_rows, split, too_few
 from stages.measuring.quality import measure_original, measure_quantized, quality_figures
 from stages.model.device import free_memory
 from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size, read_facts
@@ -76,6 +77,16 @@ def check(config: Config) -> list[Problem]:
     for name in ("format", "checkpoint_format"):
         if (form := config.gptq.get(name, "gptq")) != "gptq":
             problems.append((f"gptq.{name}", f"transformers and vLLM load `gptq`, not `{form}`; remove it"))
+    damp, step = config.gptq.get("damp_percent"), config.gptq.get("damp_auto_increment")
+    if isinstance(damp, int | float) and not 0 < damp < 1:
+        problems.append(("gptq.damp_percent", f"`damp_percent` is {damp}; it is a share: above 0 and below 1"))
+    if isinstance(step, int | float) and step < 0:
+        problems.append(("gptq.damp_auto_increment", f"`damp_auto_increment` is {step}; it must be 0 or more"))
+    if config.gptq.get("act_group_aware"):
+        without = {"desc_act": config.gptq.get("desc_act"), "group_size: -1": config.group_size == -1}
+        for name in (name for name, given in without.items() if given):
+            text = f"`act_group_aware` orders whole groups and cannot be used with `{name}`; remove one of the two"
+            problems.append(("gptq.act_group_aware", text))
     if config.gptq.get("mock_quantization"):
         problems.append(("gptq.mock_quantization", "this rounds without calibration; remove it"))
     for name, settings in (config.gptq.get("dynamic") or {}).items():
@@ -184,6 +195,21 @@ def figures(metrics: Metrics) -> list[Figure]:
         Figure(name, number(metrics["perplexity_before"]), number(metrics["perplexity_after"])),
         Figure("bytes", count(metrics["bytes_before"]), count(metrics["bytes_after"])),
     ]
+
+
+def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
+    """Count the different rows of the calibration data, as far as that is needed.
+
+    Raises:
+        StageError: there are too few of them.
+    """
+    found: set[str] = set()
+    for source in config.calibration.data.sources:
+        for _, row in Reading(inputs.read(source)).kept():
+            found.add(json.dumps(row, ensure_ascii=False, sort_keys=True))
+            if too_few(len(found), config.calibration.samples) is None:
+                return
+    raise StageError(str(too_few(len(found), config.calibration.samples)))
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
@@ -308,6 +334,7 @@ STAGE = Stage(
     leaves=Model(bits=lambda config: config.bits),
     check=check,
     check_model=check_model,
+    rehearse=rehearse,
     needs=needs,
     more_memory=more_memory,
     facts=facts_after_quantizing,

@@ -141,3 +141,20 @@ HIDDEN = {
     ),
 }
 """Choices that only the code of a library states: its module, a pattern for its text, and further choices."""
+
+_LABELLED = "the stage `kto` does that, with rows of `format: labelled`"
+_NO_STAGE = "which no stage runs"
+ELSEWHERE = {
+    "DPOConfig.loss_type": {
+        "simpo": f"SimPO has no reference model: TRL's CPOTrainer, {_NO_STAGE}; `sigmoid_norm` also goes by the mean "
+        "of an answer's tokens",
+        "cpo": f"CPO has no reference model: TRL's CPOTrainer, {_NO_STAGE}; `[sigmoid, sft]` with `loss_weights` also "
+        "trains on the chosen answer",
+        "orpo": f"ORPO has no reference model: TRL's ORPOTrainer, {_NO_STAGE}; `[sigmoid, sft]` with `loss_weights` "
+        "also trains on the chosen answer",
+        **dict.fromkeys(("kto", "kto_pair", "bco"), _LABELLED),
+        "rpo": "it is `[sigmoid, sft]` with `loss_weights`",
+        "dpo": "it is `sigmoid`",
+    },
+}
+"""Values that people know from other trainers, and where these are found, by class and setting."""

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config.document import scalar
-from pipeline.config.library_names import HIDDEN, MANAGED, MOVED
+from pipeline.config.library_names import ELSEWHERE, HIDDEN, MANAGED, MOVED
 from pipeline.errors import ConfigError
 from stages.runtime.errors import nearest
 
@@ -199,6 +199,8 @@ def _misfit(owner: str, setting: Setting, value: object) -> str | None:
 
 def _no_choice(owner: str, name: str, value: object, choices: tuple[object, ...]) -> str:
     word = shown(value)
+    if (place := ELSEWHERE.get(f"{owner}.{name}", {}).get(word)) is not None:
+        return f"`{name}` has no choice `{word}` of {owner}; {place}"
     return f"`{name}` has no choice `{word}` of {owner}{nearest(word, map(shown, choices))}"
 
 

@@ -111,18 +111,23 @@ def _text(row: Row, tokenizer: Any, folder: Path) -> str:
     return render(tokenizer, messages, tools=row.get("tools"))
 
 
+def too_few(rows: int, samples: int) -> str | None:
+    """The problem with so many different rows, of which `samples` are wanted to calibrate with; None where they are enough."""
+    least = min(LEAST, samples)
+    if rows >= least + LEAST:
+        return None
+    needed = f"at least {least + LEAST} are needed: {least} to calibrate with and {LEAST} to measure perplexity on"
+    return f"the calibration data has {rows} different rows, and {needed}; add data"
+
+
 def split(rows: list[Ids], samples: int, seed: int) -> tuple[list[Ids], list[Ids]]:
     """Rows to measure perplexity on, drawn with `seed`, and `samples` rows to calibrate with; no row is in both.
 
     Raises:
         StageError: there are too few rows.
     """
-    least = min(LEAST, samples)
-    if len(rows) < least + LEAST:
-        raise StageError(
-            f"the calibration data has {len(rows)} different rows, and at least {least + LEAST} are needed: "
-            f"{least} to calibrate with and {LEAST} to measure perplexity on; add data"
-        )
+    if (text := too_few(len(rows), samples)) is not None:
+        raise StageError(text)
     measured = set(random.Random(seed).sample(range(len(rows)), min(MEASURED, max(LEAST, len(rows) - samples))))
     calibration = [row for number, row in enumerate(rows) if number not in measured]
     return [rows[number] for number in sorted(measured)], calibration[:samples]

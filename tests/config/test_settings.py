@@ -412,3 +412,19 @@ def test_the_library_may_write_its_own_defaults(owner):
         with contextlib.suppress(ValueError):  # a default made by code is not a value of YAML
             default = ast.literal_eval(setting.default)
             assert setting.name in MANAGED[owner] or problem(reference, setting.name, default) is None
+
+
+ELSEWHERE = {
+    "simpo": "SimPO has no reference model: TRL's CPOTrainer, which no stage runs; `sigmoid_norm` also goes by the "
+    "mean of an answer's tokens",
+    "orpo": "ORPO has no reference model: TRL's ORPOTrainer, which no stage runs; `[sigmoid, sft]` with "
+    "`loss_weights` also trains on the chosen answer",
+    "kto_pair": "the stage `kto` does that, with rows of `format: labelled`",
+    "dpo": "it is `sigmoid`",
+}
+
+
+@pytest.mark.parametrize(("loss", "where"), ELSEWHERE.items())
+def test_a_loss_of_another_trainer_is_sent_to_its_place(loss, where):
+    told = f"`loss_type` has no choice `{loss}` of DPOConfig; {where}"
+    assert problem(DPO, "loss_type", loss) == problem(DPO, "loss_type", [loss]) == told

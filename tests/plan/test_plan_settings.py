@@ -284,3 +284,25 @@ def test_held_out_rows_that_are_too_few_are_noted(project):
     assert f"stage `pt`: held out: fewer than 1,000 tokens, {note}" in notes(project, pt)
     project.write("books.jsonl", '{"text": "' + "a" * 20_000 + '"}\n')
     assert not [text for text in notes(project, pt) if "held out" in text]
+
+
+# Quantization
+
+
+GPTQ = {
+    "gptq: {damp_percent: 1.5}": "`damp_percent` is 1.5; it is a share: above 0 and below 1",
+    "gptq: {damp_auto_increment: -0.1}": "`damp_auto_increment` is -0.1; it must be 0 or more",
+    "gptq: {act_group_aware: true, desc_act: true}": (
+        "`act_group_aware` orders whole groups and cannot be used with `desc_act`; remove one of the two"
+    ),
+    "gptq: {act_group_aware: true}, group_size: -1": (
+        "`act_group_aware` orders whole groups and cannot be used with `group_size: -1`; remove one of the two"
+    ),
+}
+
+
+@pytest.mark.parametrize(("setting", "why"), GPTQ.items())
+def test_what_gptqmodel_refuses_is_known_before_the_run(project, setting, why):
+    project.write("consult.jsonl", '{"instruction": "a", "output": "b"}\n' * 20)
+    code, told = project.validate(f"{INIT}  quantize: {{calibration: {{data: consult}}, {setting}}}\n")
+    assert (code, told.partition("stage `quantize`: ")[2]) == (2, f"{why}\n")

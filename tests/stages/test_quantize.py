@@ -456,3 +456,17 @@ def test_an_architecture_that_transformers_cannot_load_quantized_is_refused_whil
 def test_values_that_the_format_does_not_have(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         config("base", {"path": "rows.jsonl", "format": "text"}, **wrong)
+
+
+def test_too_few_different_rows_are_known_before_the_stages_above_train(tmp_path):
+    needed = "at least 16 are needed: 8 to calibrate with and 8 to measure perplexity on; add data"
+    for count, why in [(15, f"the calibration data has 15 different rows, and {needed}"), (16, None)]:
+        rows = write_rows(tmp_path / f"{count}.jsonl", count)
+        again = {**rows, "max_samples": 4}  # rows that are there already
+        asked = quantize.Config(model="m", calibration={"data": [rows, again], "samples": 32})
+        if why is None:
+            quantize.STAGE.rehearse(asked, Inputs(), tmp_path)
+            continue
+        with pytest.raises(StageError) as caught:
+            quantize.STAGE.rehearse(asked, Inputs(), tmp_path)
+        assert str(caught.value) == why
