@@ -144,9 +144,7 @@ def main() -> None:
         return measure(side, *map(Path, paths))
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "safetensors"))
     print(f"{platform.machine()}, Python {platform.python_version()}, {libraries}")
-    print(
-        "| model | side | seconds | all | processor seconds | all | MB above imports | all |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | side | seconds | all | processor seconds | all | MB above imports | all |\n" + "|---" * 8 + "|")
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         small = Path(scratch, "small")
         small.mkdir()

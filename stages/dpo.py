@@ -21,7 +21,7 @@ from stages.runtime.errors import Problem
 from stages.training import description, loop, preparation
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
-from stages.training.rehearsal import check_libraries
+from stages.training.rehearsal import check_adapter, check_libraries
 from stages.training.settings import TrainingConfig, check_sampling, check_training, more_memory, training_notes
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def loss_at_zero(loss_type: str, beta: float) -> float | None:
 
 def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
     """Build the settings and prepare the pairs."""
+    check_adapter(config, inputs)
     _prepare(config, loop.tokenizer(config, inputs), inputs, out)
 
 

@@ -28,7 +28,7 @@ from stages.training import description, loop, preparation
 from stages.training.adapters import is_named
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
-from stages.training.rehearsal import check_libraries
+from stages.training.rehearsal import check_adapter, check_libraries
 from stages.training.settings import TrainingConfig, check_sampling, check_training, more_memory, training_notes
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def _collator(tokenizer: Any, args: Any, spare: Sequence[Ids], *, pairs: bool) -
 def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
     """Build the settings, prepare the labelled answers and look at their labels."""
     _trainer_class()
+    check_adapter(config, inputs)
     _prepare(config, loop.tokenizer(config, inputs), inputs, out)
 
 

@@ -28,7 +28,7 @@ from stages.runtime.errors import Problem, StageError
 from stages.runtime.interfaces import source
 from stages.training import description, loop, preparation
 from stages.training.needs import training_needs
-from stages.training.rehearsal import check_libraries
+from stages.training.rehearsal import check_adapter, check_libraries
 from stages.training.settings import TrainingConfig, check_sampling, check_training, more_memory, training_notes
 
 # What is measured on held-out rows, and `metric_for_best_model` can name; accuracy and margin are called as in `dpo`.
@@ -92,6 +92,7 @@ def needs(config: Config, facts: Facts) -> Needs:
 def rehearse(config: Config, inputs: Inputs, out: Path) -> None:
     """Build the settings and prepare the pairs."""
     _trainer_class()
+    check_adapter(config, inputs)
     _prepare(config, loop.tokenizer(config, inputs), inputs, out)
 
 

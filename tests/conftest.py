@@ -111,7 +111,13 @@ def foreign(tmp_path_factory, tiny):
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 600}
     ids = {"bos_token_id": 0, "eos_token_id": 0}
-    experts = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16, "num_key_value_heads": 2}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+    }
 
     @cache
     def model(architecture, tied=True):

@@ -8,7 +8,7 @@ adapter is on, with random weights, before it trains.
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -167,11 +167,12 @@ def _whole(own: str, tensors: Parameters, adapter: Adapter, before: Parameters, 
 # The proof before training
 
 
-def check_fold(model: "PreTrainedModel", config: Any) -> None:
+def check_fold(make: Callable[[Any], Any], shape: Any, config: Any) -> None:
     """Prove with small random layers that the fold of an adapter of this kind is what PEFT will train.
 
     Args:
-        model: the model that the adapter goes on, which is not changed; its weights are not read.
+        make: the class of the model that the adapter goes on, or what makes a model from its config.
+        shape: the config of that model.
         config: PEFT's LoraConfig.
 
     Raises:
@@ -181,7 +182,7 @@ def check_fold(model: "PreTrainedModel", config: Any) -> None:
 
     for _, text in check_foldable(config.to_dict()):
         raise StageError(text)
-    for name, like, rank in _kinds(model, config):
+    for name, like, rank in _kinds(make, shape, config):
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 trouble = _probe(name, like, rank, config)
@@ -194,7 +195,7 @@ def check_fold(model: "PreTrainedModel", config: Any) -> None:
             )
 
 
-def _kinds(model: "PreTrainedModel", config: Any) -> Iterator[tuple[str, Any, int]]:
+def _kinds(make: Callable[[Any], Any], shape: Any, config: Any) -> Iterator[tuple[str, Any, int]]:
     """One target of each kind: its name, its module in the base, and its rank."""
     import torch
     from peft import get_peft_model
@@ -202,7 +203,7 @@ def _kinds(model: "PreTrainedModel", config: Any) -> Iterator[tuple[str, Any, in
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        empty = type(model)(copy.deepcopy(model.config))
+        empty = make(copy.deepcopy(shape))
         plain = copy.deepcopy(config)
         plain.init_lora_weights = True  # other starts read the weights
         try:

@@ -12,6 +12,7 @@ from stages.chat.template import install_template
 from stages.model.device import has_bf16
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 from stages.model.inputs import Inputs
+from stages.model.probe import check_fold
 from stages.model.tokens import new_rows
 from stages.runtime.errors import Interrupted, StageError
 from stages.runtime.events import emit, main_process
@@ -105,8 +106,10 @@ def build(trainer: Any, **parts: Any) -> Any:
     """Build a TRL trainer.
 
     Raises:
-        StageError: TRL refuses the settings.
+        StageError: TRL or PEFT refuses the settings, or the adapter could not be folded.
     """
+    if parts.get("peft_config") is not None:
+        check_fold(type(parts["model"]), parts["model"].config, parts["peft_config"])
     try:
         built = trainer(**parts)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""What can fail before training, done before the first stage trains: settings, optimizer, schedule, and rows."""
+"""What can fail before training, done before the first stage trains: settings, adapter, optimizer, schedule, rows."""
 
 import os
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.model.device import hide_all_gpus_but_one
+from stages.model.inputs import Inputs
+from stages.model.probe import check_fold
 from stages.runtime.errors import StageError
 from stages.runtime.events import main_process
 from stages.runtime.processes import in_fork
@@ -37,6 +39,23 @@ def _build(kind: str, config: TrainingConfig, out: Path, defaults: Mapping[str, 
     hide_all_gpus_but_one()
     loop.adapter(config)
     _build_optimizer(config, loop.arguments(kind, config, out, **defaults))
+
+
+def check_adapter(config: TrainingConfig, inputs: Inputs) -> None:
+    """Prove that the adapter can be folded; nothing is known if the folder of the tokenizer holds no whole model.
+
+    Raises:
+        StageError: PEFT refuses the settings, or the adapter could not be folded.
+    """
+    if config.lora is not None and Path(inputs.model[0], "config.json").is_file():
+        in_fork(partial(_check_fold, config, inputs.model[0]))
+
+
+def _check_fold(config: TrainingConfig, folder: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    check_fold(AutoModelForCausalLM.from_config, shape, loop.adapter(config))
 
 
 def _build_optimizer(config: TrainingConfig, args: Any) -> None:

@@ -10,7 +10,7 @@ from stages.runtime.errors import Problem
 from stages.runtime.events import emit
 from stages.training import loop, loss_head, packing, preparation
 from stages.training import streaming as streaming_module
-from stages.training.rehearsal import check_libraries
+from stages.training.rehearsal import check_adapter, check_libraries
 from stages.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def arguments(config: Config, out: Path, **defaults: Any) -> Any:
 def rehearse(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defaults: Any) -> None:
     """Build the settings and prepare the rows, of a stream those held out; the arguments are those of `run`."""
     check_libraries("SFTConfig", config, out, **defaults)
+    check_adapter(config, inputs)
     _prepare(config, loop.tokenizer(config, inputs), inputs, out, cut=cut, **defaults)
 
 
