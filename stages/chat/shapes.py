@@ -6,7 +6,7 @@ A data set has few shapes, so each of them can be tried with a template before t
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stages.data.row import Message, Messages, Row, Tools
+from stages.data.row import Message, Messages, Row, Tools, is_trained
 
 Shape = str
 """One letter for each message (s: system, u: user, a: assistant, t: a tool's output). Small letters after an `a` add
@@ -19,11 +19,6 @@ _TOOL = {"name": "probe_tool", "description": "d", "parameters": {"type": "objec
 _LONGEST = 12  # messages of a conversation after which repeated turns are left out of its shape
 _MOST = 1000  # shapes of a data set that are counted; conversations with many tool calls can have more
 _NAMED = 3  # places of rows that are kept for a shape
-
-
-def in_loss(message: Message) -> bool:
-    """Whether an assistant's message is in the loss."""
-    return bool(message.get("weight", 1))
 
 
 def shape(messages: Iterable[Message], tools: Tools | None, *, last_only: bool = False) -> Shape:
@@ -95,7 +90,7 @@ def _answer(message: Message) -> str:
         return "ak" if "</think>" in message["content"] else "a"
     calls, words = len(message.get("tool_calls") or ()), message["content"].strip()
     code = "a" + "k" * ("</think>" in words) + "r" * bool(message.get("reasoning_content"))
-    return code + "w" * bool(calls and words) + "c" * min(calls, 2) + "0" * (not in_loss(message))
+    return code + "w" * bool(calls and words) + "c" * min(calls, 2) + "0" * (not is_trained(message))
 
 
 def _shortened(codes: Sequence[str]) -> list[str]:

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from stages.chat.shapes import Shape, in_loss, probe
-from stages.data.row import Message, Messages, Tools
+from stages.chat.shapes import Shape, probe
+from stages.data.row import Message, Messages, Tools, is_trained
 from stages.runtime.errors import StageError
 
 
@@ -83,7 +83,8 @@ def write(render: Render, find_marks: Marks, talk: Talk, *, last_only: bool = Fa
 
 def _is_asked(messages: Messages, number: int, last_only: bool) -> bool:
     last = number == len(messages) - 1
-    return messages[number]["role"] == "assistant" and (last if last_only else in_loss(messages[number]))
+    message = messages[number]
+    return message["role"] == "assistant" and last if last_only else is_trained(message)
 
 
 # Reasons
