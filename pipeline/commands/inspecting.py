@@ -29,7 +29,7 @@ def data(
         str | None, argument(metavar="NAME", help="One data set (default: all).", callback=refuse_assignment)
     ] = None,
     saves: Saves = SAVES,
-    rows: Annotated[int, option("--rows", metavar="N", help="How many rows to show (default: 3).")] = 3,
+    rows: Annotated[int, option("--rows", metavar="N", min=0, help="How many rows to show (default: 3).")] = 3,
     assignments: Assignments = None,
     until: Until = None,
     as_json: AsJson = False,

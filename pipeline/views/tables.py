@@ -63,8 +63,14 @@ def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
     console().print(table)
 
 
+_SHOWN = 6000  # characters of a sequence that are shown in the terminal; `--json` has all of them
+
+
 def print_data(out: "Console", view: "DataView") -> None:
-    """Print one data set as one stage reads it. Trained text is green, or between ⟦ and ⟧ without a terminal."""
+    """Print one data set as one stage reads it. Trained text is green, or between ⟦ and ⟧ without a terminal.
+
+    Of a long sequence the start and the end are printed.
+    """
     from rich.text import Text
 
     out.print(Text(f"{view.data}, as `{view.stage}` reads it", style="bold"))
@@ -72,7 +78,9 @@ def print_data(out: "Console", view: "DataView") -> None:
         out.print(Text(f"  {line}"), soft_wrap=True)
     for number, sample in enumerate(view.samples, 1):
         text = Text(f"  sequence {number}\n", style="dim")
-        for part, in_loss in sample.parts:
+        for part, in_loss, missing in _shortened(sample.parts):
+            if missing:
+                text.append(f"\n  … {missing:,} characters are not shown …\n", style="yellow")
             shown = without_controls(part)
             marked = shown if out.is_terminal else f"⟦{shown}⟧"
             text.append(marked if in_loss else shown, style="not dim green" if in_loss else "not dim")
@@ -80,6 +88,23 @@ def print_data(out: "Console", view: "DataView") -> None:
             text.append(f"\n  … {sample.rest}", style="yellow")
         out.print(text, soft_wrap=True)
     out.print()
+
+
+def _shortened(parts: Sequence[tuple[str, bool]]) -> Iterator[tuple[str, bool, int]]:
+    """The start and the end of a long sequence, or all of a short one.
+
+    Yields a text, whether it is in the loss, and the number of characters that are left out before it.
+    """
+    length = sum(len(text) for text, _ in parts)
+    first, last = (length, length) if length <= _SHOWN else (_SHOWN * 3 // 4, length - _SHOWN // 4)
+    left_out, start = last - first, 0
+    for text, in_loss in parts:
+        if head := text[: max(0, first - start)]:
+            yield head, in_loss, 0
+        if tail := text[max(0, last - start) :] if last < start + len(text) else "":
+            yield tail, in_loss, left_out
+            left_out = 0
+        start += len(text)
 
 
 def _data_summary(view: "DataView") -> Iterator[str]:
