@@ -1,5 +1,6 @@
 """The commands with which a project begins: convert what another tool has."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,51 @@ from pipeline.commands.app import AsJson, argument, command, option, print_json
 
 Out = Annotated[Path, option("--out", metavar="FILE", help="The YAML file to write.")]
 Force = Annotated[bool, option("--force", help="Replace the file if it is there.")]
+
+
+@command("Start", "init --model models/qwen --data qa.csv")
+def init(
+    out: Annotated[Path, argument(metavar="FILE", help="The YAML file to write (default: pipeline.yaml).")] = Path(
+        "pipeline.yaml"
+    ),
+    model: Annotated[
+        str | None,
+        option("--model", metavar="MODEL", help="A folder, or NAME@COMMIT (default: a tiny one)."),
+    ] = None,
+    data: Annotated[
+        list[str] | None, option("--data", metavar="PATH", help="A file or folder with rows; may be repeated.")
+    ] = None,
+    template: Annotated[str | None, option("--template", metavar="NAME", help="The chat template.")] = None,
+    question: Annotated[
+        str | None, option("--question", metavar="TEXT", help="Asked of the models at the end of a run.")
+    ] = None,
+    bits: Annotated[bool, option("--quantize/--no-quantize", help="Whether to end in 4 bits (default: yes).")] = True,
+    force: Force = False,
+) -> int:
+    """Write a config for your model and data; at a terminal it asks for what is missing."""
+    from pipeline.tools import scaffold
+
+    print(scaffold.machine())
+    paths = list(data or [])
+    if sys.stdin.isatty() and not paths:
+        model = model or _asked("model (a folder, or NAME@COMMIT on the Hub; empty: a tiny one made on the spot)")
+        while path := _asked("data file or folder (empty: no more)"):
+            print(*(one.words for one in scaffold.look_into([path])))
+            paths.append(path)
+        question = question or _asked("a question to ask the models at the end (may be empty)")
+    found = scaffold.look_into(paths)
+    for one in found:
+        print(one.words)
+    text = scaffold.write(model, found, template, question, bits=bits)
+    for path in write_new({out: text}, force=force):
+        print(f"wrote {path}")
+    print(f"next: pipeline plan {out}")
+    return 0
+
+
+def _asked(what: str) -> str | None:
+    """What the user types; None for nothing."""
+    return input(f"{what}: ").strip() or None
 
 
 @command("Start", "convert sft.yaml dpo.yaml --out chain.yaml")

@@ -128,7 +128,8 @@ def _stage(stage: str, names: Sequence[str], *, tiny: bool) -> list[str]:
     """The lines of a training stage, with batches for this machine; a tiny model is trained whole."""
     gpu = has_gpu()
     batch, steps = (4, 4) if gpu else (1, 16)
-    batch, steps = (max(1, batch // 2), steps * 2) if stage in ("dpo", "kto") else (batch, steps)
+    if stage in ("dpo", "kto"):  # KTO compares answers of a batch, so it needs two
+        batch, steps = max(1 if stage == "dpo" else 2, batch // 2), steps * 2
     rate = ("5e-5" if tiny else "5e-6") if stage in ("dpo", "kto") else "1e-3" if tiny else "1e-4"
     what = {
         "pt": "continued pretraining on texts",

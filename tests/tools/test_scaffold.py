@@ -45,7 +45,7 @@ def test_a_config_for_every_kind_of_data_plans(files, tmp_path):
     ]
     code, out, err = files("plan", "mine.yaml", "--json")
     assert (code, err) == (0, "")
-    stages = [stage["stage"] for stage in json.loads(out)["stages"]]
+    stages = [step["stage"] for step in json.loads(out)["steps"]]
     assert stages == ["init", "pt", "sft", "dpo", "kto", "merge", "quantize"]
 
 
