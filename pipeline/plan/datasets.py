@@ -43,6 +43,7 @@ class DataSets:
         """Name of a data set that could be read → the shapes of its conversations."""
         self.made: dict[str, Step] = {}
         """`$stage` → the step that leaves rows."""
+        self._digests: dict[tuple[Path, ...], str | None] = {}
         self._found: dict[tuple[str, str | None, str | None], tuple[list[Path], StageError | None]] = {}
 
     def names(self, source: Source) -> list[str]:
@@ -86,8 +87,11 @@ class DataSets:
 
     def digest(self, source: Source) -> str | None:
         """One hash for the content of all files, in their order; None when there are none."""
-        hashes = self.plan.hashes.of(self.files(source))
-        return hashes[0] if len(hashes) == 1 else digest(hashes) if hashes else None
+        files = tuple(self.files(source))
+        if files not in self._digests:
+            hashes = self.plan.hashes.of(files)
+            self._digests[files] = hashes[0] if len(hashes) == 1 else digest(hashes) if hashes else None
+        return self._digests[files]
 
     def check(self, source: Source) -> None:
         """Read a data set that was not read yet, and report what is wrong with it."""

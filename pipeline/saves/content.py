@@ -5,7 +5,6 @@ import hashlib
 import json
 import marshal
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,19 +82,24 @@ class Inspections:
 
         A content is the settings of a source and the `sha256` of its files.
         """
+        import numpy as np
+
         before, after = self._digests(old), self._digests(new)
         if before is None or after is None:
             return ""
-        removed, added = (before - after).total(), (after - before).total()
+        (one, ones), (other, others) = (np.unique(digests, return_counts=True) for digests in (before, after))
+        _, at, other_at = np.intersect1d(one, other, assume_unique=True, return_indices=True)
+        same = int(np.minimum(ones[at], others[other_at]).sum())
+        removed, added = len(before) - same, len(after) - same
         if removed == added:
             return f" ({_rows(added)})" if added else " (the same rows, written or ordered differently)"
         parts = [f"{_rows(count)} {word}" for count, word in ((added, "added"), (removed, "removed")) if count]
         return f" ({', '.join(parts)})"
 
-    def _digests(self, content: Mapping[str, Any]) -> Counter[int] | None:
+    def _digests(self, content: Mapping[str, Any]) -> "array[int] | None":
         read = {key: value for key, value in content.items() if key not in ("clean", "compared_with")}
         try:
-            return Counter(array("Q", (self.folder / _key(read)).read_bytes()))
+            return array("Q", (self.folder / _key(read)).read_bytes())
         except (OSError, ValueError):
             return None
 
