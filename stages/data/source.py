@@ -371,13 +371,6 @@ def rows_of(source: Source) -> list[Row]:
     return [row for _, row in Reading(source).kept()]
 
 
-def has_tools(row: Row) -> bool:
-    """Whether a normalised row declares tools, calls a tool, or holds a tool's output."""
-    columns = ("messages", "prompt", "chosen", "rejected", "completion")
-    messages = (message for column in columns for message in row.get(column, ()))
-    return "tools" in row or any("tool_calls" in message or message["role"] == "tool" for message in messages)
-
-
 def _renamed(row: FileRow, columns: Mapping[str, str]) -> FileRow:
     moved = {*columns, *columns.values()}
     kept = {name: value for name, value in row.items() if name not in moved}
