@@ -112,7 +112,7 @@ def _text(row: Row, tokenizer: Any, folder: Path) -> str:
 
 
 def too_few(rows: int, samples: int) -> str | None:
-    """The problem with so many different rows, of which `samples` are wanted to calibrate with; None where they are enough."""
+    """The problem with so many different rows, of which `samples` are to calibrate with; None for enough rows."""
     least = min(LEAST, samples)
     if rows >= least + LEAST:
         return None
