@@ -7,6 +7,9 @@ import pytest
 
 from pipeline import cli
 from pipeline.saves import artifact
+from stages import evaluate
+from stages.data.source import Reading, Source
+from stages.model.inputs import Inputs
 from stages.runtime.hashes import Hashes
 
 HELD = """\
@@ -225,3 +228,21 @@ def test_a_closed_gate_shows_in_the_plan_and_stops_the_run(project, capsys):
     assert (told["ignored"], [gate["passed"] for gate in told["gates"]]) == (False, [False])
     bound = "evaluate.gates=[{metric: perplexity, max: 99}]"
     assert cli.main(["run", "x.yaml", "--json", "--until", "evaluate", "--set", bound]) == 0
+
+
+def test_no_more_rows_are_read_for_prompts_than_are_asked(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(f'{{"instruction": "{n}", "output": "a"}}\n' for n in range(500)), encoding="utf-8")
+    read = []
+    good = Reading.good
+
+    def counted(self, rows):
+        return good(self, (row for row in rows if read.append(row) is None))
+
+    monkeypatch.setattr(Reading, "good", counted)
+    source = Source(path=str(path), format="alpaca")
+    config = evaluate.Config(compare=["m"], prompts={"x": source}, max_prompts=3)
+    assert [prompt.reference for prompt in evaluate._prompts(config, Inputs())] == ["a"] * 3
+    assert len(read) == 4
+    read.clear()
+    assert len(evaluate._prompts(config.model_copy(update={"max_prompts": None}), Inputs())) == 500
