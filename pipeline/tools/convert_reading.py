@@ -157,21 +157,20 @@ class Script:
         found: list[Job] = []
         for number, line in self._lines():
             place = f"{self.name}:{number}" if "\n" in self.text.strip() else self.name
-            for words in self._commands(line, place):
-                environment = dict(exported)
+            for piece in _pieces(line):
+                words, environment = self._words(_filled(piece, variables), place), dict(exported)
                 while words and (match := re.fullmatch(r"(\w+)=(.*)", words[0], re.S)):
-                    environment[match[1]] = _filled(match[2], variables)
+                    environment[match[1]] = match[2]
                     words = words[1:]
                 if not words:
                     variables |= {key: value for key, value in environment.items() if exported.get(key) != value}
-                    continue
-                if words[0] == "export":
+                elif words[0] == "export":
                     pairs = [word.partition("=") for word in words[1:] if "=" in word]
-                    exported |= {name: _filled(value, variables) for name, _, value in pairs}
+                    exported |= {name: value for name, _, value in pairs}
                     variables |= exported
-                    continue
-                job = self._job([_filled(word, variables) for word in words], environment, place)
-                found += [job] if job is not None else []
+                else:
+                    job = self._job(words, environment, place)
+                    found += [job] if job is not None else []
         return found
 
     def _lines(self) -> list[tuple[int, str]]:
@@ -190,30 +189,30 @@ class Script:
             pending = ""
         return [*joined, (start, pending)] if pending.strip() else joined
 
-    def _commands(self, line: str, place: str) -> list[list[str]]:
-        """The words of each command of a logical line, without redirections."""
-        if line.lstrip().startswith("#") or not line.strip():
-            return []
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
-        lexer.whitespace_split, lexer.commenters = True, "#"
+    def _words(self, piece: str, place: str) -> list[str]:
+        """The words of one command, without redirections.
+
+        Raises:
+            ConfigError: a quotation mark is not closed.
+        """
+        lexer = shlex.shlex(piece, posix=True, punctuation_chars="&<>")
+        lexer.whitespace_split, lexer.commenters = True, ""
         try:
-            words = list(lexer)
+            every = list(lexer)
         except ValueError as error:
             raise ConfigError([f"{place}: the command cannot be read ({error}); close the quotation marks"]) from None
-        commands: list[list[str]] = [[]]
+        words: list[str] = []
         skip = False
-        for word in words:
+        for word in every:
             if skip:
                 skip = False
-            elif re.fullmatch("[;&|]+", word):
-                commands.append([])
             elif re.fullmatch("[<>&]+", word):
-                if commands[-1] and commands[-1][-1] in ("1", "2"):
-                    commands[-1].pop()
-                skip = True
+                if words and words[-1] in ("1", "2"):
+                    words.pop()
+                skip = word != "&"
             else:
-                commands[-1].append(word)
-        return [command for command in commands if command]
+                words.append(word)
+        return words
 
     def _job(self, words: list[str], environment: Mapping[str, str], place: str) -> Job | None:
         """The job of one command; None if it starts none of the programs."""
@@ -277,13 +276,32 @@ class Script:
         return next((folder / word for folder in places if (folder / word).is_file()), Path(word))
 
 
-def _filled(word: str, variables: Mapping[str, str]) -> str:
-    """The word with `$NAME`, `${NAME}` and `${NAME:-default}` filled in where the value is known."""
+def _pieces(line: str) -> list[str]:
+    """The commands of a line: what is between `;`, `&&`, `||`, `|` and `&` outside quotation marks."""
+    pattern = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)#.*$|[<>]&|&>|;|\|+|&+|[^;|&<>'"\\#]+|."""
+    pieces = [""]
+    for part in re.findall(pattern, line, re.S):
+        if part.startswith("#") and not pieces[-1][-1:].strip():
+            break
+        if re.fullmatch(r";|\|+|&+", part):
+            pieces.append("")
+        else:
+            pieces[-1] += part
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _filled(piece: str, variables: Mapping[str, str]) -> str:
+    """The text of a command with `$NAME`, `${NAME}` and `${NAME:-default}` filled in where the value is known.
+
+    What is in single quotation marks stays. A value outside quotation marks may become several words.
+    """
 
     def value(match: re.Match[str]) -> str:
+        if match[0].startswith("'"):
+            return match[0]
         return variables.get(match[1] or match[3], match[2] if match[2] is not None else match[0])
 
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)", value, word)
+    return re.sub(r"'[^']*'|\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)", value, piece)
 
 
 def _value(words: Sequence[str]) -> Any:

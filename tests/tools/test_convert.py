@@ -305,6 +305,25 @@ def test_variables_and_overrides_of_a_file_are_filled_in(folder):
     assert made.config.trainer["learning_rate"] == 2e-5
 
 
+@pytest.mark.parametrize(
+    ("script", "rate", "name"),
+    [
+        ('A="--learning_rate 1e-5 --run_name a"; {} $A\n', 1e-5, "a"),  # an unquoted value is several words
+        ('N="a b"\n{} --run_name "$N" --learning_rate 2e-5 # --learning_rate 1\n', 2e-5, "a b"),
+        ("{} --run_name 'a;b&c' --learning_rate 3e-5 2>&1 | tee log; echo done\n", 3e-5, "a;b&c"),
+        ("{} --learning_rate ${{LR:-4e-5}} --run_name '$N' &> log &\n", 4e-5, "$N"),
+        ("# {} --learning_rate 1\n{} \\\n  --learning_rate 5e-5 \\\n  # a comment\n  --run_name c#d\n", 5e-5, "c#d"),
+    ],
+)
+def test_the_words_of_a_shell(folder, script, rate, name):
+    command_ = command("sft", "--report_to wandb")
+    Path("run.sh").write_text(script.format(command_, command_), encoding="utf-8")
+    found, pipeline = written("run.sh")
+    trainer = stages(pipeline)["sft"].config.trainer
+    assert (trainer["learning_rate"], trainer["run_name"]) == (rate, name)
+    assert notes(found, "unknown") == []
+
+
 def test_words_of_one_command_are_one_source(folder):
     _, pipeline = written(*command("sft", "--lora_rank 4").split())
     assert stages(pipeline)["sft"].config.lora == {"r": 4, "lora_alpha": 8}

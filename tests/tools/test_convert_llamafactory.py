@@ -428,7 +428,9 @@ def test_converted_commands_plan_on_real_files(project):
         llamafactory-cli export --model_name_or_path m --adapter_name_or_path c --export_dir d
         """,
     )
-    written("run.sh", out="run.yaml")
+    _, pipeline = written("run.sh", out="run.yaml")
+    for stage in list(stages(pipeline).values())[:3]:
+        assert (stage.config.trainer["max_length"], stage.config.trainer["bf16"]) == (64, True)
     code = main(["validate", "run.yaml"])
     shown = project.capsys.readouterr()
     assert (code, shown.err) == (0, "")
