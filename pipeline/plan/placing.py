@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.plan.datasets import DataSets, sources_in
 from pipeline.plan.fingerprint import digest, installed_versions, settings_of
 from pipeline.plan.history import History
+from pipeline.plan.machine import note_memory
 from pipeline.plan.models import Models, PlacedModel
 from pipeline.plan.step import Plan, Step, gate_verdicts
 from pipeline.plan.templates import FIXED_DATE, Templates
@@ -64,6 +65,7 @@ def build_plan(
     for entry in pipeline.stages[: last + 1]:
         placer.place(entry)
     _check_disk(plan)
+    note_memory(plan)
     for step in plan.steps:
         verdicts = gate_verdicts(step, plan) if step.state == "done" else []
         failed = [verdict.text for verdict in verdicts if not verdict.passed]

@@ -1,0 +1,46 @@
+"""What the stages of a plan take of this machine is said before anything runs."""
+
+import json
+from pathlib import Path
+
+from pipeline.config.checker import load_config
+from pipeline.plan import machine
+from pipeline.plan.placing import build_plan
+
+TEXT = "  train: {use: sft, data: consult, trainer: {learning_rate: 1e-5}}\n  merge: {model: m}\n"
+
+
+def hollow(layers):
+    """A weight file of `layers` weights of 40 MB in float32, which takes no room."""
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(layers)]
+    size = 4 * 10**7
+    entries = {
+        name: {"dtype": "F32", "shape": [1_000, 10_000], "data_offsets": [size * place, size * (place + 1)]}
+        for place, name in enumerate(names)
+    }
+    header = json.dumps(entries).encode()
+    with open("m/model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size * layers)
+
+
+def test_a_stage_that_takes_more_memory_than_there_is_is_noted_and_merge_takes_one_weight(project, monkeypatch):
+    project.write("x.yaml", project.model() + TEXT)
+    monkeypatch.setattr(machine, "gpus", lambda: 0)
+
+    def notes(layers, memory):
+        hollow(layers)
+        monkeypatch.setattr(machine, "main_memory", lambda: memory)
+        planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
+        assert {step.name: step.needs.memory for step in planned.steps}["merge"] == 2 * 4 * 10**7
+        return [note for note in planned.notes if "of memory" in note]
+
+    assert notes(5, 5 * 16 * 10**7) == []
+    told = "stage `train` takes at least 800.0 MB of memory, and this machine has 799.0 MB"
+    assert notes(5, 799 * 10**6) == [told]
+    assert notes(50, 7 * 10**7) == [
+        "stage `train` takes at least 8.0 GB of memory, and this machine has 70.0 MB",
+        "stage `merge` takes at least 80.0 MB of memory, and this machine has 70.0 MB",
+    ]
+    monkeypatch.setattr(machine, "gpus", lambda: 1)
+    assert notes(50, 7 * 10**7) == []
