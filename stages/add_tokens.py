@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 8192  # rows in float64 at a time
+SHARD = "4GB"  # as `merge`
 
 
 class Config(BaseModel):
@@ -120,7 +121,7 @@ def describe(config: Config) -> list[str]:
 
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
-    """Write the model with the new tokens, its tokenizer, and `new_rows.json` into `out`.
+    """Write the model with the new tokens and its tokenizer into `out`, and `new_rows.json` if there are new rows.
 
     Raises:
         StageError: transformers cannot resize the embeddings of this model.
@@ -137,10 +138,11 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
         _resize(model, size)
         new = sorted({*new, *range(limit, size)})
     known = [number for number in before.values() if number < limit]
-    modules = _fill(model, new, known)
-    model.save_pretrained(out)
+    if new:
+        rows = {"modules": _fill(model, new, known), "ids": new}
+        (out / tokens.NEW_ROWS).write_text(json.dumps(rows), encoding="utf-8")
+    model.save_pretrained(out, max_shard_size=SHARD)
     tokenizer.save_pretrained(out)
-    (out / tokens.NEW_ROWS).write_text(json.dumps({"modules": modules, "ids": new}), encoding="utf-8")
     found = {token: number for token, number in after.items() if token not in before}
     there = [token for token in config.every if token not in found]
     if there:

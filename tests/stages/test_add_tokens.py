@@ -82,6 +82,13 @@ def test_a_known_token_keeps_its_id_and_is_named(tiny, tmp_path):
     assert [event["text"] for event in events] == ["in the tokenizer already: `<|im_end|>`"]
 
 
+def test_known_tokens_alone_change_no_weight_and_leave_no_rows_to_train(tiny, tmp_path):
+    metrics, out = add(tiny("llama"), tmp_path / "out", special=["<|im_end|>"])
+    assert (metrics["new_tokens"], metrics["new_rows"]) == (0, 0)
+    assert (out / "model.safetensors").read_bytes() == (tiny("llama") / "model.safetensors").read_bytes()
+    assert not (out / NEW_ROWS).exists()
+
+
 def test_tokens_that_were_added_without_rows_get_rows(tiny, tmp_path):
     import torch
 
