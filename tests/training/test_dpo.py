@@ -62,6 +62,12 @@ def test_the_reference_is_the_sft_model_and_stays_it(tuned, train, rows, lora):
     assert (reference - summed(trainer.model.eval(), batch)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "mica"])
+def test_other_ways_to_start_an_adapter_leave_the_reference_as_it_is(tuned, train, rows, start):
+    metrics = train(dpo, tuned, rows("preference", 4), lora={"r": 4, "init_lora_weights": start}, trainer=ONE).metrics
+    assert metrics["margin_at_start"] < 1e-5
+
+
 WRONG = re.compile(
     r"at step 0 the reward margin is [\d.e-]+ and the loss [\d.]+, not 0 and 0\.693147: "
     r"the reference is not the model this stage started from"
