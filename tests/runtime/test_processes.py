@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.runtime.processes import parallel_map
+from stages.runtime.errors import StageError
+from stages.runtime.processes import in_fork, parallel_map
 
 
 def test_few_items_need_no_other_process():
@@ -56,3 +57,25 @@ def _runs(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
+
+
+def test_what_a_forked_process_sets_is_gone_afterwards(monkeypatch):
+    state = {"opened": False}
+
+    def work():
+        state["opened"] = True
+        os.environ["OPENED"] = "1"
+        return os.getpid()
+
+    assert in_fork(work) != os.getpid()
+    assert (state["opened"], os.environ.get("OPENED")) == (False, None)
+
+
+def test_an_error_of_a_forked_process_is_raised_here():
+    def refuse():
+        raise StageError("no")
+
+    with pytest.raises(StageError, match=r"^no$"):
+        in_fork(refuse)
+    with pytest.raises(MemoryError, match=r"^a process was killed"):
+        in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
