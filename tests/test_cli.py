@@ -34,7 +34,7 @@ from stages.training.checkpoint import seal
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
 PANELS = {
-    "Start": ["init", "convert"],
+    "Start": ["init", "convert", "schema"],
     "Run": ["run", "plan", "validate"],
     "Use": ["chat", "predict", "serve"],
     "Inspect": ["data", "status", "report", "diff"],

@@ -1,5 +1,6 @@
 """The commands with which a project begins: convert what another tool has."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -81,6 +82,24 @@ def convert(
         print(note)
     print(*(f"wrote {path}" for path in written), sep="\n")
     print(f"next: pipeline plan {out}")
+    return 0
+
+
+@command("Start", "schema --out schema.json")
+def schema(
+    out: Annotated[
+        Path | None, option("--out", metavar="FILE", help="The file to write (default: the terminal).")
+    ] = None,
+) -> int:
+    """Write the JSON Schema of a config, with which editors complete and check."""
+    from pipeline.config.schema import schema as config_schema
+
+    text = json.dumps(config_schema(), ensure_ascii=False, indent=1) + "\n"
+    if out is None:
+        print(text, end="")
+        return 0
+    for path in write_new({out: text}, force=True):
+        print(f"wrote {path}; begin a config with `# yaml-language-server: $schema={path}`")
     return 0
 
 

@@ -311,3 +311,39 @@ def shown(value: object) -> str:
     plain = isinstance(value, str) and value.strip() and "\n" not in value and scalar(value) == value
     text = str(value) if plain else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:59] + "…"
+
+
+# The same as JSON Schema
+
+_JSON = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "dict": "object", "none": "null"}
+
+
+def json_type(owner: str, setting: Setting) -> dict[str, object]:
+    """The JSON Schema of the values that `problem` accepts for a setting."""
+    node = ast.parse(setting.annotation, mode="eval").body
+    options = [_json_option(part, setting.home) for part in _parts(node, setting.home)]
+    choices = setting.choices or _hidden(owner, setting.name)
+    if choices:
+        one: dict[str, object] = {"enum": [*choices]}
+        lists = any(option.get("type") == "array" for option in options)
+        options = [one, {"type": "array", "items": one}] if lists or setting.name == "loss_type" else [one]
+    if setting.default == "None" or any(option.get("type") == "null" for option in options):
+        options = [option for option in options if option.get("type") != "null"] + [{"type": "null"}]
+    if {} in options:  # a type that YAML cannot write: the library checks it
+        return {}
+    return options[0] if len(options) == 1 else {"anyOf": options}
+
+
+def _json_option(part: ast.expr, home: Path) -> dict[str, object]:
+    """The schema of one member of a union; empty for any value."""
+    name = _name(part)
+    if name in ("list", "tuple", "set"):
+        inner = [_json_option(one, home) for node in _inner(part) for one in _parts(node, home)]
+        return {"type": "array", **({"items": {"anyOf": inner}} if inner and {} not in inner else {})}
+    if name in _JSON:
+        return {"type": _JSON[name]}
+    words = _own_words(part, home)
+    open_ended = [word.partition("[")[0] for word in words if isinstance(word, str) and "[" in word]
+    if open_ended:
+        return {"anyOf": [{"enum": list(words)}, *({"type": "string", "pattern": f"^{start}"} for start in open_ended)]}
+    return {"enum": list(words)} if words else {}
