@@ -68,7 +68,7 @@ MADE: Mapping[str, str] = {
     "enable_liger_kernel": "`trainer: {model_init_kwargs: {use_kernels: true}}`",
     "disable_gradient_checkpointing": "`trainer: {gradient_checkpointing: false}`",
     "bf16": "`trainer: {bf16: …}`; `false` is written where neither `bf16` nor `fp16` is given",
-    "fp16": "`trainer: {fp16: true}`",
+    "fp16": "`trainer: {fp16: true}`; with LoRA also `model_init_kwargs: {dtype: float16}`",
     "pure_bf16": "`trainer: {bf16: false, model_init_kwargs: {dtype: bfloat16}}`",
     "metric_for_best_model": "`trainer: {metric_for_best_model: …}`, under TRL's name of the figure",
     "report_to": "`trainer: {report_to: …}`",

@@ -71,6 +71,8 @@ class Settings:
             trainer.model("dtype", "bfloat16")
         elif not is_off(fp16):
             trainer.set("fp16", True)
+            if "lora" in self.part.settings:  # its base is in float16 there; ours would be in float32 without bfloat16
+                trainer.model("dtype", "float16")
         else:
             trainer.set("bf16", not is_off(bf16), "" if bf16 is not None else DEFAULT)
 
