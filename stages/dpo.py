@@ -18,7 +18,7 @@ from stages import Metrics, Model, Parallel, Stage
 from stages.model.facts import Facts, Needs
 from stages.model.inputs import Inputs
 from stages.runtime.errors import Problem
-from stages.training import description, loop, preparation
+from stages.training import description, loop, loss_head, preparation
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
 from stages.training.rehearsal import check_adapter, check_libraries
@@ -88,6 +88,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
         processing_class=tokenizer,
         peft_config=loop.adapter(config, inputs),
     )
+    loss_head.install(trainer, every_step=True)
     metrics = loop.train(trainer, config, inputs, out)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "margin_at_start" in entry), {})
     return {**rows.account, **metrics, **start}

@@ -24,7 +24,7 @@ from stages.model.inputs import Inputs
 from stages.runtime import interfaces
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
-from stages.training import description, loop, preparation
+from stages.training import description, loop, loss_head, preparation
 from stages.training.adapters import is_named
 from stages.training.needs import facts_after_training, training_needs
 from stages.training.reference import check_reference, frozen_copy, mean, measure, prove
@@ -210,6 +210,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
         processing_class=tokenizer,
         peft_config=loop.adapter(config, inputs),
     )
+    loss_head.install(trainer, every_step=True)
     metrics = loop.train(trainer, config, inputs, out)
     start: dict[str, float] = next((entry for entry in trainer.state.log_history if "reward_at_start" in entry), {})
     return {**rows.account, **counts, **metrics, **start}

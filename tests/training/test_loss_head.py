@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages import pt, sft
+from stages import dpo, pt, sft
 from stages.runtime.errors import StageError
 from stages.training import loss_head
 
@@ -150,3 +150,16 @@ def test_another_head_of_trl_is_refused(monkeypatch):
     advice = "trl 1.16.0 is known to work: `pip install trl==1.16.0`"
     needed = "`trl.trainer.utils._ChunkedLogProbFunction`, which this stage needs"
     assert str(caught.value) == f"trl {version('trl')} has no {needed}; {advice}"
+
+
+def test_preference_training_logs_what_trl_logs(tiny, train, rows, monkeypatch):
+    asked = {"max_steps": 2, "logging_steps": 1}
+    with_ours = train(dpo, [tiny("llama")], rows("preference", 6), eval_size=2, trainer=asked)
+    monkeypatch.setattr(loss_head, "install", lambda trainer, every_step: None)
+    with_trl = train(dpo, [tiny("llama")], rows("preference", 6), eval_size=2, trainer=asked)
+    timed = ("runtime", "per_second", "preparation_time")
+    for found, expected in zip(*(done.trainer.state.log_history for done in (with_ours, with_trl)), strict=True):
+        assert {key: value for key, value in found.items() if not key.endswith(timed)} == pytest.approx(
+            {key: value for key, value in expected.items() if not key.endswith(timed)}, rel=1e-3, abs=1e-5
+        )
+    assert "logits/chosen" in with_ours.trainer.state.log_history[1]
