@@ -141,6 +141,9 @@ class Chain:
 
 def model_reference(book: Book, commit_of: CommitOf, model: str, revision: str | None, place: str) -> str:
     """A model as a config names it: a folder, or a name on the Hub with its commit."""
+    if "/" not in model and not Path(model).exists() and model != "MODEL":
+        text = f"`{model}` is neither a folder here nor a name on the Hub with its owner, `owner/{model}`; write either"
+        book.note("to do", place, text)
     if not HUB_NAME.match(model) or Path(model).exists() or model.partition("/")[0] in FOLDERS:
         return _as_folder(model)
     name, _, own = model.partition("@")

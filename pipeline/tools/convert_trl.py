@@ -236,6 +236,8 @@ def _trainer(take: Arguments, part: Part, book: Book) -> None:
     """`trainer:`, whose settings keep their names."""
     trainer = Trainer(take, book)
     trainer.take_same(part.kind, part.settings, SAME, {*MADE, *NOT_NEEDED, *NOT_SUPPORTED})
+    if part.kind == "pt":
+        trainer.default("packing", False, DEFAULT)
     dtype = take.take("dtype", take.take("torch_dtype"))
     if dtype is not None and dtype != "auto":
         trainer.model("dtype", str(dtype))

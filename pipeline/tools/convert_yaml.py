@@ -46,7 +46,9 @@ def _entry(key: str, value: Any, indent: str) -> list[str]:
     if isinstance(value, Mapping) and not value and indent and key not in ("lora",):
         return [_with_comment(head, comment)]
     flat = f"{head} {_flow(value)}"
-    nested = key in BLOCKS or _has_comment(value) or len(flat) > WIDTH
+    nested = (
+        key in BLOCKS or (isinstance(value, Mapping) and "trainer" in value) or _has_comment(value) or len(flat) > WIDTH
+    )
     if isinstance(value, Mapping) and nested and not _is_weights(value):
         lines = [_with_comment(head, comment)]
         for inner, item in _in_order(key, value).items():

@@ -282,6 +282,16 @@ def test_commands_of_trl(command, kind, lora):
     assert ("launch: {processes: 8}" in found.text) == ("--num_processes 8" in command)
 
 
+def test_a_model_without_its_owner_and_texts_that_are_not_packed():
+    text = "model_name_or_path: gpt2\ndataset_mixer: {org/books: 1.0}\nlearning_rate: 1e-4\n"
+    found, _, stage = made(text, "recipes/gpt2/cpt/config.yaml")
+    assert stage.use == "pt"
+    assert stage.config.trainer["packing"] is False  # as in TRL; `pt` packs otherwise
+    assert notes(found, "to do")[-1] == (
+        "`gpt2` is neither a folder here nor a name on the Hub with its owner, `owner/gpt2`; write either"
+    )
+
+
 # MedicalGPT
 
 
