@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from converted import COMMIT, notes, stages, written
@@ -257,6 +258,22 @@ def test_the_commit_of_the_copy_on_this_machine_is_used(folder, monkeypatch):
     (refs / "main").write_text(COMMIT, encoding="utf-8")
     found = convert([command("sft", "")], Path("out.yaml"))
     assert f"model: org/base@{COMMIT}\n" in found.text
+
+
+def test_the_hub_is_asked_where_this_machine_has_no_copy(folder, monkeypatch):
+    from pipeline.tools.convert_hub import pinned_commit
+
+    def reached(self, name, **options):
+        return SimpleNamespace(sha=f"{name} {options['repo_type']}")
+
+    def unreachable(self, name, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", reached)
+    assert pinned_commit("dataset", "org/set") == "org/set dataset"
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", unreachable)
+    assert pinned_commit("model", "org/base") is None
 
 
 def test_a_revision_that_is_a_commit_is_kept(folder):
