@@ -37,7 +37,7 @@ PANELS = {
     "Start": ["init", "convert", "schema"],
     "Run": ["run", "plan", "validate"],
     "Use": ["chat", "predict", "serve"],
-    "Inspect": ["data", "status", "report", "diff"],
+    "Inspect": ["data", "status", "report", "diff", "doctor"],
     "Clean up": ["gc"],
 }
 COMMANDS = typer.main.get_command(app).commands

@@ -2,10 +2,11 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from pipeline.commands.app import AsJson, argument, command, option, print_json
+from pipeline.commands.app import SAVES, AsJson, Saves, argument, command, option, print_json
 
 Out = Annotated[Path, option("--out", metavar="FILE", help="The YAML file to write.")]
 Force = Annotated[bool, option("--force", help="Replace the file if it is there.")]
@@ -101,6 +102,19 @@ def schema(
     for path in write_new({out: text}, force=True):
         print(f"wrote {path}; begin a config with `# yaml-language-server: $schema={path}`")
     return 0
+
+
+@command("Inspect", "doctor")
+def doctor(saves: Saves = SAVES, as_json: AsJson = False) -> int:
+    """Look at packages, GPU, memory, disk and the Hub, and name a cure for what is wrong."""
+    from pipeline.tools import doctor as examination
+    from pipeline.views import tables
+
+    found = examination.examine(saves)
+    if as_json:
+        return print_json([asdict(finding) for finding in found])
+    tables.print_findings([(finding.what, finding.state, finding.text, finding.cure) for finding in found])
+    return int(any(finding.state == "wrong" for finding in found))
 
 
 def write_new(files: dict[Path, str], *, force: bool) -> list[str]:

@@ -31,7 +31,7 @@ _NAME_OR_NAMES: Schema = {"anyOf": [{"type": "string"}, _NAMES]}
 _WEIGHTS: Schema = {"type": "object", "additionalProperties": {"type": "number", "exclusiveMinimum": 0}}
 _MIXTURE: Schema = {"anyOf": [*_NAME_OR_NAMES["anyOf"], _WEIGHTS]}
 _BY_ROLE: Mapping[Role, Schema] = {
-    Role.START: {"anyOf": [{"type": "string"}, {"type": "object"}]},
+    Role.START: _NAME_OR_NAMES,
     Role.MIXTURE: _MIXTURE,
     Role.SOURCES: _NAME_OR_NAMES,
     Role.NAMED: _MIXTURE,
@@ -48,7 +48,7 @@ def schema() -> Schema:
         definitions[kind] = _stage(find(kind), definitions)
     definitions["source"] = _source(definitions)
     top = {
-        "model": {**_BY_ROLE[Role.START], "description": "A folder, or NAME@COMMIT on the Hub."},
+        "model": {**_NAME_OR_NAMES, "description": "A folder, NAME@COMMIT on the Hub, or a base and its adapters."},
         "template": _template(),
         "data": {
             "type": "object",

@@ -66,6 +66,16 @@ def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
 _SHOWN = 6000  # characters of a sequence that are shown in the terminal; `--json` has all of them
 
 
+def print_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
+    """What was looked at, its state (`ok`, `note` or `wrong`), what was found, and the cure."""
+    out = console()
+    colours = {"ok": "green", "note": "yellow", "wrong": "red"}
+    for what, state, text, cure in findings:
+        out.print(f"{state:6}", style=colours[state], end="", highlight=False)
+        line = f"{what}: {text}" + (f"; {cure}" if cure else "")
+        out.print(without_controls(line), markup=False, highlight=False, soft_wrap=True)
+
+
 def print_data(out: "Console", view: "DataView") -> None:
     """Print one data set as one stage reads it. Trained text is green, or between ⟦ and ⟧ without a terminal.
 
