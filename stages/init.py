@@ -210,7 +210,7 @@ def _texts(sources: Sequence[Source]) -> Iterator[str]:
 
 
 STAGE = Stage(
-    version=1,
+    version=2,
     config=Config,
     run=run,
     headline=headline,

@@ -304,7 +304,7 @@ def weigh(figures: dict[str, list[float]]) -> None:
 
 
 STAGE = Stage(
-    version=1,
+    version=2,
     config=Config,
     run=run,
     headline=description.headline,

@@ -327,7 +327,7 @@ def _bytes(folder: Path) -> int:
 
 
 STAGE = Stage(
-    version=2,
+    version=3,
     config=Config,
     run=run,
     headline=headline,

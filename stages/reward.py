@@ -232,7 +232,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 
 STAGE = Stage(
-    version=1,
+    version=2,
     config=Config,
     run=run,
     headline=headline,

@@ -243,7 +243,7 @@ def _quantiles(scores: Sequence[float]) -> dict[str, float]:
 
 
 STAGE = Stage(
-    version=1,
+    version=2,
     config=Config,
     run=run,
     more_memory=lambda config: f"halve `batch_tokens`, which is {config.batch_tokens}",

@@ -28,7 +28,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
 
 
 STAGE = Stage(
-    version=2,
+    version=3,
     config=Config,
     run=run,
     headline=description.headline,
