@@ -93,6 +93,19 @@ class Project:
         self.write(f"{folder}/tokenizer_config.json", json.dumps({"eos_token": "</s>", "chat_template": template}))
         return f"model: {folder}\n{TOP}stages:\n"  # what a test adds starts in line 8
 
+    def adapter(self, folder="a", *, weights=None, **config):
+        """A LoRA adapter as PEFT leaves it, as far as it is read without torch."""
+        tensors = weights or {
+            "model.layers.0.self_attn.q_proj.lora_A.weight": [2, 8],
+            "model.layers.0.self_attn.q_proj.lora_B.weight": [8, 2],
+        }
+        self.model(folder, weights={f"base_model.model.{name}": shape for name, shape in tensors.items()})
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            (self.folder / folder / name).unlink()
+        (self.folder / folder / "model.safetensors").rename(self.folder / folder / "adapter_model.safetensors")
+        given = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **config}
+        self.write(f"{folder}/adapter_config.json", json.dumps(given))
+
 
 def pretend(step, **changes):
     """Leave what a run of this step leaves: a finished folder with its record, and the link."""

@@ -202,20 +202,6 @@ def test_rows_that_cannot_be_trained_are_refused(project, rows, more, told):
 # Adapters
 
 
-def adapter(project, folder="a", *, weights=None, **config):
-    """An adapter folder as PEFT leaves it, as far as it is read without torch."""
-    tensors = weights or {
-        "model.layers.0.self_attn.q_proj.lora_A.weight": [2, 8],
-        "model.layers.0.self_attn.q_proj.lora_B.weight": [8, 2],
-    }
-    project.model(folder, weights={f"base_model.model.{name}": shape for name, shape in tensors.items()})
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (project.folder / folder / name).unlink()
-    (project.folder / folder / "model.safetensors").rename(project.folder / folder / "adapter_model.safetensors")
-    given = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **config}
-    project.write(f"{folder}/adapter_config.json", json.dumps(given))
-
-
 @pytest.fixture
 def base(project):
     """The text of a config up to its stages, with the base `m`."""
@@ -225,7 +211,7 @@ def base(project):
 
 
 def test_an_adapter_brings_its_base(project, base):
-    adapter(project, base_model_name_or_path="m")
+    project.adapter(base_model_name_or_path="m")
     text = base + SFT + "  merge:\n"
     alone = planned(project, text)
     plan = planned(project, text.replace("model: m", "model: a"))
@@ -245,8 +231,8 @@ def test_an_adapter_brings_its_base(project, base):
 
 
 def test_adapters_on_adapters_keep_their_order(project, base):
-    adapter(project, "a", base_model_name_or_path="m")
-    adapter(project, "b", base_model_name_or_path="a")
+    project.adapter("a", base_model_name_or_path="m")
+    project.adapter("b", base_model_name_or_path="a")
     for written in ("b", "[a, b]", "[m, a, b]"):
         plan = planned(project, base.replace("model: m", f"model: {written}") + SFT)
         assert (plan.problems, plan.steps[0].inputs.model) == ([], ["m", "a", "b"])
@@ -271,7 +257,7 @@ def made(project, name):
     if name == "init":
         project.model(name, weights=EMBEDDING)
     else:
-        adapter(project, name, base_model_name_or_path="a chain of adapters, see `model` in record.json")
+        project.adapter(name, base_model_name_or_path="a chain of adapters, see `model` in record.json")
     return project.folder / name
 
 
@@ -337,7 +323,7 @@ def made(project, name):
     ids=["no commit", "gone", "no base", "kind", "setting", "no place", "size", "tokens", "tied", "circle"],
 )
 def test_an_adapter_that_cannot_be_used_is_refused(project, base, config, told):
-    adapter(project, **config)
+    project.adapter(**config)
     assert planned(project, base.replace("model: m", "model: a") + SFT).problems == [f"x.yaml:1:8: stage `sft`: {told}"]
 
 
@@ -366,28 +352,28 @@ def test_an_adapter_that_cannot_be_used_is_refused(project, base, config, told):
     ],
 )
 def test_a_list_of_models_is_a_base_and_adapters(project, base, model, told):
-    adapter(project)
+    project.adapter()
     project.model("m2")
     code, shown = project.validate(base.replace("model: m", f"model: {model}") + SFT)
     assert (code, shown) == (2, f"x.yaml:{told}\n")
 
 
 def test_a_stage_is_named_alone(project, base):
-    adapter(project)
+    project.adapter()
     code, shown = project.validate(base + SFT + "  dpo: {data: prefer, model: [$sft, a]}\n")
     text = "`$sft` is in a list of folders; write `model: $sft` alone, which has its adapters with it"
     assert (code, shown) == (2, f"x.yaml:9:30: {text}\n")
 
 
 def test_an_adapter_is_no_scorer(project, base):
-    adapter(project, base_model_name_or_path="m")
+    project.adapter(base_model_name_or_path="m")
     text = base + "  select: {data: consult, method: quality, keep: 0.5, scorer: a}\n"
     told = "`a` is a LoRA adapter, and `scorer` is a whole model; merge it and name that"
     assert planned(project, text).problems == [f"x.yaml:8:63: stage `select`: {told}"]
 
 
 def test_an_adapter_as_a_pickle_is_refused(project, base):
-    adapter(project, base_model_name_or_path="m")
+    project.adapter(base_model_name_or_path="m")
     (project.folder / "a/adapter_model.safetensors").rename(project.folder / "a/adapter_model.bin")
     (problem,) = planned(project, base.replace("model: m", "model: a") + SFT).problems
     assert problem == (
