@@ -32,6 +32,10 @@ ERROR = {
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
 ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 403, 404, 408, 413, 429, 500, 504), ERROR)
+STREAMS: dict[int | str, dict[str, Any]] = {
+    **ERRORS,
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+}
 log = logging.getLogger("stagewise.serve")
 
 
@@ -181,7 +185,7 @@ def _as_json(model: Model, desk: Desk) -> dict[str, Any]:
 
 
 def _serve_chat(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
-    @app.post("/v1/chat/completions", responses=ERRORS)
+    @app.post("/v1/chat/completions", responses=STREAMS)
     async def chat(request: Request, body: ChatBody) -> Any:
         request.state.user = body.user
         model = desk.model(body.model)
@@ -215,7 +219,7 @@ def _serve_chat(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
 
 
 def _serve_completions(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
-    @app.post("/v1/completions", responses=ERRORS)
+    @app.post("/v1/completions", responses=STREAMS)
     async def complete(request: Request, body: CompletionBody) -> Any:
         request.state.user = body.user
         model = desk.model(body.model)
