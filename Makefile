@@ -1,4 +1,4 @@
-# make demo · test · check · faults · fuzz · pt|sft|dpo|merge|quantize|evaluate [CONFIG=configs/x.yaml]
+# make demo · test · check · docs · faults · fuzz · pt|sft|dpo|merge|quantize|evaluate [CONFIG=configs/x.yaml]
 CONFIG ?= configs/tiny.yaml
 SAVES ?= saves
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAGES := pt sft dpo merge quantize evaluate
 FAULTS ?= pt,sft,dpo,merge,quantize
 
-.PHONY: demo test test-fast test-train faults fuzz check format clean $(STAGES)
+.PHONY: demo test test-fast test-train faults fuzz check docs format clean $(STAGES)
 
 demo: .venv/ready  ## the whole chain on a new tiny model
 	$(BIN)/pipeline run configs/tiny.yaml --saves $(SAVES)
@@ -32,6 +32,14 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: build/docs-env/ready  ## the documentation as a site, in build/site
+	build/docs-env/bin/mkdocs build --strict
+
+build/docs-env/ready: docs/requirements.txt
+	$(PYTHON) -m venv build/docs-env
+	build/docs-env/bin/pip install --quiet --requirement docs/requirements.txt
+	@touch $@
 
 format: .venv/ready
 	$(BIN)/ruff format .

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import typer
 import yaml
 
 from pipeline.cli import app
+from pipeline.config.checker import load_config
+from pipeline.errors import PipelineError
 from stages import Stage, find, kinds
 from stages.data.source import Source
 from stages.model.inputs import Inputs
@@ -19,13 +22,44 @@ PAGES = sorted(
     path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "data/README.md"]
 )
 LOG = Path("docs/log.md")  # its entries speak of the files of their day
+OLD = (LOG, Path("CHANGELOG.md"))  # these speak of commands of their day, and of mistakes
 EXAMPLES = {"stages/half.py"}  # docs/design/contract.md shows how it is written
-PATH = re.compile(r"(?<![\w/.-])(?:stages|pipeline|tests|benchmarks)/[\w/.-]*\w")
+PATH = re.compile(r"(?<![\w/.-])(?:stages|pipeline|tests|benchmarks)/[\w/.*-]*\w")
 KEYS = ("docs/config.md", "docs/evaluate.md", "docs/select.md")
+
+
+COMMANDS = typer.main.get_command(app).commands
 
 
 def text(page):
     return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page):
+    """Language → the text of each fenced block of a page, in order."""
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```", text(page), re.MULTILINE | re.DOTALL)
+
+
+def command_lines(page):
+    """The words of each command of this project on a page, in blocks and between backticks."""
+    for _, block in blocks(page):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            if found := re.match(r"(?:\$ |[A-Z_]+=\S+ )*(?:\.venv/bin/)?pipeline( .*)", line):
+                yield found[1]
+    prose = re.sub(r"^ *```.*?^ *```", "", text(page), flags=re.MULTILINE | re.DOTALL)
+    for span in re.findall(r"`([^`]+)`", prose):
+        if found := re.match(
+            r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?pipeline( .*)", re.sub(r"\$\(.*?\)", "X", span), re.DOTALL
+        ):
+            yield found[1]
+
+
+def module(path):
+    """A Python file outside the packages."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def anchors(page):
@@ -60,7 +94,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != LOG], ids=str)
 def test_every_path_that_is_named_exists(page):
-    missing = {path for path in PATH.findall(text(page)) if not (ROOT / path).exists()}
+    missing = {path for path in PATH.findall(text(page)) if not any(ROOT.glob(path))}
     assert missing - EXAMPLES == set()
 
 
@@ -82,10 +116,60 @@ def test_the_tree_names_every_room_and_only_files_that_exist():
 
 
 def test_every_command_is_named():
-    commands = typer.main.get_command(app).commands
-    assert len(commands) > 5
+    assert len(COMMANDS) > 5
     for page in ("README.md", "README.zh-CN.md"):
-        assert [name for name in commands if f"`pipeline {name}" not in text(page)] == []
+        assert [name for name in COMMANDS if f"`pipeline {name}" not in text(page)] == []
+
+
+def test_the_page_of_commands_is_what_the_program_has():
+    assert text("docs/commands.md") == module("docs/commands.py").page(), "run .venv/bin/python docs/commands.py"
+
+
+def test_the_page_of_commands_has_every_exit_code_of_an_error():
+    def below(kind):
+        return {kind.exit_code}.union(*map(below, kind.__subclasses__()))
+
+    codes = re.findall(r"^\| (\d+) \|", text("docs/commands.md"), re.MULTILINE)
+    assert set(map(int, codes)) == {0} | below(PipelineError)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in OLD], ids=str)
+def test_every_command_on_a_page_exists_with_its_options(page):
+    for line in command_lines(page):
+        words = shlex.split(line.split("  #")[0].split(" < ")[0].split(" | ")[0], comments=True)
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        name = words[0]
+        if name.startswith("--"):
+            assert name in ("--version", "--help", "--install-completion"), line
+        elif name not in ("COMMAND", "…"):
+            assert name in COMMANDS, line
+            known = {option for param in COMMANDS[name].params for option in [*param.opts, *param.secondary_opts]}
+            assert set(options) <= known | {"--help"}, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_whole_config_on_a_page_has_no_mistakes(page, tmp_path, monkeypatch):
+    """A block is a whole config if it names a model (or makes one) and stages; a model's folder is made for it."""
+    monkeypatch.chdir(tmp_path)
+    for language, block in blocks(page):
+        if language != "yaml" or "…" in block:
+            continue
+        root = yaml.safe_load(block)
+        if isinstance(root, dict) and "stages" in root and ("model" in root or "init" in root["stages"]):
+            if "@" not in root.get("model", "@"):
+                Path(root["model"]).mkdir(parents=True, exist_ok=True)
+            Path("x.yaml").write_text(block, encoding="utf-8")
+            load_config(Path("x.yaml"))
+
+
+def test_the_site_has_every_page():
+    def named(entry):
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(named, entry.values() if isinstance(entry, dict) else entry))
+
+    pages = {str(page.relative_to("docs")) for page in PAGES if page.is_relative_to("docs")}
+    assert named(yaml.safe_load(text("mkdocs.yml"))["nav"]) == pages
 
 
 @pytest.mark.parametrize("kind", kinds())
