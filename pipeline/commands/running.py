@@ -19,6 +19,9 @@ from pipeline.views import tables
 from pipeline.views.controls import without_controls
 from pipeline.views.correction import EXAMPLE
 
+ONLINE_HELP = "Check models that are on the Hub alone: fetch their small files, and no weights."
+Online = Annotated[bool, option("--online", help=ONLINE_HELP)]
+
 
 @command("Run", f"run {EXAMPLE} --until sft")
 def run(
@@ -64,12 +67,13 @@ def plan(
     assignments: Assignments = None,
     until: Until = None,
     fresh: Fresh = None,
+    online: Online = False,
     as_json: AsJson = False,
 ) -> int:
     """Show what would run, and why."""
     from pipeline.views.progress import plan_table
 
-    planned = planned_steps(config, saves, assignments, until, fresh=fresh or ())
+    planned = planned_steps(config, saves, assignments, until, fresh=fresh or (), online=online)
     if as_json:
         return print_json(tables.plan_as_json(planned))
     tables.console().print(plan_table(planned))
@@ -80,10 +84,15 @@ def plan(
 
 @command("Run", f"validate {EXAMPLE}")
 def validate(
-    config: Config, saves: Saves = SAVES, assignments: Assignments = None, until: Until = None, as_json: AsJson = False
+    config: Config,
+    saves: Saves = SAVES,
+    assignments: Assignments = None,
+    until: Until = None,
+    online: Online = False,
+    as_json: AsJson = False,
 ) -> int:
     """Check the config, the data and the models; run nothing."""
-    planned = planned_steps(config, saves, assignments, until)
+    planned = planned_steps(config, saves, assignments, until, online=online)
     stages = [step.name for step in planned.steps]
     if as_json:
         return print_json({"stages": stages, "rows": planned.rows, "notes": planned.notes}, indent=None)

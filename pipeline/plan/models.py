@@ -7,7 +7,8 @@ from pathlib import Path
 from pipeline.plan.fingerprint import digest
 from pipeline.saves import artifact
 from stages.model.adapters import base_of, is_adapter, with_adapter
-from stages.model.facts import Facts, chain_of, is_hub_name, locate_model, read_facts
+from stages.model.facts import Facts, Header, chain_of, is_hub_name, locate_model, read_facts
+from stages.model.hub import look_up
 from stages.runtime.errors import StageError
 from stages.runtime.hashes import Hashes
 
@@ -30,8 +31,11 @@ class PlacedModel:
 class Models:
     """The models of a plan; stages add what they leave."""
 
-    def __init__(self, hashes: Hashes, notes: list[str], *, fetch: bool) -> None:
-        self.hashes, self.notes, self.fetch = hashes, notes, fetch
+    def __init__(self, hashes: Hashes, notes: list[str], *, fetch: bool, online: bool = False) -> None:
+        self.hashes, self.notes, self.fetch, self.online = hashes, notes, fetch, online
+        self.looked_up: dict[Path, Mapping[str, Header]] = {}
+        """Folder with the small files of a model on the Hub → the headers of its weights, by the names of their files.
+        """
         self.made: dict[str, PlacedModel] = {}
         """By the name of the stage."""
         self._bases: dict[str, PlacedModel | None] = {}
@@ -66,15 +70,27 @@ class Models:
         """
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise StageError(f"`{twice}` is in the list twice; write it once")
-        found = {name: locate_model(name, download=self.fetch) for name in names}
+        found = {name: self._locate(name) for name in names}
         first, folder = next(iter(found.items()))
-        while folder is not None and is_adapter(folder):
+        while folder is not None and is_adapter(folder, self.looked_up.get(folder, ())):
             before = _recorded(folder) or [base_of(first, folder)]
             if set(before) & found.keys():
                 raise StageError(f"the adapter `{first}` was trained on itself, as it says; name its base first")
-            found = {name: locate_model(name, download=self.fetch) for name in before} | found
+            found = {name: self._locate(name) for name in before} | found
             first, folder = next(iter(found.items()))
         return found
+
+    def _locate(self, name: str) -> Path | None:
+        """The folder of a model, or with `online` one with its small files alone; None if it is not on this machine.
+
+        Raises:
+            StageError: the folder does not exist, or the Hub does not hand out the model.
+        """
+        folder = locate_model(name, download=self.fetch)
+        if folder is None and self.online:
+            folder, headers = look_up(name)
+            self.looked_up[folder] = headers
+        return folder
 
     def _placed(self, reference: str, parts: Mapping[str, Path | None]) -> PlacedModel:
         """
@@ -88,17 +104,24 @@ class Models:
             known = {Path(path).name: sha for path, sha in files.items()}
             identities.append("folder:" + digest(known) if files else f"hub:{name}")
         identity = identities[0] if len(parts) == 1 else "chain:" + digest(identities)
-        folders = [str(folder or name) for name, folder in parts.items()]
-        lacking = [name for name, folder in parts.items() if folder is None]
-        for name in lacking:
-            self.notes.append(f"`{name}` is not on this machine; `run` fetches it, until then it is unchecked")
-        if lacking:
+        whole = {name: folder for name, folder in parts.items() if folder is not None and folder not in self.looked_up}
+        folders = [str(whole.get(name, name)) for name in parts]
+        for name in (name for name in parts if name not in whole):
+            self.notes.append(f"`{name}` is not on this machine; {self._unfetched(parts[name])}")
+        if None in parts.values():
             return PlacedModel(folders, identity, Facts(f"`{reference}`", {}, known=False), content)
         (base, folder), *adapters = ((name, Path(folder)) for name, folder in parts.items() if folder is not None)
-        facts = read_facts(folder, f"`{base}`")
+        facts = read_facts(folder, f"`{base}`", self.looked_up.get(folder))
         for name, folder in adapters:
-            facts = with_adapter(facts, name, folder)
+            facts = with_adapter(facts, name, folder, self.looked_up.get(folder))
         return PlacedModel(folders, identity, replace(facts, source=f"`{reference}`"), content)
+
+    def _unfetched(self, folder: Path | None) -> str:
+        """What is known of a model that is not on this machine."""
+        if folder is None:
+            return "`run` fetches it, until then it is unchecked"
+        stored = artifact.size_of(sum(size for _, size in self.looked_up[folder].values()))
+        return f"its config, tokenizer and the shapes of its weights are checked, and `run` fetches {stored} of weights"
 
     def _content(self, folder: Path) -> dict[str, str]:
         """Path → sha256 of the files of a folder that stages read."""

@@ -40,12 +40,14 @@ def build_plan(
     saves: Path,
     *,
     fetch: bool = False,
+    online: bool = False,
     until: str | None = None,
     fresh: Collection[str] = (),
     ignore_gates: bool = False,
 ) -> Plan:
     """Place every stage, up to `until`, and check each; `fetch` allows downloads, stages in `fresh` start over.
 
+    With `online` a model that is on the Hub alone is checked by its small files and the headers of its weights.
     With `ignore_gates` a failed gate is reported and does not stop the run.
 
     Raises:
@@ -61,7 +63,7 @@ def build_plan(
         raise ConfigError(problems)
     plan = Plan(pipeline, saves, Hashes(saves / HASHES), ignore_gates=ignore_gates)
     _check_place(plan)
-    placer = Placer(plan, fetch, fresh)
+    placer = Placer(plan, fresh, fetch=fetch, online=online)
     for entry in pipeline.stages[: last + 1]:
         placer.place(entry)
     _check_disk(plan)
@@ -127,10 +129,10 @@ def _read_only(folder: Path) -> bool:
 class Placer:
     """Places one stage after the other."""
 
-    def __init__(self, plan: Plan, fetch: bool, fresh: Collection[str]) -> None:
+    def __init__(self, plan: Plan, fresh: Collection[str], *, fetch: bool, online: bool) -> None:
         self.plan, self.fresh = plan, fresh
         self.rows_checked = set[str]()
-        self.models = Models(plan.hashes, plan.notes, fetch=fetch)
+        self.models = Models(plan.hashes, plan.notes, fetch=fetch, online=online)
         self.data, self.templates = DataSets(plan, fetch=fetch), Templates()
         self.history = History(plan, self.data)
 

@@ -12,6 +12,7 @@ from typing import Any
 from stages.data.compressed import COMPRESSED
 from stages.data.files import BINARY, FILE_TYPES, is_data, is_saved_metadata
 from stages.runtime.errors import StageError, nearest
+from stages.runtime.hub import failures, refusal
 
 NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)@(?P<commit>[0-9a-f]{40})$")
 UNPINNED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]*)?$")
@@ -61,26 +62,22 @@ def locate(path: str, subset: str | None, split: str, *, download: bool) -> list
 def _snapshot(path: str, patterns: Sequence[str], *, download: bool) -> Path:
     """The folder on this machine that holds the files of the data set that match."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     parts = NAME.match(path)
     assert parts is not None
     wanted = {"repo_type": "dataset", "revision": parts["commit"], "allow_patterns": [*patterns]}
-    refusal: Exception | None = None
+    refused: BaseException | None = None
     if download:  # first, because a snapshot on this machine may lack files that no earlier call asked for
         try:
             return Path(snapshot_download(parts["name"], **wanted))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            refusal = error
+        except failures() as error:
+            refused = error
     try:
         return Path(snapshot_download(parts["name"], **wanted, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
-        if refusal is None:
+    except OSError:
+        if refused is None:
             raise _not_fetched(path) from None
-        first = next(iter(str(refusal).strip().splitlines()), type(refusal).__name__)
-        raise StageError(
-            f"the Hub does not hand out the data set `{path}` ({first}); check name, commit, access and network"
-        ) from None
+        raise StageError(f"the Hub does not hand out the data set `{path}` {refusal(refused)}") from None
 
 
 def _not_fetched(path: str) -> NotFetched:

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from stages.model.facts import EMBEDDINGS, Facts, is_hub_name, read_header, read_json, read_tokenizer
+from stages.model.facts import EMBEDDINGS, Facts, Header, is_hub_name, read_header, read_json, read_tokenizer
 from stages.model.lora import PREFIX, check_foldable
 from stages.model.tokens import HEADS, is_embedding, last_module
 from stages.runtime.errors import StageError
@@ -27,10 +27,10 @@ _SHARED = {
 }
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and no whole model."""
+def is_adapter(folder: Path, names: Collection[str] = ()) -> bool:
+    """Whether a folder holds an adapter, and no whole model; `names` are files of it that are on the Hub alone."""
     whole = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in whole)
+    return (folder / CONFIG).is_file() and not any((folder / name).is_file() or name in names for name in whole)
 
 
 def base_of(name: str, folder: Path) -> str:
@@ -57,16 +57,18 @@ def base_of(name: str, folder: Path) -> str:
     )
 
 
-def with_adapter(base: Facts, name: str, folder: Path) -> Facts:
+def with_adapter(base: Facts, name: str, folder: Path, headers: Mapping[str, Header] | None = None) -> Facts:
     """What is known of a model with an adapter on it; `name` is the adapter's in messages.
+
+    `headers`: file name → header of the weights of an adapter on the Hub, of which the folder has the small files.
 
     Raises:
         StageError: the adapter is damaged, cannot be folded into its base, or was trained on another model.
     """
-    if not is_adapter(folder):
+    if not is_adapter(folder, headers or ()):
         raise StageError(f"`{name}` is not a LoRA adapter; in a list of models only the first is a whole model")
     config = read_json(folder / CONFIG, "")
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file() and WEIGHTS not in (headers or ()):
         pickle = " (`adapter_model.bin` is a pickle, which can run code)" * (folder / "adapter_model.bin").is_file()
         raise StageError(f"the adapter `{name}` has no {WEIGHTS}{pickle}; save it again with PEFT's `save_pretrained`")
     kind = str(config.get("peft_type", "LORA"))
@@ -75,7 +77,7 @@ def with_adapter(base: Facts, name: str, folder: Path) -> Facts:
     for setting, _ in check_foldable(config):
         shown = f"{setting}: {json.dumps(config[setting], ensure_ascii=False)}"
         raise StageError(f"`{name}` was trained with `{shown}`, and cannot be folded into its base; {MERGE}")
-    shapes, stored = read_header(folder / WEIGHTS)
+    shapes, stored = read_header(folder / WEIGHTS) if headers is None else headers[WEIGHTS]
     own = {tensor.removeprefix(PREFIX): shape for tensor, shape in shapes.items()}
     if base.weights and (problem := _misfit(name, own, base)) is not None:
         raise StageError(problem)

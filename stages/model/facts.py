@@ -1,10 +1,11 @@
 """What is known of a model before it is loaded, read from `config.json` and from the headers of its safetensors."""
 
+import contextlib
 import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from stages.chat.trial import Trial
 from stages.model.positions import are_computed, sources
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.files import refuse_pointer
+from stages.runtime.hub import failures, refusal
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
@@ -170,30 +172,44 @@ def locate_model(model: str, *, download: bool) -> Path | None:
             raise StageError(_no_folder(model))
         return Path(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]  # README.md has the license
     wanted = {"revision": revision, "allow_patterns": patterns}
-    refusal: Exception | None = None
+    refused: BaseException | None = None
     if download:  # even if there is a snapshot on this machine: it may lack some of these files
         try:
             return Path(snapshot_download(name, **wanted))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            refusal = error
+        except failures() as error:
+            refused = error
+    with contextlib.suppress(OSError):  # there is no snapshot on this machine, or a part of one
+        folder = Path(snapshot_download(name, **wanted, local_files_only=True))
+        if _has_weights(folder):
+            return folder
+    if refused is None:
+        return None
+    raise StageError(f"the Hub does not hand out `{model}` {refusal(refused)}") from None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot has its weights; another program may have fetched the config or the tokenizer alone.
+
+    huggingface_hub itself finds a part of a snapshot only if the list of its files is in the cache.
+    """
     try:
-        return Path(snapshot_download(name, **wanted, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
-        if refusal is None:
-            return None
-        first = next(iter(str(refusal).strip().splitlines()), type(refusal).__name__)
-        raise StageError(
-            f"the Hub does not hand out `{model}` ({first}); check name, revision, access and network"
-        ) from None
+        return bool(weight_files(folder)) or any(folder.glob("*.bin"))
+    except StageError:
+        return False
 
 
-def read_facts(folder: Path, source: str = "") -> Facts:
+Header = tuple[dict[str, tuple[int, ...]], int]
+"""Weight name → shape, and the bytes of all weights, of a safetensors file."""
+
+
+def read_facts(folder: Path, source: str = "", headers: Mapping[str, Header] | None = None) -> Facts:
     """Read the facts of a model folder, without torch; `source` is its name in messages, the folder by default.
+
+    `headers`: file name → header of the weights of a model on the Hub, of which the folder has the small files alone.
 
     Raises:
         StageError: a file is missing, damaged or a pointer of Git LFS, or the model needs code that transformers does
@@ -210,8 +226,12 @@ def read_facts(folder: Path, source: str = "") -> Facts:
             f"the model folder `{folder}` contains its own code, and transformers has no `{kind}`; code from models "
             "is never run, so use a model that transformers supports"
         )
-    files = weight_files(folder)
-    if not files:
+    if headers is None:
+        files = weight_files(folder)
+        for shard in files:
+            refuse_pointer(shard)
+        headers = {shard.name: read_header(shard) for shard in files}
+    if not headers:
         other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
         found = f" (`{other}` is a pickle, which can run code)" if other else ""
         raise StageError(
@@ -219,9 +239,7 @@ def read_facts(folder: Path, source: str = "") -> Facts:
         )
     weights: dict[str, tuple[int, ...]] = {}
     stored = 0
-    for shard in files:
-        refuse_pointer(shard)
-        shapes, size = read_header(shard)
+    for shapes, size in headers.values():
         weights.update(shapes)
         stored += size
     return Facts(source or str(folder), config, weights, *read_tokenizer(folder), stored=stored)
@@ -254,25 +272,30 @@ def _no_model(folder: Path) -> str:
     return text if gguf is None else f"{text}, and `{gguf}` {FILES['.gguf']}"
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, names: Collection[str] | None = None) -> list[Path]:
     """The weight files: those of the index; without an index `model.safetensors`, or else every .safetensors file.
+
+    `names`: the files of the folder, for a folder on the Hub; those on the disk by default.
 
     Raises:
         StageError: the index is damaged, or names a file that is missing.
     """
+    there = {path.name for path in folder.iterdir() if path.is_file()} if names is None else set(names)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = read_json(index, "").get("weight_map")
-        if not isinstance(names, dict) or not names:
+    if index.name in there:
+        mapped = read_json(index, "").get("weight_map")
+        if not isinstance(mapped, dict) or not mapped:
             raise StageError(f"`{index}` names no weight files; fetch it again")
-        files = sorted({folder / str(name) for name in names.values()})
+        files = sorted({folder / str(name) for name in mapped.values()})
         for file in files:
-            if not file.is_file():
+            if file.name not in there:
                 raise StageError(
                     f"the model folder `{folder}` lacks `{file.name}`, which its index names; fetch it again"
                 )
         return files
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if single.name in there:
+        return [single]
+    return sorted(folder / name for name in there if name.endswith(".safetensors") and "/" not in name)
 
 
 def _read(path: Path) -> str:
@@ -296,7 +319,7 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         raise StageError(f"`{path}` cannot be read ({error})") from None
 
 
-def read_header(shard: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+def read_header(shard: Path) -> Header:
     """Weight name → shape, and the bytes of all weights, of a safetensors file.
 
     The file has 8 bytes with the length of the header, the header as JSON, and the weights
