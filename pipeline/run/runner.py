@@ -86,9 +86,9 @@ class _Gates:
         finally:
             file = self.planned.saves / self.planned.pipeline.name / GATES
             content = {"ignored": self.planned.ignore_gates, "gates": self.verdicts}
-            text = json.dumps(content, ensure_ascii=False, indent=1)
-            if self.verdicts and (not file.is_file() or file.read_text(encoding="utf-8") != text):
-                file.write_text(text, encoding="utf-8")
+            text = json.dumps(content, ensure_ascii=False, indent=1).encode()
+            if self.verdicts and (not file.is_file() or file.read_bytes() != text):  # a kill may have cut it
+                file.write_bytes(text)
 
     def judge(self, step: Step) -> None:
         """Judge a finished step.

@@ -91,6 +91,16 @@ def test_a_finished_run_with_gates_in_two_stages_changes_no_file(project, done):
     assert len(json.loads(Path("saves/x/gates.json").read_text(encoding="utf-8"))["gates"]) > 1
 
 
+def test_verdicts_that_a_kill_cut_inside_of_a_character_are_written_again(project, done):
+    project.write("医疗/x.yaml", done)  # its path is in every verdict
+    assert main(["run", "医疗/x.yaml"]) == 0
+    file = Path("saves/x/gates.json")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: whole.index("医".encode()) + 1])
+    assert main(["run", "医疗/x.yaml"]) == 0
+    assert file.read_bytes() == whole
+
+
 def test_a_closed_gate_shows_the_evaluations_up_to_it_and_not_what_is_left_of_those_below(project, done, capsys):
     text = done.replace("max: 10", "max: 1") + "  second: {use: evaluate, data: held, compare: [sft]}\n"
     step = project.plan(text)["second"]
