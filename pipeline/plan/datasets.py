@@ -18,19 +18,19 @@ from stages.runtime.errors import StageError
 from stages.training import held_out
 
 
-def sources_in(value: Any) -> Iterator[Source]:
-    """Every data source in the settings of a stage, and those that these are compared with."""
+def sources_in(value: Any, *, others: bool = True) -> Iterator[Source]:
+    """Every data source in the settings of a stage; with `others` also those that cleaning only compares it with."""
     if isinstance(value, Source):
-        yield from (value, *value.others.values())
+        yield from (value, *(value.others.values() if others else ()))
     elif isinstance(value, Mixture):
         for source in value.sources:
-            yield from sources_in(source)
+            yield from sources_in(source, others=others)
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from sources_in(getattr(value, name))
+            yield from sources_in(getattr(value, name), others=others)
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from sources_in(item)
+            yield from sources_in(item, others=others)
 
 
 class DataSets:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -353,9 +354,10 @@ class Placer:
 
     def check_unseen(self, entry: StageEntry) -> None:
         """What models are measured on should not be what they were trained or calibrated with."""
-        measured = {self.data.digest(source): source for source in sources_in(entry.config) if entry.compared}
+        read = partial(sources_in, others=False)  # cleaning with `against: [held]` keeps those rows out
+        measured = {self.data.digest(source): source for source in read(entry.config) if entry.compared}
         for step in self.plan.steps if measured else ():
-            seen = {self.data.digest(source) for source in sources_in(step.entry.config)} - {None}
+            seen = {self.data.digest(source) for source in read(step.entry.config)} - {None}
             if step.entry.start is not None and step.entry.leaves_model:
                 for source in (measured[known] for known in measured.keys() & seen):
                     name = self.data.names(source)[0]

@@ -154,6 +154,14 @@ def test_rows_that_were_trained_on_are_told(project):
     assert "say little" not in project.validate(CHAIN + "  evaluate: {data: held}\n")[1]
 
 
+def test_rows_that_cleaning_keeps_out_of_training_are_not_trained_on(project):
+    text = CHAIN + "  evaluate: {data: held}\n"
+    cleaned = "data.consult.clean=[{contamination: {against: [held]}}]"
+    code, shown = project.validate(text, "--set", cleaned)
+    assert code == 0
+    assert "say little" not in shown
+
+
 # As a key of another stage
 
 
