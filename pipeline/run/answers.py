@@ -5,7 +5,9 @@ The answers are stored beside the links of the config, so that the question is a
 
 import json
 import multiprocessing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.plan.step import Plan, Step
 from pipeline.run.process import fork
@@ -25,11 +27,9 @@ def ask_question(plan: Plan) -> dict[str, str]:
     models = _models(plan)
     if not question or not models:
         return {}
-    file = plan.saves / plan.pipeline.name / FILE
-    key = {"question": question, "models": {name: _identity(plan, step) for name, step in models.items()}}
-    stored = _read(file)
-    if stored.get("key") == key:
-        return dict(stored["answers"])
+    if stored := stored_answers(plan):
+        return stored
+    file = _file(plan)
     recorded = {name: _answer_in_record(step, question) for name, step in models.items()}
     answers = {name: answer for name, answer in recorded.items() if answer is not None}
     missing = {name: _folders(plan, step) for name, step in models.items() if name not in answers}
@@ -38,8 +38,26 @@ def ask_question(plan: Plan) -> dict[str, str]:
     answers |= generated or dict.fromkeys(missing, f"(no answer; the log is {file.parent / LOG})")
     answers = {name: answers[name] for name in models if name in answers}
     if generated or not missing:
-        file.write_text(json.dumps({"key": key, "answers": answers}, ensure_ascii=False, indent=1), encoding="utf-8")
+        content = {"key": _key(plan, models), "answers": answers}
+        file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
     return answers
+
+
+def stored_answers(plan: Plan) -> dict[str, str]:
+    """Name of a model → its answer to the question, as an earlier run stored it; empty if the models have changed."""
+    models = _models(plan)
+    stored = _read(_file(plan)) if models and plan.pipeline.question else {}
+    return dict(stored["answers"]) if stored and stored.get("key") == _key(plan, models) else {}
+
+
+def _file(plan: Plan) -> Path:
+    return plan.saves / plan.pipeline.name / FILE
+
+
+def _key(plan: Plan, models: Mapping[str, Step | None]) -> dict[str, Any]:
+    """What the stored answers are answers to."""
+    identities = {name: _identity(plan, step) for name, step in models.items()}
+    return {"question": plan.pipeline.question, "models": identities}
 
 
 def _models(plan: Plan) -> dict[str, Step | None]:

@@ -2,23 +2,37 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pipeline import secret
 from pipeline.plan.step import Plan, Step, gate_verdicts
+from pipeline.run.answers import stored_answers
 from pipeline.saves import artifact
-from pipeline.views import charts, progress
+from pipeline.views import charts, conclusion, progress
 from stages import Report
 from stages.measuring.table import read_answers, read_table
+from stages.model.facts import chain_of
 from stages.runtime.events import read_events
 
 TEMPLATE = "report.html.jinja"
 SHOWN_ANSWERS = 20  # prompts; answers.jsonl has the others
+SECTIONS: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
+    "evaluation": ("Evaluation", lambda step: step["evaluation"]),
+    "answers": ("Answers", lambda step: step["evaluation"] and step["evaluation"]["prompts"]),
+    "quality": ("Quantization", lambda step: step["quality"]),
+    "gates": ("Gates", lambda step: step["gates"]),
+    "curves": ("Curves", lambda step: step["curves"]),
+    "data": ("Data", lambda step: step["data_summary"]),
+    "stages": ("Stages", None),
+    "config": ("Config", None),
+    "lineage": ("Lineage", None),
+}
+"""Anchor of a part of the page → its title, and whether a step has something to show in it; None: always shown."""
 STATES = {"done": "done", "resume": "unfinished, resumes", "run": "not run yet", "refused": "unfinished, refused"}
 
 
@@ -29,19 +43,38 @@ def render(planned: Plan, assignments: Sequence[str] = ()) -> str:
     """
     steps = [_StageReport(planned, step).as_dict() for step in planned.steps]
     records = [step["record"] for step in steps if step["record"]]
+    tables = [read_table(step.folder) for step in planned.reports if step.state == "done"]
     config = planned.pipeline.path.read_text(encoding="utf-8")
+    sections = [(name, title) for name, (title, key) in SECTIONS.items() if key is None or any(map(key, steps))]
     return _environment().get_template(TEMPLATE).render(
         name=planned.pipeline.name,
         path=str(planned.pipeline.path),
         config=config,
         assignments=list(assignments),
-        notes=planned.notes,
+        conclusion=conclusion.first_lines(planned, tables, {step["name"]: step["record"] for step in steps if step["record"]}),
+        warnings=list(dict.fromkeys([*planned.notes, *(text for step in steps for text in step["warnings"])])),
+        asked=_one_question(planned, steps),
+        sections=sections,
+        parts=[name for name, _ in sections],
+        fewest=conclusion.FEWEST,
+        gates=[gate["passed"] for step in steps for gate in step["gates"]],
         steps=steps,
         done=sum(step["state"] == "done" for step in steps),
         seconds=sum(record["seconds"] for record in records if "seconds" in record),
         versions=_versions(records),
         machines=sorted({_machine(record["machine"]) for record in records if "machine" in record}),
     )  # fmt: skip
+
+
+def _one_question(planned: Plan, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The question of the config with its answers, or else the first prompt of an evaluation; None without both."""
+    if answers := stored_answers(planned):
+        return {"question": planned.pipeline.question, "answers": answers}
+    for step in reversed(steps):
+        if step["evaluation"] and step["evaluation"]["prompts"]:
+            prompt = step["evaluation"]["prompts"][0]
+            return {"question": prompt["messages"][-1]["content"], "answers": dict(prompt["first_and_last"])}
+    return None
 
 
 def write_curves(planned: Plan, folder: Path) -> list[Path]:
@@ -75,6 +108,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": _figure, "count": lambda value: f"{value:,}", "duration": progress.duration}
+    environment.filters |= {"breakable": lambda name: Markup("_<wbr>").join(escape(name).split("_"))}
     environment.filters |= {"percent": lambda value: f"{value:.1%}", "bytes": artifact.size_of}
     return environment
 
@@ -92,7 +126,8 @@ class _StageReport:
         rows = charts.history(self.folder)
         speeds = [row[charts.SPEED] for row in rows if charts.SPEED in row]
         metrics = record.get("metrics", {})
-        events = [event["kind"] for event in read_events(self.folder)]
+        events = list(read_events(self.folder))
+        gates = gate_verdicts(step, self.planned) if self.record is not None else []
         return {
             "name": step.name,
             "use": step.use,
@@ -101,11 +136,11 @@ class _StageReport:
             "why": step.why,
             "record": record,
             "started": _time(record["started"]) if "started" in record else None,
-            "starts": events.count("start"),
+            "starts": sum(event["kind"] == "start" for event in events),
             "key_figure": step.stage.headline(metrics) if metrics else None,
             "folder": step.folder.name,
             "fingerprint": step.fingerprint,
-            "inputs": dict(step.identities),
+            "inputs": [(self._model_name(name), identity) for name, identity in step.identities.items()],
             "shared_with": self._other_configs(),
             "memory": step.needs.memory,
             "speed": sorted(speeds)[len(speeds) // 2] if speeds else None,
@@ -117,10 +152,18 @@ class _StageReport:
             ],
             "evaluation": self._evaluation(),
             "quality": self._quality(metrics),
-            "gates": [{"passed": verdict.passed, "text": verdict.text} for verdict in gate_verdicts(step, self.planned)]
-            if self.record is not None
-            else [],
+            "gates": [{"passed": verdict.passed, "text": verdict.text} for verdict in gates],
+            "warnings": [
+                *(f"a gate of `{step.name}` failed: {verdict.text}" for verdict in gates if not verdict.passed),
+                *(f"`{step.name}` ran although a gate failed: {text}" for text in record.get("ignored_gates") or ()),
+                *(f"`{step.name}`: {event['text']}" for event in events if event.get("warning")),
+            ],
         }
+
+    def _model_name(self, name: str) -> str:
+        """The model behind an input of the stage: a stage above, or the folder or Hub name in the config."""
+        reference = self.step.entry.start if name == "model" else self.step.entry.compared.get(name)
+        return " + ".join(part.removeprefix("$") for part in chain_of(reference)) if reference else name
 
     def _other_configs(self) -> list[str]:
         """Other configs that use the same folder."""
@@ -174,28 +217,41 @@ def _change(quality: Mapping[str, Any]) -> dict[str, str | None]:
 def _metric_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each metric and data set, with a cell for each model.
 
-    The best cell is marked, and each cell that is significantly better or worse than the model before it.
+    A cell says how its model compares with the model before it. The best cell is marked if it is best beyond chance.
+    The `n` of a row is the number of rows that its figures were measured on, None if the cells differ in it.
     """
     models = table["models"]
+    before = dict(zip(models[1:], models, strict=False))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for figure in table["figures"]:
         row = rows.setdefault((figure["metric"], figure["data"]), {**figure, "cells": {}})
-        row["cells"][figure["model"]] = {**figure, "best": False, "verdict": ""}
-    for row in rows.values():
+        row["cells"][figure["model"]] = {**figure, "best": False, "verdict": None}
+    for (metric, data), row in rows.items():
+        comparisons = [one for one in table["comparisons"] if (one["metric"], one["data"]) == (metric, data)]
+        conclusion.mark_best(row["cells"], comparisons)
+        for comparison in comparisons:
+            if before.get(comparison["model"]) == comparison["versus"]:
+                row["cells"][comparison["model"]]["verdict"] = _against(comparison)
         for model in models:
-            row["cells"].setdefault(model, {"value": None, "ci": None, "why": "not measured", "best": False})
-        values = [cell["value"] for cell in row["cells"].values() if cell["value"] is not None]
-        if row["lower_is_better"] is not None and len(set(values)) > 1:
-            best = min(values) if row["lower_is_better"] else max(values)
-            for cell in row["cells"].values():
-                cell["best"] = cell["value"] == best
-    before = dict(zip(models[1:], models, strict=False))
-    for comparison in table["comparisons"]:
-        model, versus = comparison["model"], comparison["versus"]
-        if comparison["better"] is not None and before.get(model) == versus:
-            word = "better" if comparison["better"] == model else "worse"
-            rows[comparison["metric"], comparison["data"]]["cells"][model]["verdict"] = f"{word} than {versus}"
+            missing = {"value": None, "ci": None, "why": "not measured", "best": False, "n": 0, "verdict": None}
+            row["cells"].setdefault(model, missing)
+        counts = {cell["n"] for cell in row["cells"].values() if cell["value"] is not None}
+        row["n"] = counts.pop() if len(counts) == 1 else None
     return [{**row, "cells": [row["cells"][model] for model in models]} for row in rows.values()]
+
+
+def _against(comparison: Mapping[str, Any]) -> dict[str, str] | None:
+    """A class and words for the comparison with the model before; None if there is no comparison."""
+    if comparison["change"] is None:
+        return None
+    change, versus = conclusion.change_text(comparison), comparison["versus"]
+    if conclusion.is_decided(comparison):
+        word = conclusion.verdict(comparison)
+        return {"class": "good" if word == "better" else "bad", "text": f"{word} than {versus}: {change}"}
+    nothing = 1 if comparison["as"] == "ratio" else 0
+    if {comparison["change"], *(comparison["ci"] or ())} == {nothing}:
+        return {"class": "soft", "text": f"= {versus}"}
+    return {"class": "soft", "text": f"≈ {versus}: {change}"}
 
 
 def _prompt_card(entry: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:

@@ -159,12 +159,12 @@ class Page(HTMLParser):
         self.open, self.words, self.tags, self.attributes = [], [], set(), []
         self.feed(text)
         assert self.open == []
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+        self.text = re.sub(r"\s+", " ", " ".join(self.words)).replace("_ ", "_")
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -202,8 +202,11 @@ TOLD = [
     "1,107 sequences packed into 901 · 3.1% padding",
     "books.jsonl 1,234 1,230 4 too short books.jsonl:3 7 changed by cleaning 2 email found",
     "123 1,107 45,678 22,839 75.0% 62.5%",
-    "perplexity ↓ consult 21.12 20.12 to 22.12 18.38 ★ 17.38 to 19.38 better than init",
-    "reward_margin ↑ consult – it is the model that rewards are measured against 1.5",
+    "init → pt perplexity on consult 21.12 → 18.38: better, −13.0% (−20.0% to −10.0%), n = 64",
+    "gates 1 of 1 passed warnings none",
+    "What helps? init <script>alert(1)</script> pt Rest & water …",
+    "perplexity ↓ on consult , n = 64 64 21.12 20.12 to 22.12 18.38 ★ 17.38 to 19.38 better than init: −13.0% (−20.0%",
+    "reward_margin ↑ on consult , n = 64 64 – it is the model that rewards are measured against 1.5",
     "user What helps? init <script>alert(1)</script> pt Rest & water …",
     "✓ gate passed: `evaluate`: x.yaml:12:13: perplexity of `pt` on `consult` is 18.38",
     "659,200",
@@ -295,6 +298,53 @@ def test_secrets_stay_out(made, monkeypatch):
     assert "12345" not in found
 
 
+def test_the_lineage_names_the_models(project):
+    text = project.model("m") + "  sft: {data: consult, lora: {r: 2}}\n  merge:\n"
+    project.write("x.yaml", text)
+    assert main(["report", "x.yaml"]) == 0
+    found = Page(Path("saves/x/report.html").read_text(encoding="utf-8")).text
+    assert "from m folder:" in found
+    assert f"from sft {build()['sft'].fingerprint}" in found
+
+
+def compared(better="pt", **more):
+    pair = {"metric": "perplexity", "data": "consult", "model": "pt", "versus": "init", "better": better}
+    table = {**TABLE, "comparisons": [pair | RATIO | more]}
+    run(build(), table)
+    assert main(["report", "x.yaml"]) == 0
+    return Page(Path("saves/x/report.html").read_text(encoding="utf-8")).text
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ({"better": "init", "change": 1.0004, "ci": [1.0001, 1.0007]}, "worse than init: +0.0% (+0.0% to +0.1%)"),
+        ({"better": None, "change": 0.99, "ci": [0.97, 1.01]}, "≈ init: −1.0% (−3.0% to +1.0%)"),
+        ({"better": None, "change": 1.0, "ci": [1.0, 1.0]}, "= init"),
+        ({"n": 5}, "≈ init: −13.0% (−20.0% to −10.0%)"),
+    ],
+    ids=["worse", "chance", "equal", "too few rows"],
+)
+def test_no_star_for_a_difference_that_may_be_chance(project, pair, told):
+    project.write("x.yaml", CONFIG)
+    text = compared(**pair)
+    is_worse = pair.get("better") == "init"
+    assert told in text
+    assert "18.38 ★" not in text
+    assert ("init → pt perplexity on consult 21.12 → 18.38: worse" in text) == is_worse
+
+
+def test_the_page_begins_with_the_result_the_warnings_and_one_question(made):
+    part = build()["pt"].folder / "events.jsonl"
+    with open(part, "a", encoding="utf-8") as file:
+        file.write('\n{"kind": "note", "time": 0, "text": "9 of 9 rows lose their end", "warning": true}\n')
+    text = Page(page(made)).text
+    parts = ["init → pt perplexity", "warnings 1", "`pt`: 9 of 9 rows lose", "What helps? init", "What ran, and why"]
+    places = [text.index(words) for words in parts]
+    assert places == sorted(places)
+    assert "nothing it depends on has changed" not in text
+
+
 def test_a_gate_that_says_no(made):
     made.write("x.yaml", CONFIG.replace("versus: init, max_increase: 6%", "max: 10"))
     text = Page(page(made)).text
@@ -305,13 +355,9 @@ def test_a_gate_that_says_no(made):
 def test_nothing_has_run_yet(made):
     found = Page(page(made, "--saves", "other")).text
     assert "0 of 4 stages done" in found
-    for words in (
-        "No training stage is done.",
-        "Nothing has been logged.",
-        "No evaluation is done.",
-        "No gate has been checked.",
-    ):
-        assert words in found
+    assert "Stages Config Lineage result nothing has run yet warnings none What ran, and why" in found
+    assert "Gates" not in found
+    assert "Evaluation" not in found
 
 
 def test_a_stage_that_is_not_finished_shows_how_far_it_came(made):
@@ -331,7 +377,7 @@ def test_a_folder_that_two_configs_use_says_so(made):
     made.write("z.yaml", CONFIG)
     for step in build("z.yaml").values():
         link(step.folder, step.link) if step.state == "done" else None
-    assert "nothing it depends on has changed also used by z" in Page(page(made)).text
+    assert "done also used by z 2025-11-22" in Page(page(made)).text
 
 
 def test_curves_leave_out_what_was_done_again_and_what_a_clock_says(made):
