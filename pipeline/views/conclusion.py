@@ -122,7 +122,7 @@ def _cost_of_bits(step: Step, tables: Sequence[Mapping[str, Any]], record: Mappi
     compared = [list(_clauses(table, step.name, start)) for table in reversed(tables)]
     if found := next(filter(None, compared), None):
         yield from found
-    elif "perplexity_before" in metrics and metrics["perplexity_before"]:
+    elif metrics.get("perplexity_before"):
         before, after = metrics["perplexity_before"], metrics["perplexity_after"]
         rows = metrics["perplexity_rows"]
         yield f"perplexity on rows like those of the calibration {before:.4g} → {after:.4g}, n\u00a0=\u00a0{rows:,}"

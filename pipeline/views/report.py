@@ -42,7 +42,8 @@ def render(planned: Plan, assignments: Sequence[str] = ()) -> str:
     `assignments` are the `--set` options, shown above the config.
     """
     steps = [_StageReport(planned, step).as_dict() for step in planned.steps]
-    records = [step["record"] for step in steps if step["record"]]
+    finished = {step["name"]: step["record"] for step in steps if step["record"]}
+    records = list(finished.values())
     tables = [read_table(step.folder) for step in planned.reports if step.state == "done"]
     config = planned.pipeline.path.read_text(encoding="utf-8")
     sections = [(name, title) for name, (title, key) in SECTIONS.items() if key is None or any(map(key, steps))]
@@ -51,7 +52,7 @@ def render(planned: Plan, assignments: Sequence[str] = ()) -> str:
         path=str(planned.pipeline.path),
         config=config,
         assignments=list(assignments),
-        conclusion=conclusion.first_lines(planned, tables, {step["name"]: step["record"] for step in steps if step["record"]}),
+        conclusion=conclusion.first_lines(planned, tables, finished),
         warnings=list(dict.fromkeys([*planned.notes, *(text for step in steps for text in step["warnings"])])),
         asked=_one_question(planned, steps),
         sections=sections,
