@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.commands import cleaning, inspecting, running, starting, using
+from pipeline.commands import cleaning, inspecting, publishing, running, starting, using
 from pipeline.commands.app import app
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "cleaning",
     "inspecting",
     "main",
+    "publishing",
     "running",
     "starting",
     "using",

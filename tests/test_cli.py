@@ -36,7 +36,7 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
 PANELS = {
     "Start": ["init", "convert", "schema"],
     "Run": ["run", "plan", "validate"],
-    "Use": ["chat", "predict", "serve"],
+    "Use": ["chat", "predict", "serve", "push"],
     "Inspect": ["data", "status", "report", "diff", "doctor"],
     "Clean up": ["gc"],
 }

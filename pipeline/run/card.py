@@ -93,9 +93,9 @@ def _metadata(chain: Sequence[FinishedStep], reports: Sequence[FinishedStep], pl
         "license_link": licensed.license_link,
         "language": given.language,
         "base_model": base,
-        "base_model_relation": None if base is None else "quantized" if bits else "finetune",
+        "base_model_relation": None if base is None else _relation(last),
         "datasets": list(dict.fromkeys([*on_hub, *given.datasets])) or None,
-        "library_name": "transformers",
+        "library_name": "peft" if last.entry.leaves_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(["stagewise", *trained, *(["gptq", f"{bits}-bit"] if bits else []), *given.tags])),
         "eval_results": results or None,
@@ -103,6 +103,11 @@ def _metadata(chain: Sequence[FinishedStep], reports: Sequence[FinishedStep], pl
     }
     # YAML may fold or quote a secret, so it is masked before.
     return str(ModelCardData(**{key: _masked(value) for key, value in metadata.items()}).to_yaml())
+
+
+def _relation(last: "Step") -> str:
+    """What the model is of its base, in the words of the Hub."""
+    return "adapter" if last.entry.leaves_adapter else "quantized" if last.entry.bits else "finetune"
 
 
 def _masked(value: Any) -> Any:
@@ -242,6 +247,8 @@ def _use(last: "Step") -> str:
             f'`quantization_config=GPTQConfig(bits={last.entry.bits}, backend="torch")`; without it, a kernel is '
             "compiled first."
         )
+    if last.entry.leaves_adapter:
+        note = "\n\nThese are the weights of a LoRA adapter. transformers needs `peft` to load them onto their base."
     return "## Use\n\n```python\n" + "\n".join(code) + "\n```" + note
 
 

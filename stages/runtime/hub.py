@@ -43,5 +43,6 @@ def refusal(error: BaseException) -> str:
         return f"(the account of {TOKEN} has no right to do this); use a token with that right"
     if status is not None and (status >= 500 or status == 429):
         return f"(it answers with status {status}); try again later"
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = getattr(error, "server_message", None) or str(error)
+    first = next(iter(text.strip().splitlines()), type(error).__name__)
     return f"({first}); check name, commit, access and network"
