@@ -1,7 +1,7 @@
 """LoRA merge: a base and its chain of adapters in, one plain model out, folded weight by weight.
 
-No more than one weight is in memory at a time. The written folder is then compared, weight by weight, with the fold,
-and each layer that an adapter changes with PEFT's own layer under the same adapter.
+No more than one weight is in memory at a time. While a weight is there, each layer that an adapter changes is compared
+with PEFT's own layer under the same adapter, and the weight in the file with the fold.
 """
 
 import math
@@ -19,7 +19,7 @@ from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size
 from stages.model.folder import carried_files, refuse_missing
 from stages.model.inputs import Inputs
 from stages.model.lora import Adapter, AdapterChain, layout
-from stages.model.probe import Difference, proof, skeleton
+from stages.model.probe import Difference, Parameters, proof, skeleton
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, StageError
 from stages.runtime.events import emit
@@ -40,7 +40,7 @@ class Config(BaseModel):
     shard_size: str = Field(default="4GB", pattern=SIZE_PATTERN)
     """Size of a weight file at most, such as `2GB`."""
     verify: bool = True
-    """Read the result again, and compare each folded layer with PEFT's own."""
+    """Compare each folded layer with PEFT's own, and read each written weight again."""
 
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
@@ -80,13 +80,13 @@ def figures(metrics: Metrics) -> list[Figure]:
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Write the merged model into `out`, weight by weight, and copy tokenizer and templates of the last folder."""
     base, adapters = Path(inputs.model[0]), list(inputs.model[1:])
-    model, missing = skeleton(base)
-    refuse_missing(str(base), missing)
-    chain, source = AdapterChain(adapters, layout(model)), shards.Weights(base)
-    names = _whole_names(source, model)
+    model, source = _read_folder(base)
+    fold = _Fold(model, AdapterChain(adapters, layout(model)), source, prove=config.verify)
+    if config.verify:
+        emit(out, "note", text="compares each folded layer with PEFT's own, and each written weight with the fold")
     limit = parse_size(config.shard_size)
-    count = shards.write(source, lambda name, weight: chain.fold(names[name], weight), out, limit)
-    chain.check_used()
+    count = shards.write(source, fold.weight, out, limit, _compare_bits if config.verify else None)
+    fold.check()
     shutil.copy(base / "config.json", out)
     for path in carried_files(*map(Path, inputs.model)):
         shutil.copy(path, out)
@@ -96,8 +96,8 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
         "bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")),
     }
     if config.verify:
-        emit(out, "note", text="compares each weight with the fold, and each folded layer with PEFT's own")
-        metrics |= verify(inputs.model, out)
+        _compare_entries(source, _read_folder(out)[1])
+        metrics |= fold.figures()
     return metrics
 
 
@@ -126,11 +126,124 @@ def _whole_names(weights: shards.Weights, model: "PreTrainedModel") -> dict[str,
     return {name: whole(name) for name in weights.entries}
 
 
-# The proof
+# The fold and its proof
 
 
-def verify(chain: Sequence[str], merged: Path) -> dict[str, Any]:
-    """Prove a merged folder against its chain, with one layer in memory at a time.
+class _Fold:
+    """A base with its adapters, folded weight by weight; with `prove` each changed layer is compared with PEFT's."""
+
+    def __init__(
+        self, model: "PreTrainedModel", chain: AdapterChain, source: shards.Weights, *, prove: bool = True
+    ) -> None:
+        self.model, self.chain, self.source = model, chain, source
+        self.names = _whole_names(source, model)
+        self.due = self._due() if prove else {}
+        self.found: list[Difference] = []
+        self.trouble: StageError | None = None
+        self._room: torch.Tensor | None = None
+
+    def _places(self, name: str) -> tuple[str, ...]:
+        """The name of a weight of the file in the model, and the other names of the same weight."""
+        whole = self.names[name]
+        return (whole, *self.chain.layout.tied.get(whole, ()))
+
+    def _due(self) -> dict[str, dict[str, dict[str, str]]]:
+        """Weight of the file → the changed modules that are proved with it → their parameters → names in the file.
+
+        A module is proved with the largest of its weights. Two modules with one weight are both proved with it.
+        """
+        modules: dict[str, dict[str, str]] = {}
+        for name in self.names:
+            for place in self._places(name):
+                module, _, part = place.rpartition(".")
+                modules.setdefault(module, {}).setdefault(part, name)
+        for name, whole in self.names.items():  # of two names that are both in the file, each is proved
+            module, _, part = whole.rpartition(".")
+            modules[module][part] = name
+        touched = {module for adapter in self.chain.adapters for module in adapter.modules}
+        due: dict[str, dict[str, dict[str, str]]] = {}
+        for module, parts in modules.items():
+            places = [place for name in parts.values() for place in self._places(name)]
+            if not touched.isdisjoint(place.rpartition(".")[0] for place in places):
+                due.setdefault(max(parts.values(), key=self.source.size), {})[module] = parts
+        return due
+
+    def weight(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """The folded weight, in the dtype of the stored one; it may be overwritten by the next call.
+
+        Raises:
+            StageError: an adapter does not fit.
+        """
+        modules = self.due.get(name)
+        if modules is None or self.trouble:
+            return self.chain.fold(self.names[name], weight)
+        before = {
+            part: self.source.read(part).float()
+            for parts in modules.values()
+            for part in parts.values()
+            if part != name
+        }
+        before[name] = after = self._float(weight)
+        steps = (self.chain.steps(self.names[part], one) for part, one in before.items())
+        for step in zip(*steps, strict=True):
+            taken = dict(zip(before, step, strict=True))
+            for module, parts in modules.items():
+                sides = ({part: taken[one][side] for part, one in parts.items()} for side in (1, 2))
+                self._prove(module, step[0][0], *sides)
+            after = taken[name][2]
+        return after.to(weight.dtype)
+
+    def _float(self, weight: "torch.Tensor") -> "torch.Tensor":
+        """A weight in float32, always in the same memory: the system takes longer to hand out memory than to copy."""
+        import torch
+
+        if self._room is None or self._room.numel() < weight.numel():
+            self._room = None  # first free the memory
+            self._room = torch.empty(weight.numel())
+        return self._room[: weight.numel()].view(weight.shape).copy_(weight)
+
+    def check(self) -> None:
+        """Check that every tensor of every adapter was folded, and that the fold is what PEFT would compute.
+
+        A tensor without a place is the reason for a difference, so it is reported first.
+
+        Raises:
+            StageError: it is not; names the adapter or the layer.
+        """
+        self.chain.check_used()
+        if self.trouble:
+            raise self.trouble
+
+    def figures(self) -> Metrics:
+        """`layers`: how many layers were compared with PEFT's; `layer_difference`: the largest |difference| of an
+        output as a share of the largest |output| of its layer.
+        """
+        shares = [one.largest / one.outputs for one in self.found if one.outputs]
+        return {"layers": len(shares), "layer_difference": max(shares, default=0.0)}
+
+    def _prove(self, module: str, adapter: Adapter, before: Parameters, after: Parameters) -> None:
+        tied = (f"{module}.weight", *self.chain.layout.tied.get(f"{module}.weight", ()))
+        stored = next((name for name in tied if adapter.has_rows(name)), f"{module}.weight")  # rows have one name
+        try:
+            like = self.model.get_submodule(module)
+        except AttributeError:
+            self._note(f"it has no `{module}`, which the adapter `{adapter.folder}` changes")
+            return
+        found = proof(stored.rpartition(".")[0], like, adapter, before, after)
+        if isinstance(found, str):
+            self._note(f"`{module}` after the adapter `{adapter.folder}`: {found}")
+        elif not found.small:
+            trouble = f"differ from those of PEFT by up to {found.largest:.2g} of {found.outputs:.2g}"
+            self._note(f"the outputs of `{module}` after the adapter `{adapter.folder}` {trouble}")
+        else:
+            self.found.append(found)
+
+    def _note(self, trouble: str) -> None:
+        self.trouble = self.trouble or _other(trouble)
+
+
+def verify(chain: Sequence[str], merged: Path) -> Metrics:
+    """Prove a finished folder against its chain, with one weight in memory at a time; `run` proves while it writes.
 
     Transformers finds all weights in the folder. It has the weights of the base, and no other. Each of them is, bit for
     bit, the fold of the base's weight, rounded once. Each layer that an adapter changes gives, in float32 and before it
@@ -141,87 +254,28 @@ def verify(chain: Sequence[str], merged: Path) -> dict[str, Any]:
         merged: the folder to prove.
 
     Returns:
-        `layers`: how many layers were compared with PEFT's; `layer_difference`: the largest |difference| of an output
-        as a share of the largest |output| of its layer.
+        `layers` and `layer_difference`, as in the metrics of the stage.
 
     Raises:
         StageError: the folder is not the chain; names the weight or the layer.
     """
-    model, missing = skeleton(merged)
-    refuse_missing(str(merged), missing)
-    both = _Both(model, AdapterChain(chain[1:], layout(model)), shards.Weights(Path(chain[0])), shards.Weights(merged))
-    _compare_entries(both.source, both.written)
-    found = [one for module, parts in both.modules().items() for one in both.compare(module, parts)]
-    shares = [one.largest / one.outputs for one in found if one.outputs]
-    return {"layers": len(shares), "layer_difference": max(shares, default=0.0)}
+    model, written = _read_folder(merged)
+    fold = _Fold(model, AdapterChain(chain[1:], layout(model)), shards.Weights(Path(chain[0])))
+    _compare_entries(fold.source, written)
+    for name in fold.source.entries:
+        _compare_bits(name, fold.weight(name, fold.source.read(name)), written.read(name))
+    fold.check()
+    return fold.figures()
 
 
-class _Both:
-    """A base with its adapters, and what was written."""
-
-    def __init__(
-        self, model: "PreTrainedModel", chain: AdapterChain, source: shards.Weights, written: shards.Weights
-    ) -> None:
-        self.model, self.chain, self.source, self.written = model, chain, source, written
-        self.names = _whole_names(source, model)
-        self.touched = {module for adapter in chain.adapters for module in adapter.modules}
-
-    def _places(self, name: str) -> tuple[str, ...]:
-        """The name of a weight of the file in the model, and the other names of the same weight."""
-        whole = self.names[name]
-        return (whole, *self.chain.layout.tied.get(whole, ()))
-
-    def modules(self) -> dict[str, dict[str, str]]:
-        """Module → its parameters, such as `weight` → their names in the file."""
-        modules: dict[str, dict[str, str]] = {}
-        for name in self.names:
-            for place in self._places(name):
-                module, _, part = place.rpartition(".")
-                modules.setdefault(module, {}).setdefault(part, name)
-        for name, whole in self.names.items():  # of two names that are both in the file, each is compared
-            module, _, part = whole.rpartition(".")
-            modules[module][part] = name
-        return modules
-
-    def compare(self, module: str, parts: Mapping[str, str]) -> list[Difference]:
-        """Compare the written weights of a module with the fold, and after each adapter the fold with PEFT's layer.
-
-        Raises:
-            StageError: they differ.
-        """
-        before = {part: self.source.read(name) for part, name in parts.items()}
-        after, found = before, []
-        places = [place for name in parts.values() for place in self._places(name)]
-        if not self.touched.isdisjoint(place.rpartition(".")[0] for place in places):
-            steps = [self.chain.steps(self.names[name], before[part].float()) for part, name in parts.items()]
-            for step in zip(*steps, strict=True):
-                before, after = ({part: one[side] for part, one in zip(parts, step, strict=True)} for side in (1, 2))
-                found.append(self._prove(module, step[0][0], before, after))
-        for part, name in parts.items():
-            if not _same(self.written.read(name), after[part]):
-                raise _other(f"`{name}` is not the folded weight")
-        return found
-
-    def _prove(
-        self,
-        module: str,
-        adapter: Adapter,
-        before: Mapping[str, "torch.Tensor"],
-        after: Mapping[str, "torch.Tensor"],
-    ) -> Difference:
-        try:
-            like = self.model.get_submodule(module)
-        except AttributeError:
-            raise _other(f"it has no `{module}`, which the adapter `{adapter.folder}` changes") from None
-        tied = (f"{module}.weight", *self.chain.layout.tied.get(f"{module}.weight", ()))
-        stored = next((name for name in tied if adapter.has_rows(name)), f"{module}.weight")  # rows have one name
-        found = proof(stored.rpartition(".")[0], like, adapter, before, after)
-        if isinstance(found, str):
-            raise _other(f"`{module}` after the adapter `{adapter.folder}`: {found}")
-        if not found.small:
-            trouble = f"differ from those of PEFT by up to {found.largest:.2g} of {found.outputs:.2g}"
-            raise _other(f"the outputs of `{module}` after the adapter `{adapter.folder}` {trouble}")
-        return found
+def _read_folder(folder: Path) -> tuple["PreTrainedModel", shards.Weights]:
+    """
+    Raises:
+        StageError: transformers does not find every weight in the folder.
+    """
+    model, missing = skeleton(folder)
+    refuse_missing(str(folder), missing)
+    return model, shards.Weights(folder)
 
 
 def _compare_entries(source: shards.Weights, written: shards.Weights) -> None:
@@ -237,13 +291,16 @@ def _compare_entries(source: shards.Weights, written: shards.Weights) -> None:
             raise _other(f"`{name}` has another dtype or shape than in the base")
 
 
-def _same(written: "torch.Tensor", weight: "torch.Tensor") -> bool:
-    """Whether a written weight is, bit for bit, this one in its dtype."""
+def _compare_bits(name: str, folded: "torch.Tensor", written: "torch.Tensor") -> None:
+    """
+    Raises:
+        StageError: the written weight is not, bit for bit, the folded one.
+    """
     import torch
 
-    rounded = weight.to(written.dtype).contiguous()
-    wide = torch.int64 if rounded.nbytes % 8 == 0 else torch.uint8
-    return bool(torch.equal(written.reshape(-1).view(wide), rounded.reshape(-1).view(wide)))
+    wide = torch.int64 if folded.nbytes % 8 == 0 else torch.uint8
+    if not torch.equal(written.reshape(-1).view(wide), folded.contiguous().reshape(-1).view(wide)):
+        raise _other(f"`{name}` is not the folded weight")
 
 
 def _other(trouble: str) -> StageError:

@@ -35,6 +35,8 @@ HARMLESS = (
 )
 # Values of `init_lora_weights` that leave the weights of the base as they are.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+BLOCK = 2**15
+"""Of fewer numbers than this, torch adds in one thread, so that no thread waits for another one."""
 
 
 def check_foldable(lora: Mapping[str, Any]) -> list[Problem]:
@@ -184,16 +186,30 @@ class Adapter:
             return weight
         own = self.take(f"{module}.base_layer.weight")  # PEFT stores embeddings beside their adapters
         weight = weight if own is None else own
-        change = (b @ a).mul_(self.scale(module))
+        change, magnitude = b @ a, self.take(f"{module}.lora_magnitude_vector")
         if (change.T if transposed else change).shape != weight.shape:
             raise self._other_shape(name, change.T if transposed else change, weight)
-        magnitude, norm = self.take(f"{module}.lora_magnitude_vector"), None
+        if transposed:
+            change *= self.scale(module)
+            folded = weight + change.T  # in the order in memory that the weight has
+        else:
+            folded = _add(weight, change, self.scale(module))
         if magnitude is not None:  # DoRA: the norm of the weights that lead to one output
-            norm = ((weight.T if transposed else weight) + change).norm(dim=1)
-        folded = weight + change.T if transposed else change.add_(weight)  # in place where the order in memory stays
-        if magnitude is not None:
+            norm = (weight.T + change if transposed else folded).norm(dim=1)
             folded *= (magnitude / norm).view((1, -1) if transposed else (-1, 1))
         return folded
+
+
+def _add(weight: "torch.Tensor", change: "torch.Tensor", scale: float) -> "torch.Tensor":
+    """weight + scale · change, in place of `change`.
+
+    Some rows at a time, so that they stay in the cache: the float32 copy that torch makes of a whole weight takes more
+    time than the sum.
+    """
+    rows = max(1, (BLOCK - 1) // max(1, change.shape[1]))
+    for some, own in zip(change.split(rows), weight.split(rows), strict=True):
+        some.mul_(scale).add_(own)
+    return change
 
 
 class AdapterChain:

@@ -79,8 +79,14 @@ def layer(like: Any, parameters: Parameters) -> Any:
     return made
 
 
-def under_peft(name: str, alone: Any, config: Any) -> Any:
+def under_peft(name: str, alone: Any, config: Any, *, empty: bool = False) -> Any:
     """A model that consists of one layer at its place in the real model, under PEFT.
+
+    Args:
+        name: the name of the layer in the real model.
+        alone: the layer.
+        config: PEFT's LoraConfig.
+        empty: the adapter has no memory for its tensors, because all of them will be loaded.
 
     Raises:
         ValueError: PEFT finds no place for the adapter.
@@ -96,11 +102,11 @@ def under_peft(name: str, alone: Any, config: Any) -> Any:
     inner.add_module(last, alone)
     with warnings.catch_warnings():  # PEFT tells of each Conv1D that its weight is inputs × outputs
         warnings.simplefilter("ignore")
-        return inject_adapter_in_model(copy.deepcopy(config), root).eval()
+        return inject_adapter_in_model(copy.deepcopy(config), root, low_cpu_mem_usage=empty).eval()
 
 
-def difference(alone: Any, folded: Any, peft: Any) -> Difference:
-    """Compare a folded layer with PEFT's, and both with the layer `alone`, on random inputs."""
+def difference(folded: Any, peft: Any) -> Difference:
+    """Compare a folded layer with PEFT's, and that with the layer that its adapter is on, on random inputs."""
     import torch
 
     rows, columns = folded.weight.shape
@@ -109,9 +115,11 @@ def difference(alone: Any, folded: Any, peft: Any) -> Difference:
     else:
         width = columns if isinstance(folded, torch.nn.Linear) else rows
         inputs = torch.randn(INPUTS, width, generator=torch.Generator().manual_seed(0))
+    alone = []  # what PEFT's layer gives without the adapter, caught on the way
+    peft.get_base_layer().register_forward_hook(lambda layer, given, outputs: alone.append(outputs.clone()))
     with torch.no_grad():
         expected = peft(inputs)
-        largest, added = ((outputs - expected).abs().max() for outputs in (folded(inputs), alone(inputs)))
+        largest, added = ((outputs - expected).abs().max() for outputs in (folded(inputs), alone[0]))
         return Difference(float(largest), float(expected.abs().max()), float(added))
 
 
@@ -124,25 +132,24 @@ def proof(name: str, like: Any, adapter: Adapter, before: Parameters, after: Par
     Returns:
         The difference, or the reason why there is none.
     """
-    import torch
     from peft import LoraConfig, set_peft_model_state_dict
 
     own = f"{PREFIX}{name}."
     tensors = {key: adapter.read(key) for key in adapter.names if key.startswith(own)}
     if not any(".lora_" in key for key in tensors):
         return _whole(own, tensors, adapter, before, after)
-    alone, inner, folded = layer(like, before), layer(like, before), layer(like, after)
-    if alone is None:
+    inner, folded = layer(like, before), layer(like, after)
+    if inner is None:
         return f"it is a {type(like).__name__}, of which no adapter can be folded"
     config = LoraConfig.from_pretrained(adapter.folder)
     config.init_lora_weights, config.modules_to_save, config.trainable_token_indices = True, None, None
     try:
-        root = under_peft(name, inner, config)
-        loaded = set_peft_model_state_dict(root, {key.removeprefix(PREFIX): one for key, one in tensors.items()})
+        root = under_peft(name, inner, config, empty=True)
+        state = {key.removeprefix(PREFIX): one.float() for key, one in tensors.items()}
+        loaded = set_peft_model_state_dict(root, state, low_cpu_mem_usage=True)
         if loaded.unexpected_keys:
             return f"PEFT has no place for `{loaded.unexpected_keys[0]}`"
-        with torch.no_grad():
-            return difference(alone, folded, root.get_submodule(name))
+        return difference(folded, root.get_submodule(name))
     except (ValueError, RuntimeError) as error:
         return f"PEFT does not put the adapter there ({error})"
     finally:
@@ -239,7 +246,7 @@ def _probe(name: str, like: Any, rank: int, config: Any) -> str | None:
     own = copy.deepcopy(config)
     own.target_modules, own.exclude_modules, own.modules_to_save, own.trainable_token_indices = [name], None, None, None
     own.layers_to_transform = own.layers_pattern = None
-    root = under_peft(name, layer(like, before), own)
+    root = under_peft(name, alone, own)
     for key, parameter in root.named_parameters():
         if ".lora_" in key or parameter.requires_grad:
             parameter += 0.1 * torch.randn_like(parameter)
@@ -253,5 +260,5 @@ def _probe(name: str, like: Any, rank: int, config: Any) -> str | None:
         after = {key: adapter.fold(f"{name}.{key}", one, transposed=transposed) for key, one in before.items()}
         if adapter.unused:
             return f"the fold has no place for `{min(adapter.unused)}`"
-        found = difference(alone, layer(like, after), root.get_submodule(name))
+        found = difference(layer(like, after), root.get_submodule(name))
     return None if found.small else f"outputs differ by up to {found.largest:.2g} of {found.outputs:.2g}"

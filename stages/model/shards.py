@@ -7,7 +7,7 @@ for byte; that function wants all weights of a file at once.
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,10 @@ DTYPES = (
 
 Entry = dict[str, Any]
 """What a header says of a weight: `dtype` in the words of safetensors, `shape`, and `data_offsets` in bytes."""
+Change = Callable[[str, "torch.Tensor"], "torch.Tensor"]
+"""The name of a weight, and the weight as it is stored → the weight to be written."""
+Check = Callable[[str, "torch.Tensor", "torch.Tensor"], None]
+"""It gets the name of a weight, the weight to be written, and the weight as it was written."""
 
 
 class Weights:
@@ -40,14 +44,8 @@ class Weights:
             self.files.update(dict.fromkeys(header, file))
 
     def read(self, name: str) -> "torch.Tensor":
-        """A weight as it is stored: its file is mapped into memory as long as the tensor is there.
-
-        The file is opened for each weight, because pages that were read stay in memory until the mapping ends.
-        """
-        from safetensors import safe_open
-
-        with safe_open(str(self.files[name]), framework="pt") as file:
-            return file.get_tensor(name)
+        """A weight as it is stored."""
+        return read(self.files[name], name)
 
     def size(self, name: str) -> int:
         """The bytes of a weight."""
@@ -55,11 +53,22 @@ class Weights:
         return int(end - start)
 
 
-def write(weights: Weights, change: Callable[[str, "torch.Tensor"], "torch.Tensor"], out: Path, limit: int) -> int:
+def read(file: Path, name: str) -> "torch.Tensor":
+    """A weight of a file, which is mapped into memory as long as the tensor is there.
+
+    The file is opened for each weight, because pages that were read stay in memory until the mapping ends.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def write(weights: Weights, change: Change, out: Path, limit: int, check: Check | None = None) -> int:
     """Write every weight, as `change` hands it back, into files of at most `limit` bytes of weights each.
 
     `change` keeps dtype and shape. A weight larger than `limit` gets a file of its own. Several files get an index, as
-    transformers writes one.
+    transformers writes one. `check` gets each weight as it was handed back, and as safetensors reads it from the file.
 
     Returns:
         The number of files.
@@ -68,8 +77,7 @@ def write(weights: Weights, change: Callable[[str, "torch.Tensor"], "torch.Tenso
     index: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if shards[1:] else "model.safetensors"
-        entries = {name: weights.entries[name] for name in names}
-        _write_file(out / file, entries, lambda name: change(name, weights.read(name)))
+        _write_file(out / file, names, weights, change, check)
         index.update(dict.fromkeys(names, file))
     if shards[1:]:
         total = sum(map(weights.size, weights.entries))
@@ -91,19 +99,23 @@ def _shards(weights: Weights, limit: int) -> Iterator[list[str]]:
     yield names
 
 
-def _write_file(file: Path, entries: Mapping[str, Entry], weight: Callable[[str], "torch.Tensor"]) -> None:
+def _write_file(file: Path, names: list[str], weights: Weights, change: Change, check: Check | None) -> None:
     import torch
 
-    names = sorted(entries, key=lambda name: (-DTYPES.index(entries[name]["dtype"]), name))
+    entries = weights.entries
+    names = sorted(names, key=lambda name: (-DTYPES.index(entries[name]["dtype"]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        start, stop = entries[name]["data_offsets"]
-        header[name] = {**entries[name], "data_offsets": [end, end := end + stop - start]}
+        header[name] = {**entries[name], "data_offsets": [end, end := end + weights.size(name)]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as opened:
         opened.write(struct.pack("<Q", len(text)) + text)
+        opened.truncate(8 + len(text) + end)  # safetensors reads a file only if it has its full size
         for name in names:
-            flat = weight(name).contiguous().reshape(-1)
-            opened.write(flat.view(torch.uint8).numpy())
+            weight = change(name, weights.read(name))
+            opened.write(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+            if check is not None:
+                opened.flush()
+                check(name, weight, read(file, name))
