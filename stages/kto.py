@@ -194,7 +194,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     train, held = rows.train, rows.held
     counts = {"good": sum(labels), "bad": len(labels) - sum(labels)}
     if (text := balance(config, **counts)) is not None:
-        emit(out, "note", text=text)
+        emit(out, "note", text=text, warning=True)
     spare = [train[labels.index(label)]["completion_ids"] for label in (True, False)]
     if config.estimates_kl and args.precompute_ref_log_probs:
         train = _paired_ahead(train, args.per_device_train_batch_size, spare)

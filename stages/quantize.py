@@ -255,7 +255,8 @@ def _rows(config: Config, inputs: Inputs, folder: Path, out: Path) -> tuple[list
     )
     if len(calibration) < wanted or len(held_out) < MEASURED:
         rows = f"{len(calibration)} of {wanted} rows to calibrate with"
-        emit(out, "note", text=f"the data is short: {rows}, {len(held_out)} of {MEASURED} to measure perplexity on")
+        text = f"the data is short: {rows}, {len(held_out)} of {MEASURED} to measure perplexity on"
+        emit(out, "note", text=text, warning=True)
     return held_out, calibration
 
 
@@ -311,7 +312,7 @@ def _summary(losses: Losses, out: Path) -> dict[str, Any]:
     if fallback:
         named = ", ".join(fallback[:5]) + (", …" if fallback[5:] else "")
         text = f"{len(fallback)} of {len(losses)} modules could not be calibrated and were only rounded: {named}"
-        emit(out, "note", text=text)
+        emit(out, "note", text=text, warning=True)
     worst = max(known, key=lambda name: known[name], default=None)
     return {
         "modules": len(losses),

@@ -162,6 +162,7 @@ def planned_steps(config: Path, saves: Path, assignments: list[str] | None, unti
 
     planned = build_plan(load_config(config, assignments or ()), saves, until=until, **more)
     check_plan(planned)
+    planned.notes = list(dict.fromkeys(planned.notes))
     return planned
 
 

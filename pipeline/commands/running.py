@@ -57,6 +57,9 @@ def run(
     if as_json:
         return print_json(tables.run_as_json(planned, records, answers))
     tables.print_run(out, planned, view, records, answers)
+    words = [str(config), *(["--saves", str(saves)] if saves != SAVES else [])]
+    words += [word for assignment in assignments or () for word in ("--set", assignment)]
+    tables.print_next(out, words, has_model=any(step.entry.leaves_model for step in planned.steps))
     return 0
 
 
@@ -71,14 +74,17 @@ def plan(
     as_json: AsJson = False,
 ) -> int:
     """Show what would run, and why."""
+    from pipeline.plan.step import refuse_plan
     from pipeline.views.progress import plan_table
 
     planned = planned_steps(config, saves, assignments, until, fresh=fresh or (), online=online)
     if as_json:
-        return print_json(tables.plan_as_json(planned))
-    tables.console().print(plan_table(planned))
-    for note in planned.notes:
-        print(without_controls(f"note: {note}"))
+        print_json(tables.plan_as_json(planned))
+    else:
+        tables.console().print(plan_table(planned))
+        for note in planned.notes:
+            print(without_controls(f"note: {note}"), flush=True)
+    refuse_plan(planned)
     return 0
 
 

@@ -10,8 +10,12 @@ from pipeline.errors import NewerRecord
 from pipeline.plan.datasets import DataSets, sources_in
 from pipeline.plan.step import Plan, State
 from pipeline.saves import artifact
+from pipeline.saves.locks import held
 from stages.model.device import has_gpu
 from stages.training.checkpoint import reached_step
+
+NEW = "has not run yet"
+"""Why a stage runs that has left nothing in `saves`."""
 
 
 class History:
@@ -33,7 +37,10 @@ class History:
         damage = artifact.damage(folder, record, self.plan.hashes) if record is not None else None
         if record is not None and damage is None and not fresh:
             return "done", "nothing it depends on has changed"
-        step = reached_step(folder.with_name(f"{folder.name}.part") / "checkpoints")
+        part = folder.with_name(f"{folder.name}.part")
+        step = reached_step(part / "checkpoints")
+        if (holder := held(part)) is not None:
+            return "run" if step is None else "resume", f"is being run by another process ({holder})"
         if step is not None and not fresh:
             return "resume", f"goes on at step {step}" + _elsewhere(folder)
         if left and not fresh:
@@ -43,8 +50,19 @@ class History:
         if folder.exists():
             return "run", f"its folder is damaged ({damage or 'no record of it can be read'}); it is rebuilt"
         if previous is None:
-            return "run", "has not run yet"
+            return "run", self._without_record(folder, link)
         return "run", "because " + self._changes(entry, previous, content)
+
+    def _without_record(self, folder: Path, link: Path) -> str:
+        """Why a stage runs of which no finished folder is left."""
+        if (artifact.begun(folder.with_name(f"{folder.name}.part")) or {}).get("fingerprint"):
+            return "did not finish, and left no checkpoint to go on from"
+        if link.is_symlink() and not link.exists():
+            gone = self.plan.saves / link.resolve().name
+            return (
+                f"its folder `{gone}` is gone" if gone == folder else f"the folder of its last run, `{gone}`, is gone"
+            )
+        return NEW
 
     def left(self, entry: StageEntry, folder: Path) -> list[Path]:
         """Unfinished work of this stage of this config with other settings, the one that got farthest last."""

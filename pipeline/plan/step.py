@@ -146,7 +146,15 @@ def begin(step: Step, plan: Plan) -> dict[str, Any]:
         "versions": installed_versions(step.use),
         "stands_on": step.stands_on(),
         "gpu": has_gpu(),
+        "set": overrides(step, plan),
     }
+
+
+def overrides(step: Step, plan: Plan) -> list[str]:
+    """The paths of the `--set` options that reach a step: of its own settings, and of those at the top."""
+    places = plan.pipeline.document.keys.items()
+    found = [(key, place.removeprefix("--set ")) for key, place in places if place.startswith("--set ")]
+    return list(dict.fromkeys(path for key, path in found if key[:1] != ("stages",) or step.name in key[1:2]))
 
 
 def check_unchanged(step: Step, hashes: Hashes, *, read: bool = False) -> None:

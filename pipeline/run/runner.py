@@ -20,7 +20,7 @@ from typing import Any
 from pipeline import secret
 from pipeline.errors import Busy, GateClosed
 from pipeline.plan.fingerprint import installed_versions
-from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts
+from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts, overrides
 from pipeline.run import card
 from pipeline.run.process import Child, Forked, Launched, Stop, View, follow
 from pipeline.run.rehearsal import Rehearsals
@@ -176,7 +176,7 @@ def _run_step(
         if step.stage.card:
             card.write(step.part, step, done["metrics"], planned, before, versions)
         secret.forbid(step.part, step.name)
-        record = _record(step, done, versions, gates.ignored)
+        record = _record(step, done, versions, gates.ignored) | {"set": overrides(step, planned)}
         record |= {
             "started": round(before_this.began or began, 3),
             "seconds": round(before_this.seconds + time.monotonic() - clock, 3),

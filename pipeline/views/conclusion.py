@@ -29,8 +29,16 @@ def _change(kind: str, value: float) -> str:
     return text.replace("-", "−")  # a browser breaks a line after a hyphen, also in 8.3e-05
 
 
+def is_same(comparison: Mapping[str, Any]) -> bool:
+    """Whether both models have the same figure in every resample of the rows."""
+    nothing = 1 if comparison["as"] == "ratio" else 0
+    return {comparison["change"], *(comparison["ci"] or ())} == {nothing}
+
+
 def verdict(comparison: Mapping[str, Any]) -> str:
-    """A comparison in words: `better`, `worse`, `no difference beyond chance`, or `too few rows to tell`."""
+    """A comparison in words, such as `better`, `worse` or `no difference beyond chance`."""
+    if is_same(comparison):
+        return "no difference"
     if is_decided(comparison):
         return "better" if comparison["better"] == comparison["model"] else "worse"
     return "too few rows to tell" if comparison["n"] < FEWEST else "no difference beyond chance"

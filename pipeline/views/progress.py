@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
+from pipeline.plan.history import NEW
 from pipeline.plan.step import Plan, Step
 from pipeline.saves import artifact
 from pipeline.views.controls import without_controls
@@ -37,6 +38,8 @@ class StageProgress:
     """Its steps, bar and times, kept by rich."""
     message: str
     """Why the stage will run, then what it is doing, and when it is finished its key figure."""
+    expected: float | None = None
+    """Seconds that it took when it ran last; None if it is done or that is not known."""
     state: str = "waiting"
     """A key of MARKS."""
     last_log: tuple[float, float] | None = None
@@ -62,11 +65,13 @@ class View:
             speed_estimate_period=float("inf"),  # rich's 30 s would drop all samples when a step takes a minute
         )
         self.stages = {step.name: self._waiting(step) for step in self.plan.steps}
+        self.warnings: dict[str, None] = {}
         self.live = Live(self, console=self.console, refresh_per_second=5) if self.console.is_terminal else None
 
     def _waiting(self, step: Step) -> StageProgress:
         task_id = self.progress.add_task(step.name, start=False, total=None, loss="", speed="")
-        return StageProgress(self.progress.tasks[task_id], step.why)
+        previous = artifact.read(step.link.resolve()) if step.state != "done" else None
+        return StageProgress(self.progress.tasks[task_id], step.why, expected=(previous or {}).get("seconds"))
 
     def __enter__(self) -> "View":
         if self.live:
@@ -93,7 +98,7 @@ class View:
         if state == "running":
             stage.message = step.why if step.state == "resume" else "starts"
             self.progress.start_task(stage.task.id)
-            self.print_line(f"{step.name}: starts; {step.why}")
+            self.print_line(f"{step.name}: starts" + ("" if step.why == NEW else f"; {step.why}"))
             return
         if state == "ran":
             self.progress.stop_task(stage.task.id)
@@ -116,8 +121,24 @@ class View:
         elif kind == "log":
             self._log(step, stage, event)
         elif kind == "note":
-            stage.message = without_controls(event["text"])
-            self.print_line(f"{step.name}: {stage.message}")
+            self._note(step, stage, event)
+
+    def _note(self, step: Step, stage: StageProgress, event: Mapping[str, Any]) -> None:
+        """Show what a stage says. Warnings, and notes to be kept, stay above the live view; a warning is shown once.
+
+        A note of the plan with the same words was shown before the run.
+        """
+        text = without_controls(event["text"])
+        line = f"{step.name}: {text}"
+        if event.get("warning"):
+            if line not in self.warnings and f"stage `{step.name}`: {text}" not in self.plan.notes:
+                self.warnings[line] = None
+                self.console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            return
+        stage.message = text
+        if self.live is not None and event.get("keep"):
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.print_line(line)
 
     def _advance(self, stage: StageProgress, step: int) -> None:
         self.progress.update(stage.task.id, completed=max(stage.task.completed, step))
@@ -147,7 +168,28 @@ class View:
         for name, stage in self.stages.items():
             mark, style = MARKS[stage.state]
             table.add_row(Text(mark, style), Text(name, style), self._progress_of(stage))
-        return Group(table, "")  # a short last line: the echo of Ctrl-C at the end of a full one would scroll
+        return Group(
+            table, Text(self._run_left(), "dim"), ""
+        )  # a short last line: the echo of Ctrl-C at the end of a full one would scroll
+
+    def _run_left(self) -> str:
+        """How far the run is, and the time that it takes at least: that of this stage, and what later ones took before.
+
+        Empty before the first stage has started.
+        """
+        stages = self.stages.values()
+        finished = sum(stage.state in ("done", "ran") for stage in stages)
+        running = next((stage for stage in stages if stage.state == "running"), None)
+        if running is None:
+            return ""
+        waiting = [stage.expected for stage in stages if stage.state == "waiting"]
+        now = running.task.time_remaining
+        if now is None and running.expected is not None:
+            now = max(0.0, running.expected - (running.task.elapsed or 0))
+        known = [seconds for seconds in (now, *waiting) if seconds is not None]
+        least = "" if len(known) == 1 + len(waiting) else "at least "
+        left = f", {least}{duration(sum(known))} left of the run" if known else ""
+        return f"{finished} of {len(self.stages)} stages done{left}"
 
     def _progress_of(self, stage: StageProgress) -> RenderableType:
         """One line for a stage that waits or is finished; a bar and a line for one that runs, or has failed."""

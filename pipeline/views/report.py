@@ -157,7 +157,7 @@ class _StageReport:
             "warnings": [
                 *(f"a gate of `{step.name}` failed: {verdict.text}" for verdict in gates if not verdict.passed),
                 *(f"`{step.name}` ran although a gate failed: {text}" for text in record.get("ignored_gates") or ()),
-                *(f"`{step.name}`: {event['text']}" for event in events if event.get("warning")),
+                *(f"stage `{step.name}`: {event['text']}" for event in events if event.get("warning")),
             ],
         }
 
@@ -249,8 +249,7 @@ def _against(comparison: Mapping[str, Any]) -> dict[str, str] | None:
     if conclusion.is_decided(comparison):
         word = conclusion.verdict(comparison)
         return {"class": "good" if word == "better" else "bad", "text": f"{word} than {versus}: {change}"}
-    nothing = 1 if comparison["as"] == "ratio" else 0
-    if {comparison["change"], *(comparison["ci"] or ())} == {nothing}:
+    if conclusion.is_same(comparison):
         return {"class": "soft", "text": f"= {versus}"}
     return {"class": "soft", "text": f"≈ {versus}: {change}"}
 

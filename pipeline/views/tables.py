@@ -1,9 +1,13 @@
 """What the command line prints: tables, coloured text, JSON and errors."""
 
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typer import TyperException
@@ -154,6 +158,30 @@ def print_run(
         out.print(f"\nThe same question to each model: {planned.pipeline.question}", markup=False, highlight=False)
     for name, text in answers.items():
         print_plain(out, f"  {name}: {text.strip() or '(nothing)'}")
+    for number, line in enumerate(view.warnings):
+        out.print(f"{'' if number else chr(10)}warning: {line}", style="yellow", markup=False, highlight=False)
+
+
+def print_next(out: "Console", words: Sequence[str], *, has_model: bool) -> None:
+    """Print the commands that make sense after a run; `words` are the config and the options that they need."""
+    out.print("\nnext:")
+    after = [("report", "figures, curves and answers as one page")]
+    if has_model:
+        after = [("chat", "talk to the model"), *after, ("serve", "an API, and a page for people")]
+    lines = [(shlex.join([program(), command, *words]), what) for command, what in after]
+    width = max(len(line) for line, _ in lines)
+    for line, what in lines:
+        print_plain(out, f"  {line:{width}}  # {what}")
+
+
+def program() -> str:
+    """How this program was called: `pipeline` if the shell finds it by that name, its path if not."""
+    called = sys.argv[0]
+    found = shutil.which("pipeline")
+    if Path(called).name != "pipeline" or (found is not None and os.path.realpath(found) == os.path.realpath(called)):
+        return "pipeline"
+    near = os.path.relpath(called)
+    return called if near.startswith("..") else near
 
 
 def print_evaluations(out: "Console", planned: "Plan", states: Mapping[str, str]) -> None:
@@ -209,13 +237,15 @@ def error_message(error: Exception, commands: Mapping[str, Any], words: Sequence
     """
     from pipeline.errors import ConfigError
     from pipeline.views.correction import Correction
-    from stages.runtime.errors import PipelineError, explain
+    from stages.runtime.errors import Interrupted, PipelineError, explain
 
     if isinstance(error, TyperException):
         return 2, [f"error: {Correction(commands).sentence(words, error.format_message())}"]
     if isinstance(error, ConfigError):
         count = len(error.problems)
         return 2, [*error.problems, *([f"{count} problems; nothing was run"] if count > 1 else [])]
+    if isinstance(error, Interrupted):
+        return error.exit_code, [str(error)]
     if isinstance(error, PipelineError):
         return error.exit_code, [f"error: {error}"]
     text = explain(error) if isinstance(error, OSError) else None

@@ -113,7 +113,7 @@ def _warn(change: Mapping[str, Any], closer: bool, out: Path) -> None:
         low, high = change["ci"]
         times = f"{change['change']:.3f} times the perplexity, 95 % CI {low:.3f} to {high:.3f}"
         way = "calibrate with more and longer rows, of the kind that the model will see"
-        emit(out, "note", text=f"GPTQ lost more than rounding to nearest does ({times}): {way}")
+        emit(out, "note", text=f"GPTQ lost more than rounding to nearest does ({times}): {way}", warning=True)
 
 
 def perplexity(losses: Sequence[Ratio]) -> float:

@@ -95,8 +95,10 @@ def prepare(
         reader = open(reader_lock(folder), "a+", encoding="utf-8")  # noqa: SIM115 - held while the rows are in use
         fcntl.flock(reader, fcntl.LOCK_SH)
     for entry in account["data"]:
-        emit(out, "note", text=drawing.summary(entry))
-    emit(out, "note", text=_told(account))
+        emit(out, "note", text=drawing.summary(entry), keep=True)
+    emit(out, "note", text=_told(account), keep=True)
+    if few := account.get("few_held_out"):
+        emit(out, "note", text=held_out.warning(few), warning=True)
     if not cut and (text := many_cut(account["truncated"], account["rows"], args.max_length)):
         emit(out, "note", text=text, warning=True)
     train = _dataset(folder / "train.arrow")
@@ -336,8 +338,6 @@ def _told(account: dict[str, Any]) -> str:
         words.append(f"{lost:,} more held-out rows are too long and are not measured")
     if refused := account.get("held_out_refused"):
         words.append(f"{refused:,} more held-out rows are refused by the chat template and are not measured")
-    if few := account.get("few_held_out"):
-        words.append(f"only {few} held out, whose figures say little about new rows")
     if "packed_into" in account:
         words.append(f"{account['packed']:,} sequences packed into {account['packed_into']:,}")
         words.append(f"{account['padding']:.1%} of their room is empty")

@@ -58,14 +58,14 @@ def test_rows_that_lose_their_end_are_told_before_training_and_when_it_begins(ma
     rows, cut = record["metrics"]["rows"], record["metrics"]["truncated"]
     assert cut > rows / 20
     warning = (
-        f"sft: {cut} of {rows} rows ({cut / rows:.0%}) are longer than `max_length` 100 and lose their end, so the "
-        "model would not learn to stop after them; raise `max_length`"
+        f"warning: sft: {cut} of {rows} rows ({cut / rows:.0%}) are longer than `max_length` 100 and lose their end, "
+        "so the model would not learn to stop after them; raise `max_length`"
     )
     lines = out.splitlines()
-    assert lines.count(warning) == 2
-    assert lines.index(warning) < lines.index("pt: starts; has not run yet")
+    assert lines.index(warning) < lines.index("pt: starts")
+    assert lines.count(warning) == 2  # when it is found, and again after the last stage
     kept = [json.loads(line) for line in (made[1] / "small/sft/events.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [event["warning"] for event in kept if event.get("text") == warning.removeprefix("sft: ")] == [True]
+    assert [event["warning"] for event in kept if event.get("text") == warning.removeprefix("warning: sft: ")] == [True]
     assert not list(made[1].glob("*.rehearsal"))
 
 

@@ -290,7 +290,7 @@ def test_ctrl_c_stops_at_the_next_step_and_the_next_run_goes_on(chain, capsys):
     assert run(config, saves, "--until", "sft") == 75
     watcher.join()
     error = capsys.readouterr().err
-    assert error.startswith("error: stage `sft` stopped at step ")
+    assert error.startswith("stage `sft` stopped at step ")
     assert error.endswith(" of 12; run the same command again to go on\n")
     assert not (saves / "small" / "sft").exists()
     assert run(config, saves, "--until", "sft") == 0

@@ -53,7 +53,7 @@ class Run:
             self.console.print(self.view)
         *lines, last = re.sub(r"\x1b\[[\d;]*m", "", shown.get()).splitlines()
         assert last == ""  # the echo of Ctrl-C at the end of a full line would scroll the screen
-        return [line.rstrip() for line in lines]
+        return [line.rstrip() for line in lines if line.strip()]
 
 
 @pytest.fixture
@@ -69,18 +69,19 @@ def test_a_run_before_it_starts_says_why_each_stage_will_run(run):
 def test_a_running_stage_shows_a_bar_its_figures_the_time_left_and_what_it_does(run, width):
     live = run(width)
     live.train()
-    _, bar, doing, waiting = live.screen()
+    _, bar, doing, waiting, left = live.screen()
     assert re.fullmatch(r"▸ pt    ━+[╸╺]?━*  33/132 loss 2.346 12,344 tokens/s 20 min left", bar)
     assert len(bar) == width
     assert doing == "        trains with batch 16 × 1 accumulation × 1 process = 16 rows a step"
     assert waiting == "· merge has not run yet"
+    assert left == "0 of 3 stages done, at least 20 min left of the run"
 
 
 def test_a_long_message_does_not_cut_the_time_left(run):
     live = run()
     live.train()
     live.event("pt", "note", text=NOTE)
-    _, bar, doing, _ = live.screen()
+    _, bar, doing, *_ = live.screen()
     assert bar.endswith(" 20 min left")
     assert doing == f"        {NOTE[:71]}…"
 
@@ -112,6 +113,35 @@ def test_a_stage_that_was_finished_before_shows_its_key_figure(run):
     assert live.screen()[1] == "✓ pt    held-out loss 3.500 → 2.250"
 
 
+def test_the_time_left_counts_what_later_stages_took_before(run):
+    before = run()
+    for name in ("init", "merge"):
+        pretend(before.steps[name], seconds=600.0, metrics={"parameters": 1, "vocab_size": 1})
+    (before.steps["merge"].folder / "model.safetensors").write_bytes(b"damaged")
+    live = run()
+    assert live.steps["merge"].state == "run"
+    live.view.step(live.steps["init"], "done")
+    live.train()
+    assert live.screen()[-1] == "1 of 3 stages done, 30 min left of the run"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_warnings_and_row_counts_stay_on_the_screen_and_a_warning_is_shown_once(run, terminal):
+    seen = run(terminal=terminal)
+    with seen.view:
+        seen.event("pt", "note", text="9 rows lose their end", warning=True)
+        seen.view.step(seen.steps["pt"], "running")
+        seen.event("pt", "note", text=NOTE, keep=True)
+        seen.event("pt", "note", text="9 rows lose their end", warning=True)
+        seen.event("pt", "note", text="measures the held-out rows")
+        assert seen.view.stages["pt"].message == "measures the held-out rows"
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", seen.file.getvalue())
+    assert shown.count("warning: pt: 9 rows lose their end") == 1
+    assert f"pt: {NOTE}" in shown
+    assert list(seen.view.warnings) == ["pt: 9 rows lose their end"]
+    assert ("\x1b[33mwarning" in seen.file.getvalue()) == terminal
+
+
 @pytest.mark.parametrize(
     ("error", "mark", "state"),
     [(StageFailed("out of memory"), "✗", "failed"), (Interrupted("stopped"), "■", "stopped")],
@@ -126,7 +156,7 @@ def test_a_stage_that_ends_early_keeps_its_bar_and_its_message(run, error, mark,
 
     with pytest.raises(type(error)):
         work()
-    _, bar, doing, _ = live.screen()
+    _, bar, doing, *_ = live.screen()
     assert bar.startswith(f"{mark} pt    ━")
     assert bar.endswith(" 33/132 loss 2.346 12,344 tokens/s")
     assert doing.startswith("        trains with batch 16")
@@ -158,7 +188,7 @@ def test_without_a_terminal_a_run_is_plain_lines(run):
         plain.event("pt", "log", step=132, after=1188, loss=2.0)
         plain.view.step(plain.steps["pt"], "ran")
     assert plain.file.getvalue() == (
-        "pt: starts; has not run yet\n"
+        "pt: starts\n"
         f"pt: {NOTE}\n"
         "pt: 132 steps, batch 16 × 1 accumulation × 1 process = 16 rows a step\n"
         "pt: step 10/132, loss 3.22, 24 min left\n"

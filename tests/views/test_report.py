@@ -339,7 +339,13 @@ def test_the_page_begins_with_the_result_the_warnings_and_one_question(made):
     with open(part, "a", encoding="utf-8") as file:
         file.write('\n{"kind": "note", "time": 0, "text": "9 of 9 rows lose their end", "warning": true}\n')
     text = Page(page(made)).text
-    parts = ["init → pt perplexity", "warnings 1", "`pt`: 9 of 9 rows lose", "What helps? init", "What ran, and why"]
+    parts = [
+        "init → pt perplexity",
+        "warnings 1",
+        "stage `pt`: 9 of 9 rows lose",
+        "What helps? init",
+        "What ran, and why",
+    ]
     places = [text.index(words) for words in parts]
     assert places == sorted(places)
     assert "nothing it depends on has changed" not in text
