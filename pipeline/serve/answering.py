@@ -1,7 +1,7 @@
 """A request's prompts in, jobs for the worker out; the answers in the form of OpenAI's API."""
 
 import asyncio
-import itertools
+import contextlib
 import json
 import time
 import uuid
@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.serve.requests import Asked
-from pipeline.serve.worker import Job, Worker
+from pipeline.serve.worker import Job, QueueFull, Worker
 from stages.chat.calls import CallForm, call_form
 from stages.data.row import Tools
 from stages.model import inference
@@ -69,11 +69,19 @@ class Reply:
 
     model: Model
     answers: Sequence[Answer]
+    n: int
+    """Answers to each prompt; those to one prompt are neighbours."""
     tools: Tools | None
     job: Job
+    worker: Worker
     pieces: asyncio.Queue[tuple[int, str] | None]
     """Index of an answer and a new piece of its text; None when all have ended."""
     error: Exception | None = None
+
+    def cancel(self) -> None:
+        """End the answers, and give their place in the queue to others."""
+        self.job.cancel()
+        self.worker.drop_cancelled()
 
     async def ended(self) -> None:
         """Wait until all answers have ended.
@@ -90,6 +98,8 @@ class Reply:
         if self.error is not None:
             raise Refused(500, "the model failed on this request; the server's log has the reason") from self.error
         if any(answer.reason == "cancelled" for answer in self.answers):
+            if self.worker.ended:
+                raise Refused(503, "the server is ending; ask again when it is back")
             raise Refused(504, "the answer took too long; ask for fewer tokens with `max_tokens`", code="timeout")
 
     async def texts(self) -> AsyncIterator[tuple[int, str]]:
@@ -98,7 +108,7 @@ class Reply:
             while (piece := await self.pieces.get()) is not None:
                 yield piece
         finally:
-            self.job.cancel()
+            self.cancel()
 
     def message(self, answer: Answer) -> tuple[dict[str, Any], str]:
         """The assistant's message, and the reason why the answer ended."""
@@ -107,6 +117,9 @@ class Reply:
         if self.tools and self.model.calls is not None:
             known = {tool["function"]["name"] for tool in self.tools}
             content, calls = self.model.calls.read(answer.text, known)
+            for token in self.model.engine.tokenizer.all_special_tokens:  # they were written for the calls alone
+                content = content.replace(token, "")
+            content = content.strip()
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
         if calls:
             message["tool_calls"] = [
@@ -125,9 +138,9 @@ class Reply:
     @property
     def usage(self) -> dict[str, int]:
         """Tokens of the prompts, each counted once, and of all answers."""
-        prompts = [len(ids) for ids, _ in itertools.groupby(answer.prompt for answer in self.answers)]
+        asked = sum(len(answer.prompt) for answer in self.answers[:: self.n])
         written = sum(len(answer.ids) for answer in self.answers)
-        return {"prompt_tokens": sum(prompts), "completion_tokens": written, "total_tokens": sum(prompts) + written}
+        return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
 
 
 @dataclass(frozen=True)
@@ -160,8 +173,9 @@ class Desk:
         live: bool = False,
         strip: bool = True,
         tools: Tools | None = None,
+        param: str = "messages",
     ) -> Reply:
-        """Hand a request to the worker; `live` if its text is wanted piece by piece.
+        """Hand a request to the worker; `live` if its text is wanted piece by piece, `param` holds the prompt.
 
         Raises:
             Refused: it asks for too much.
@@ -174,7 +188,7 @@ class Desk:
         answers = [
             Answer(
                 prompt=ids,
-                max_tokens=self._tokens(model, ids, limit),
+                max_tokens=self._tokens(model, ids, limit, param),
                 stop=stop,
                 strip=strip,
                 special=tools is not None,
@@ -185,27 +199,35 @@ class Desk:
         ]
 
         def put(piece: tuple[int, str] | None) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the server has ended, and its loop is closed
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         def on_end(error: Exception | None) -> None:
             reply.error = error
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(timer.cancel)
             put(None)
 
         for index, answer in enumerate(answers):
             answer.on_text = (lambda text, index=index: put((index, text))) if live else None
-        reply = Reply(model, answers, tools, Job(model.name, answers, sampling, on_end), pieces)
-        self.worker.submit(reply.job)
+        job = Job(model.name, answers, sampling, on_end)
+        reply = Reply(model, answers, n, tools, job, self.worker, pieces)
+        timer = loop.call_later(self.limits.seconds, reply.cancel)  # also while the request waits
+        try:
+            self.worker.submit(job)
+        except QueueFull:
+            timer.cancel()
+            raise
         return reply
 
-    def _tokens(self, model: Model, ids: Ids, limit: int | None) -> int:
+    def _tokens(self, model: Model, ids: Ids, limit: int | None, param: str) -> int:
         """How many tokens an answer may have. Raises Refused."""
         left = min(room(model.engine, ids), model.length(self.limits) - len(ids))
         if left < 1 or not ids:
             raise Refused(
                 400,
                 f"the prompt has {len(ids):,} tokens; this model takes 1 to {model.length(self.limits) - 1:,}",
-                param="messages",
+                param=param,
                 code="context_length_exceeded",
             )
         if limit is not None and limit > left:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from pipeline.serve.answering import Desk, Limits, Model, Refused, Reply, completion_id, stream
 from pipeline.serve.guard import App, Guard, Receive, Scope, Send, error_body
 from pipeline.serve.metrics import Metrics
-from pipeline.serve.requests import ChatBody, CompletionBody, InstructionBody
+from pipeline.serve.requests import TAGS, ChatBody, CompletionBody, InstructionBody
 from pipeline.serve.worker import QueueFull, Worker
 from stages.data.questions import Question, as_question
 from stages.data.row import RowError
@@ -31,7 +31,7 @@ ERROR = {
     "description": "An error in OpenAI's form.",
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
-ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 403, 404, 408, 413, 429, 500, 504), ERROR)
+ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504), ERROR)
 STREAMS: dict[int | str, dict[str, Any]] = {
     **ERRORS,
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
@@ -95,20 +95,33 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        text = str(first["msg"]).removeprefix("Value error, ")
+        path = [str(part) for part in first["loc"] if part != "body" and part not in TAGS]
+        text, more = str(first["msg"]).removeprefix("Value error, "), first.get("ctx") or {}
         if first["type"] == "json_invalid":
-            place, text = "", f"the body is not valid JSON: {first.get('ctx', {}).get('error', text)}"
-        named = first["type"] != "value_error" and place
-        return _error(400, f"`{place}`: {text}" if named else text, param=place.partition(".")[0] or None)
+            path, text = [], f"the body is not valid JSON: {more.get('error', text)}"
+        elif first["type"] == "model_attributes_type" and not _is_json(request):
+            return _error(415, "send the body as JSON, with the header `content-type: application/json`")
+        param = path[0] if path else more.get("param")
+        return _error(400, f"`{'.'.join(path)}`: {text}" if path else text, param=param)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        text, headers = str(error.detail), dict(error.headers or {})
+        if error.status_code == 404:
+            text = f"there is no route `{request.url.path}`; /openapi.json describes all routes"
+        elif error.status_code == 405 and "allow" in {name.lower() for name in headers}:
+            allowed = next(value for name, value in headers.items() if name.lower() == "allow")
+            text = f"`{request.url.path}` takes {allowed}, not {request.method}"
+        return _error(error.status_code, text, headers=headers)
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> JSONResponse:
         return _error(500, "an internal error; the server's log has the reason")
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _counted_requests(app: App, metrics: Metrics) -> App:
@@ -190,6 +203,8 @@ def _serve_chat(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
         request.state.user = body.user
         model = desk.model(body.model)
         tools = body.tools if body.tool_choice == "auto" else []
+        if body.messages[-1].role == "assistant":
+            raise Refused(400, "the last message is from the assistant; end with the user's question", param="messages")
         row: dict[str, Any] = {"messages": [message.as_row() for message in body.messages], "tools": tools}
         question = _question(row, "messages")
         if question.tools and model.calls is None:
@@ -223,8 +238,9 @@ def _serve_completions(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
     async def complete(request: Request, body: CompletionBody) -> Any:
         request.state.user = body.user
         model = desk.model(body.model)
-        settings = {"limit": body.limit, "n": body.n, "stop": body.stops, "live": body.stream, "strip": False}
-        reply = desk.ask(model, _texts(model, body), body.sampling, **settings)  # type: ignore[arg-type]
+        prompts = _texts(model, body)
+        given: dict[str, Any] = {"limit": body.limit, "n": body.n, "stop": body.stops, "param": "prompt"}
+        reply = desk.ask(model, prompts, body.sampling, live=body.stream, strip=False, **given)
         head = {"id": completion_id("cmpl"), "created": int(time.time()), "model": model.name}
         head["object"] = "text_completion"
         if body.stream:
@@ -246,12 +262,13 @@ def _serve_instructions(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
         row = {"instruction": body.instruction, "input": body.input, "system": body.system}
         ids = _prompt(model, _question(row, "instruction"))
         limit = body.max_new_tokens
-        if limit is None and body.max_length is not None:
+        if body.max_length is not None:
             if body.max_length <= len(ids):
                 text = f"`max_length` is {body.max_length}, and the prompt alone has {len(ids)} tokens"
                 raise Refused(400, text, param="max_length")
-            limit = body.max_length - len(ids)
-        reply = desk.ask(model, [ids], body.sampling, limit=limit)
+            left = body.max_length - len(ids)
+            limit = left if limit is None else min(limit, left)
+        reply = desk.ask(model, [ids], body.sampling, limit=limit, param="instruction")
         await _ended(reply, request)
         metrics.answered(reply)
         (answer,) = reply.answers
@@ -298,7 +315,7 @@ async def _ended(reply: Reply, request: Request) -> None:
         waiting.result()
     finally:
         waiting.cancel()
-        reply.job.cancel()
+        reply.cancel()
         if reply.error is not None:
             log.error("the model failed", exc_info=reply.error)
 
@@ -308,7 +325,7 @@ async def _counted(chunks: AsyncIterator[bytes], reply: Reply, metrics: Metrics)
         async for chunk in chunks:
             yield chunk
     finally:
-        reply.job.cancel()
+        reply.cancel()
         metrics.answered(reply)
         if reply.error is not None:
             log.error("the model failed", exc_info=reply.error)

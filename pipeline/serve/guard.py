@@ -5,6 +5,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -17,7 +18,14 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health",)
 """Paths that need no key."""
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or an address always means this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -65,8 +73,9 @@ class Guard:
         except _Refused as error:
             await _answer(send, error.status, error.message)
             return
-        if body is not None:
-            await self.app(scope, _given(body, receive), send)
+        if body is not None:  # HEAD is answered as GET is, and the server below sends no body to it
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            await self.app({**scope, "method": method}, _given(body, receive), send)
 
     def _refused(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         """Why a request is refused before its body is read; None if it is not."""
@@ -78,8 +87,8 @@ class Guard:
             return None
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if name not in LOCAL:  # a page elsewhere must not reach this server by a name of its own (DNS rebinding)
-            return 403, f"this server answers requests to {', '.join(LOCAL)}, not to `{name}`"
+        if not is_local(name):  # a page elsewhere must not reach this server by a name of its own (DNS rebinding)
+            return 403, f"this server answers requests to localhost and loopback addresses, not to `{name}`"
         return None
 
     def _is_key(self, header: bytes) -> bool:

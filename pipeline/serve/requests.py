@@ -3,7 +3,18 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from stages.model.live import Sampling
 from stages.runtime.errors import nearest
@@ -42,7 +53,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 class Body(BaseModel):
     """What all bodies share: unknown parameters are refused by name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -58,10 +69,15 @@ class Body(BaseModel):
             if name in known or value is None or any(value == neutral for neutral in NEUTRAL.get(name, ())):
                 continue
             if name in NEUTRAL:
-                raise ValueError(f"this server does not support `{name}`; remove it")
-            raise ValueError(f"there is no parameter `{name[:50]}`{nearest(name[:50], known)}")
+                raise _wrong(name, f"this server does not support `{name}`; remove it")
+            raise _wrong(name, f"there is no parameter `{name[:50]}`{nearest(name[:50], known)}")
         # A null means the same as a missing parameter.
         return {name: value for name, value in body.items() if name in known and value is not None}
+
+
+def _wrong(param: str, text: str) -> PydanticCustomError:
+    """An error that names the parameter to change."""
+    return PydanticCustomError("parameter", "{text}", {"text": text, "param": param[:50]})
 
 
 class Sampled(Body):
@@ -100,10 +116,20 @@ class Asked(Sampled):
     @model_validator(mode="after")
     def _together(self) -> "Asked":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` needs `stream: true`")
-        if any(not 0 < len(stop) <= 500 for stop in self.stops) or len(self.stops) > 16:
-            raise ValueError("`stop` takes up to 16 texts of 1 to 500 characters")
+            raise _wrong("stream_options", "`stream_options` needs `stream: true`")
         return self
+
+    @field_validator("stop", mode="wrap")
+    @classmethod
+    def _texts(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            stops = check(value)
+        except ValidationError:
+            stops = [""]
+        texts = [stops] if isinstance(stops, str) else stops
+        if any(not 0 < len(text) <= 500 for text in texts) or len(texts) > 16:
+            raise ValueError("takes up to 16 texts of 1 to 500 characters")
+        return stops
 
     @property
     def stops(self) -> list[str]:
@@ -119,6 +145,22 @@ class Part(Body):
 
     type: Literal["text"]
     text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"this server reads text alone; remove the part of type `{kind[:50]}`")
+        return part
+
+
+TAGS = ("(text)", "(parts)")
+"""Marks of the forms of a content in the places of errors."""
+Content = Annotated[
+    Annotated[Text, Tag(TAGS[0])] | Annotated[list[Part], Tag(TAGS[1])],
+    Discriminator(lambda value: TAGS[isinstance(value, list)]),
+]
 
 
 class Function(Body):
@@ -137,7 +179,7 @@ class ChatMessage(Body):
     """A message. Ids of calls are not written into the prompt, as in training."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Content | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = Field(None, max_length=200)
     refusal: None = None
@@ -163,7 +205,8 @@ class ChatBody(Asked):
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatBody":
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("`max_tokens` and `max_completion_tokens` differ; they mean the same, so send one")
+            text = "`max_tokens` and `max_completion_tokens` differ; they mean the same, so send one"
+            raise _wrong("max_completion_tokens", text)
         return self
 
     @property
@@ -175,6 +218,14 @@ class CompletionBody(Asked):
     """POST /v1/completions: plain text goes on, without the chat template."""
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _texts_or_ids(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("takes a text of up to 200,000 characters, token ids, or a list of them") from None
 
     @property
     def limit(self) -> int | None:
@@ -189,5 +240,5 @@ class InstructionBody(Sampled):
     system: Text = ""
     model: str | None = Field(None, max_length=200)
     max_length: int | None = Field(None, ge=1, le=1_000_000)
-    """Tokens of prompt and answer together, as in transformers' `generate`."""
+    """Tokens of prompt and answer together, as in transformers' `generate`; with `max_new_tokens` both limits hold."""
     max_new_tokens: int | None = Field(None, ge=1, le=1_000_000)

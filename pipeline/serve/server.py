@@ -1,17 +1,20 @@
 """Models in, a running server out: `own` is `app.py` under uvicorn, `vllm` is vLLM's own server."""
 
 import contextlib
-import ipaddress
+import errno
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.serve import models
+from pipeline.serve.guard import is_local
 from pipeline.serve.models import Served
 from stages.runtime.errors import nearest
 
@@ -48,32 +51,71 @@ def serve(
     from pipeline.serve.answering import Limits
 
     with contextlib.ExitStack() as used:
+        listening = used.enter_context(_bound(host, port))  # before the models are loaded, which can take minutes
         for model in served:
             used.enter_context(model.in_use())
         engines = {model.name: models.load(model) for model in served}
         app = build_app(engines, limits=Limits(**bounds), queue=queue, batch=batch, key=key)
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             log_config=_LOGS,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=5,
         )
-        server = _announced(uvicorn.Server(config), host, say)
-        server.run()
+        address = _address(host, listening.getsockname()[1])
+        server = _announced(uvicorn.Server(config), address, say)
+        with _ended_by_signals():
+            server.run([listening])
     return 0 if server.started else 1
 
 
-def _announced(server: Any, host: str, say: Callable[[str], None]) -> Any:
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket on the address, on which nothing listens yet.
+
+    Raises:
+        ConfigError: there is no such address on this machine, or another program has the port.
+    """
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        cure = "choose another `--port`" if error.errno == errno.EADDRINUSE else "choose another `--host` or `--port`"
+        raise ConfigError([f"--host {host} --port {port}: the server cannot listen there ({why}); {cure}"]) from None
+    return listening
+
+
+def _address(host: str, port: int) -> str:
+    name = host.strip("[]")
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are the usual end of a server. uvicorn, which handles them, raises them again at its end."""
+    before = {one: signal.signal(one, lambda number, frame: None) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _announced(server: Any, address: str, say: Callable[[str], None]) -> Any:
     """The server of uvicorn, which says where it listens once it does."""
     start = server.startup
 
     async def startup(*given: Any, **more: Any) -> None:
         await start(*given, **more)
-        for socket in (socket for one in getattr(server, "servers", []) for socket in one.sockets):
-            address = f"http://{host}:{socket.getsockname()[1]}"
+        if server.started:
             say(f"{address}/ is the page, {address}/v1 the API; Ctrl-C ends the server")
 
     server.startup = startup
@@ -89,18 +131,11 @@ def _key(host: str) -> str | None:
     key = os.environ.get(KEY) or None
     if key is not None and (len(key) < 16 or not key.isascii() or not key.isprintable()):
         raise ConfigError([f"{KEY}: a key has 16 or more printable ASCII characters; `openssl rand -hex 24` makes one"])
-    if key is None and not _is_local(host):
+    if key is None and not is_local(host):
         raise ConfigError(
             [f"--host {host}: other machines can reach this address, so a key is needed; put it into {KEY}"]
         )
     return key
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 _LOGS: dict[str, Any] = {

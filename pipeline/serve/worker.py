@@ -59,6 +59,7 @@ class Worker:
         self.running = 0
         """Answers in the batch that is being generated."""
         self._waiting: collections.deque[Job] = collections.deque()
+        self._now: Sequence[Job] = ()
         self._changed = threading.Condition()
         self._seconds = 1.0  # of a batch, a running mean
         self._ended = False
@@ -78,20 +79,35 @@ class Worker:
         Raises:
             QueueFull: the queue is full.
         """
+        self.drop_cancelled()
         with self._changed:
-            self._waiting = collections.deque(waiting for waiting in self._waiting if not self._dropped(waiting))
+            if self._ended:
+                job.cancel()
+                job.on_end(None)
+                return
             if len(self._waiting) >= self.queue:
                 raise QueueFull(self._wait())
             self._waiting.append(job)
             self._changed.notify()
 
-    def stop(self) -> None:
-        """End the thread; requests that wait or are being generated are cancelled."""
+    def drop_cancelled(self) -> None:
+        """Remove cancelled requests from the queue and report their end, whatever is being generated."""
+        with self._changed:
+            self._waiting = collections.deque(waiting for waiting in self._waiting if not self._dropped(waiting))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the worker takes no more requests."""
+        return self._ended
+
+    def stop(self, seconds: float = 10) -> None:
+        """Cancel the requests that wait or are being generated, and wait until the thread has ended."""
         with self._changed:
             self._ended = True
-            for job in self._waiting:
+            for job in (*self._waiting, *self._now):
                 job.cancel()
             self._changed.notify()
+        self._thread.join(seconds)
 
     def _wait(self) -> int:
         """After how many seconds a place in the queue is likely."""
@@ -108,7 +124,7 @@ class Worker:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._ended)
-                jobs = self._next()
+                jobs = self._now = self._next()
                 if not jobs and self._ended:
                     return
             if jobs:

@@ -118,20 +118,28 @@ def generate(engine: Engine, answers: Sequence[Answer], sampling: Sampling) -> N
     """Generate answers as one batch, and fill them in.
 
     Each prompt and its `max_tokens` must fit the positions of the model (`room`). With a seed, the same batch gives the
-    same answers.
+    same answers; without one, answers do not depend on the seeds of earlier calls.
     """
+    import torch
+
+    if sampling.seed is None:
+        torch.seed()
+    else:
+        torch.manual_seed(sampling.seed)
+    _generate(engine, answers, sampling)
+
+
+def _generate(engine: Engine, answers: Sequence[Answer], sampling: Sampling) -> None:
     import torch
     from transformers import StoppingCriteriaList
 
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
     model = engine.model
     width = max(len(answer.prompt) for answer in answers)
     limit = inference.positions(model)
     longest = max(answer.max_tokens for answer in answers)
     if width + longest > limit and len(answers) > 1:  # shorter prompts have room for longer answers
         for answer in answers:
-            generate(engine, [answer], sampling)
+            _generate(engine, [answer], sampling)
         return
     ids, mask = inference.left_padded([answer.prompt for answer in answers], engine.tokenizer.pad_token_id)
     with torch.inference_mode():

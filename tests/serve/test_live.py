@@ -103,3 +103,13 @@ def test_a_cancelled_answer_ends_at_the_next_token(live, engine):
     assert answer.reason == "cancelled"
     assert len(answer.ids) == 4
     assert len(steps) == 5
+
+
+def test_answers_of_one_seed_differ_where_a_batch_does_not_fit_the_positions(live, engine):
+    short, long = [5], prompts(engine)[1]
+    room = live.room(engine, short)
+    answers = [live.Answer(ids, limit) for ids, limit in ((short, room), (short, room), (long, 1))]
+    for answer in answers[:2]:
+        answer.on_text = lambda text, answer=answer: answer.cancel() if len(answer.ids) > 20 else None
+    live.generate(engine, answers, live.Sampling(temperature=1.0, seed=3))
+    assert answers[0].ids[:20] != answers[1].ids[:20]

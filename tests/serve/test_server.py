@@ -18,6 +18,9 @@ TOOL = {
 }
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
 @pytest.fixture(scope="module")
 def server(served):
     with served(queue=64) as running:
@@ -120,6 +123,21 @@ def test_generate_takes_an_instruction(server, engine):
         ({"model": "other"}, "there is no model `other`; there is `tiny`"),
         ({"stream_options": {"include_usage": True}}, "`stream_options` needs `stream: true`"),
         ({"messages": []}, "`messages`: List should have at least 1 item after validation, not 0"),
+        ({"max_tokens": True}, "`max_tokens`: Input should be a valid integer"),
+        ({"temperature": "0.5"}, "`temperature`: Input should be a valid number"),
+        ({"stop": [""]}, "`stop`: takes up to 16 texts of 1 to 500 characters"),
+        ({"stop": ["a"] * 17}, "`stop`: takes up to 16 texts of 1 to 500 characters"),
+        ({"parallel_tool_calls": False}, "this server does not support `parallel_tool_calls`; remove it"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "`tool_choice`: Input should be 'auto' or 'none'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]},
+            "`messages.0.content.1`: this server reads text alone; remove the part of type `image_url`",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "`messages.0.content`: Input should be a valid string"),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "content": "多喝水。"}]},
+            "the last message is from the assistant; end with the user's question",
+        ),
         (
             {"max_tokens": 5, "max_completion_tokens": 6},
             "`max_tokens` and `max_completion_tokens` differ; they mean the same, so send one",
@@ -129,6 +147,7 @@ def test_generate_takes_an_instruction(server, engine):
 def test_a_parameter_without_effect_is_refused_by_name(server, change, text):
     status, _, raw = call(server, "/v1/chat/completions", {"messages": ASKED, "max_tokens": 4, **change})
     assert (status, message(raw)) == (404 if "model" in change else 400, text)
+    assert json.loads(raw)["error"]["param"] in change
 
 
 def test_parameters_that_ask_for_nothing_are_taken(server):
@@ -197,8 +216,119 @@ def test_other_hosts_are_refused_without_a_key(server):
     status, _, text = call(server, "/v1/models", headers={"host": "evil.example"})
     assert (status, message(text)) == (
         403,
-        "this server answers requests to localhost, 127.0.0.1, [::1], not to `evil.example`",
+        "this server answers requests to localhost and loopback addresses, not to `evil.example`",
     )
+
+
+def test_loopback_hosts_are_answered_and_a_forwarded_one_does_not_count(server):
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.2:1", "[::1]", "[::1]:8000"):
+        assert call(server, "/v1/models", headers={"host": host})[0] == 200
+    for host in ("localhost.evil.example", "[::2]:8000", "127.0.0.1.evil.example", "10.0.0.1:8000", ""):
+        assert call(server, "/v1/models", headers={"host": host, "x-forwarded-host": "localhost"})[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "text"),
+    [
+        (("/v1/files", {}), 404, "there is no route `/v1/files`; /openapi.json describes all routes"),
+        (("/generate",), 405, "`/generate` takes POST, not GET"),
+        (("/v1/models", {}), 405, "`/v1/models` takes GET, not POST"),
+    ],
+)  # fmt: skip
+def test_a_route_or_a_method_that_is_not_there_is_named(server, given, status, text):
+    found, _, raw = call(server, *given)
+    assert (found, message(raw)) == (status, text)
+
+
+def test_a_body_that_is_not_declared_as_json_is_refused(server):
+    """A page of another site can send such a body without asking; it must not put the model to work."""
+    for kind in ("text/plain", "", "application/x-www-form-urlencoded"):
+        status, _, raw = call(server, "/generate", {"instruction": "x"}, headers={"content-type": kind})
+        assert (status, message(raw)) == (
+            415,
+            "send the body as JSON, with the header `content-type: application/json`",
+        )
+
+
+def test_head_is_answered_as_get_is_without_a_body(server):
+    for path in ("/", "/health", "/v1/models"):
+        status, headers, text = call(server, path, method="HEAD")
+        assert (status, text, int(headers["content-length"]) > 0) == (200, "", True)
+
+
+def test_each_prompt_is_counted_once_however_often_it_is_answered(server, engine):
+    size = len(engine.encoder.token_ids(["头痛"], special=True)[0])
+    body = {"prompt": ["头痛", "头痛"], "n": 2, "max_tokens": 3, "temperature": 1.0}
+    usage = json.loads(call(server, "/v1/completions", body)[2])["usage"]
+    assert usage == {"prompt_tokens": 2 * size, "completion_tokens": 12, "total_tokens": 2 * size + 12}
+
+
+def test_max_length_holds_beside_max_new_tokens(server, engine):
+    size = len(engine.prompt([{"role": "user", "content": "感冒了"}]))
+    body = {"instruction": "感冒了", "max_length": size + 3, "max_new_tokens": 9, "temperature": 0}
+    assert json.loads(call(server, "/generate", body)[2])["usage"]["completion_tokens"] == 3
+
+
+def test_a_request_without_a_seed_does_not_depend_on_the_seed_of_another(server):
+    seeded = {"messages": ASKED, "max_tokens": 1, "temperature": 1.0, "seed": 7}
+    body = {"messages": ASKED, "max_tokens": 12, "temperature": 1.0}
+    texts = []
+    for _ in range(2):
+        call(server, "/v1/chat/completions", seeded)
+        texts.append(json.loads(call(server, "/v1/chat/completions", body)[2])["choices"][0]["message"]["content"])
+    assert texts[0] != texts[1]
+
+
+def test_a_request_that_waits_too_long_is_answered_while_another_one_runs(served, engine):
+    from pipeline.serve.answering import Limits
+
+    went_on = threading.Event()
+    handle = engine.model.register_forward_pre_hook(lambda *given: went_on.wait(30) and None)
+    body = {"messages": ASKED, "max_tokens": 4, "temperature": 0}
+    try:
+        with served(limits=Limits(seconds=0.5)) as server:
+            first = threading.Thread(target=call, args=(server, "/v1/chat/completions", body))
+            first.start()
+            time.sleep(0.2)
+            status, _, text = call(server, "/v1/chat/completions", {**body, "seed": 1})
+            assert not went_on.is_set()
+            assert "stagewise_waiting_requests 0.0" in call(server, "/metrics")[2]
+            went_on.set()
+            first.join()
+    finally:
+        went_on.set()
+        handle.remove()
+    assert (status, message(text)) == (504, "the answer took too long; ask for fewer tokens with `max_tokens`")
+
+
+def test_a_server_that_ends_leaves_no_thread_and_no_request_unanswered(served, engine):
+    handle = engine.model.register_forward_pre_hook(lambda *given: time.sleep(0.02))
+    body = {"messages": ASKED, "max_tokens": 900, "temperature": 0}
+    found = []
+
+    def ask(server, seed):
+        try:
+            found.append(call(server, "/v1/chat/completions", {**body, "seed": seed})[0])
+        except OSError:
+            found.append("closed")
+
+    try:
+        with served() as server:
+            threads = [threading.Thread(target=ask, args=(server, seed)) for seed in range(3)]
+            for thread in threads:
+                thread.start()
+            while "stagewise_running_answers 1.0" not in call(server, "/metrics")[2]:
+                time.sleep(0.05)
+            workers = [thread for thread in threading.enumerate() if thread.name == "worker"]
+            began = time.monotonic()
+        for thread in threads:
+            thread.join(20)
+    finally:
+        handle.remove()
+    assert time.monotonic() - began < 10
+    assert len(found) == 3
+    assert 200 not in found
+    assert sum(thread.is_alive() for thread in workers) <= 1  # the module's own server has one
 
 
 def test_every_route_but_health_needs_the_key(served):
