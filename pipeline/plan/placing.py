@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.plan.datasets import DataSets, sources_in
 from pipeline.plan.fingerprint import digest, installed_versions, settings_of
 from pipeline.plan.history import History
+from pipeline.plan.lengths import cut_rows
 from pipeline.plan.machine import note_memory
 from pipeline.plan.models import Models, PlacedModel
 from pipeline.plan.step import Plan, Step, gate_verdicts
@@ -247,8 +248,14 @@ class Placer:
         """Note what the stage itself has to say of its settings and its model, if it will run."""
         if step.state != "done":
             texts = step.stage.notes(step.entry.config, start.facts if start is not None else NO_MODEL)
-            texts = [*texts, *self.data.too_few_held_out(step.entry)]
+            texts = [*texts, *self.data.too_few_held_out(step.entry), *self.cut_rows(step, start)]
             self.plan.notes += [f"stage `{step.name}`: {text}" for text in texts]
+
+    def cut_rows(self, step: Step, start: PlacedModel | None) -> Iterator[str]:
+        """What is known of rows that are longer than `max_length`."""
+        if step.entry.training is not None and start is not None:
+            template, folder = step.entry.template or start.facts.template, self.plan.tokenizer_folder(step)
+            yield from cut_rows(step.entry.training, template, start.facts, folder, self.data)
 
     def files(self, entry: StageEntry, models: list[PlacedModel]) -> dict[str, str]:
         """Path → sha256 of what a stage reads besides the folders of other stages."""

@@ -1,0 +1,76 @@
+"""Rows that lose their end at `max_length`: what a plan finds in the first rows of each data set."""
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from pipeline.plan.datasets import DataSets
+from stages.chat.trial import Trial
+from stages.data.row import Messages, Row
+from stages.data.source import Reading, Source
+from stages.model.facts import Facts
+from stages.training.preparation import MANY_CUT
+from stages.training.settings import Training
+
+SAMPLE = 200
+"""Rows of a data set that are looked at."""
+TEXT = 20_000
+"""Characters of a row that are tokenized; a token rarely has more than a few."""
+
+
+def cut_rows(
+    training: Training, template: str | None, facts: Facts, folder: Path | None, data: DataSets
+) -> Iterator[str]:
+    """A sentence for each data set of which more than 5 % of the first rows are longer than `max_length`.
+
+    Nothing is known without a tokenizer or a template, or of rows that a stage
+    leaves.
+    """
+    file = folder / "tokenizer.json" if folder is not None else None
+    if training.max_length is None or training.cut or template is None or file is None or not file.is_file():
+        return
+    trial = Trial(template, facts.tokenizer, facts.has_token)
+    for source in training.draw.sources:
+        sizes = [size for row in _first(source) if (size := _tokens(trial, file, row)) is not None]
+        longer = sum(size > training.max_length for size in sizes)
+        if sizes and longer > MANY_CUT * len(sizes):
+            what = (
+                "are dropped" if training.whole else "lose their end, so the model would not learn to stop after them"
+            )
+            yield (
+                f"{longer} of the first {len(sizes)} rows of `{data.names(source)[0]}` are longer than `max_length` "
+                f"{training.max_length} and {what}; raise `max_length`"
+            )
+
+
+def _first(source: Source) -> list[Row]:
+    reading = Reading(source)
+    return [row for _, row in islice(reading.rows(), SAMPLE)] if Path(source.path).exists() else []
+
+
+def _tokens(trial: Trial, file: Path, row: Row) -> int | None:
+    """The tokens of a row, of the longer answer of a pair; None for a row that the template refuses."""
+    try:
+        texts = [trial.render(messages, row.get("tools")) for messages in _conversations(row)]
+    except (TemplateError, TypeError, ValueError, AttributeError, KeyError):
+        return None  # `plan` reports such rows elsewhere
+    encodings = _tokenizer(file).encode_batch([text[:TEXT] for text in texts], add_special_tokens=False)
+    return max(map(len, encodings), default=None)
+
+
+def _conversations(row: Row) -> list[Messages]:
+    if "messages" in row:
+        return [row["messages"]]
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    return [[*row.get("prompt", []), *answer] for answer in answers]
+
+
+@cache
+def _tokenizer(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
