@@ -67,7 +67,7 @@ def status(
     if config is not None and not config.is_file():
         raise ConfigError([f"{config}: there is no such file"])
     if rows:
-        tables.print_rows(rows)
+        tables.print_rows([{"key figure" if key == "figure" else key: row[key] for key in row} for row in rows])
     else:
         of = f" of `{config}`" if config is not None else ""
         print(f"nothing{of} in {saves} yet; `pipeline run CONFIG` fills it")

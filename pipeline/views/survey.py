@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from pipeline.plan.keeping import needed_folders
 from pipeline.saves import artifact
 from pipeline.saves.links import belongs
 from pipeline.saves.locks import held, held_file, reader_file
+from pipeline.views.correction import stage_kinds
+from stages import find, kinds
 from stages.runtime.events import read_events
 from stages.runtime.hashes import HASHES, Hashes
 from stages.training import preparation
@@ -29,6 +31,8 @@ class StageStatus:
     state: str
     since: str
     """When a finished stage was started."""
+    figure: str
+    """The key figure of a finished stage."""
     folder: Path
 
 
@@ -42,16 +46,31 @@ class Leftover:
 
 
 def stage_statuses(saves: Path, config: str | None = None) -> Iterator[StageStatus]:
-    """The state of each stage of one config, or of all configs; finished stages first, as they were started."""
+    """The state of each stage of one config, or of all configs, in the order of the config's stages.
+
+    An unfinished folder follows the finished one of the same stage. Stages that a config no longer has are last.
+    """
     hashes = Hashes(saves / HASHES)
     links = [link for link in _links(saves) if config in (None, link.parent.name)]
-    finished = [_finished_status(link, hashes) for link in links]
-    yield from sorted(finished, key=lambda status: (status.config, not status.since, status.since))
+    found = [_finished_status(link, hashes) for link in links]
     for part in sorted(saves.glob("*.part")):
         spec = artifact.begun(part) or {}
         if artifact.FOLDER.match(part.name) and (config is None or spec.get("of") == config):
             stage = str(spec.get("stage") or part.name.rsplit("-", 1)[0])
-            yield StageStatus(str(spec.get("of") or ""), stage, _unfinished_state(part), "", part)
+            state = _unfinished_state(part) + _with_set(spec)
+            found.append(StageStatus(str(spec.get("of") or ""), stage, state, "", "", part))
+    order = {name: list(stage_kinds(belongs(saves / name))) for name in {status.config for status in found}}
+
+    def place(status: StageStatus) -> tuple[str, int]:
+        stages = order[status.config]
+        return status.config, stages.index(status.stage) if status.stage in stages else len(stages)
+
+    yield from sorted(found, key=place)
+
+
+def _with_set(made: Mapping[str, Any]) -> str:
+    """The `--set` options of the run that made or began a folder, as a clause; empty without any."""
+    return f", with --set {', '.join(made['set'])}" if made.get("set") else ""
 
 
 def _links(saves: Path) -> list[Path]:
@@ -60,18 +79,20 @@ def _links(saves: Path) -> list[Path]:
 
 
 def _finished_status(link: Path, hashes: Hashes) -> StageStatus:
-    folder, since = link.resolve(), ""
+    folder, since, figure = link.resolve(), "", ""
     try:
         record = artifact.read(folder)
     except NewerRecord:
-        return StageStatus(link.parent.name, link.name, "made by a later version", "", folder)
+        return StageStatus(link.parent.name, link.name, "made by a later version", "", "", folder)
     if record is not None:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["started"]))
         damage = artifact.damage(folder, record, hashes)
-        state = "done" if damage is None else f"damaged: {damage}"
+        state = "done" + _with_set(record) if damage is None else f"damaged: {damage}"
+        if record.get("metrics") and record.get("use") in kinds():
+            figure = find(record["use"]).headline(record["metrics"])
     else:
         state = "damaged: its record cannot be read" if folder.is_dir() else "gone"
-    return StageStatus(link.parent.name, link.name, state, since, folder)
+    return StageStatus(link.parent.name, link.name, state, since, figure, folder)
 
 
 def _unfinished_state(part: Path) -> str:
