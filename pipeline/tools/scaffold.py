@@ -127,7 +127,7 @@ def _quoted(text: str) -> str:
 def _stage(stage: str, names: Sequence[str], *, tiny: bool) -> list[str]:
     """The lines of a training stage, with batches for this machine; a tiny model is trained whole."""
     gpu = has_gpu()
-    batch, steps = (4, 4) if gpu else (1, 16)
+    batch, steps = (4, 1) if tiny else (4, 4) if gpu else (1, 16)  # a tiny model is for few rows
     if stage in ("dpo", "kto"):  # KTO compares answers of a batch, so it needs two
         batch, steps = max(1 if stage == "dpo" else 2, batch // 2), steps * 2
     rate = ("5e-5" if tiny else "5e-6") if stage in ("dpo", "kto") else "1e-3" if tiny else "1e-4"
@@ -140,12 +140,13 @@ def _stage(stage: str, names: Sequence[str], *, tiny: bool) -> list[str]:
     data = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
     more = ", bf16: true" if gpu else ""
     beta = "beta: 0.1, " if stage in ("dpo", "kto") else ""
+    warmup = "" if tiny else " warmup_steps: 0.03,"  # of a few steps it would be the first, with a learning rate of 0
     return [
         f"  {stage}:{' ' * (43 - len(stage))}# {what[stage]}",
         f"    data: {data}",
         "    eval_size: 0.05                           # held out, never trained on",
         *([] if tiny else [f"    {LORA}"]),
-        f"    trainer: {{{beta}learning_rate: {rate}, lr_scheduler_type: cosine, warmup_steps: 0.03,",
+        f"    trainer: {{{beta}learning_rate: {rate}, lr_scheduler_type: cosine,{warmup}",
         f"              num_train_epochs: 1, max_length: 1024, per_device_train_batch_size: {batch},",
         f"              gradient_accumulation_steps: {steps}{more}}}   # {batch * steps} rows a step",
     ]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from pipeline.cli import main
 
@@ -63,3 +64,10 @@ def test_what_cannot_be_read_is_named_and_a_file_is_not_overwritten(files, tmp_p
     assert files("init", "--data", "qa.csv")[0] == 0
     code, _, err = files("init", "other.yaml")
     assert (code, err) == (2, "--data: name at least one file of texts, conversations or preference pairs\n")
+
+
+def test_few_rows_give_a_tiny_model_steps_with_a_learning_rate(files, tmp_path):
+    files("init", "mine.yaml", "--data", "prefer.jsonl", "--data", "book.txt")
+    trainer = yaml.safe_load((tmp_path / "mine.yaml").read_text(encoding="utf-8"))["stages"]["pt"]["trainer"]
+    assert trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] == 4
+    assert "warmup_steps" not in trainer  # a warmup of one step is the whole of a run of one step
