@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a stage failed, 2 the config or the command line is wrong,
 """
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a character that a GBK or ASCII console lacks becomes `?`, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if not sys.stderr.isatty():  # bars of downloads would stand between the lines of a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return int(typer.main.get_command(app).main(words, prog_name="pipeline", standalone_mode=False) or 0)
 
 

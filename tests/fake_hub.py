@@ -14,6 +14,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [{"id": 0, "content": "</s>", "special": True, "normalized": False}
+                     | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)],
+    **dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")),
+    "model": {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "a"},
+}  # fmt: skip
+"""A tokenizer.json that the library can read."""
+
 WRITER, READER = "hf_a-token-that-may-write", "hf_a-token-that-may-read"
 
 
@@ -110,6 +119,7 @@ class FakeHub:
             "HF_HUB_CACHE": cache,
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,  # as `main` of pipeline/cli.py sets it for a process of its own
             "HF_TOKEN_PATH": str(folder / "no-token"),
         }.items():
             monkeypatch.setattr(constants, name, value)

@@ -34,13 +34,9 @@ def push(
     as_json: AsJson = False,
 ) -> int:
     """List what an upload to the Hub would do, and do it after a yes; the token is in HF_TOKEN."""
-    from huggingface_hub.utils import disable_progress_bars
-
     from pipeline.saves.locks import reading
     from pipeline.tools import push as pushing
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     token = pushing.check_request(to, revision)
     planned = planned_steps(config, saves, assignments, None)
     step = pushing.finished_step(planned, stage)

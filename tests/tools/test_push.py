@@ -1,11 +1,14 @@
 """`pipeline push`, against a small Hub on the loopback address."""
 
 import json
+import os
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from fake_hub import READER, FakeHub
+from fake_hub import READER, TOKENIZER, FakeHub
 from planned import CHAIN, TOP
 
 from pipeline.cli import main
@@ -16,6 +19,7 @@ from pipeline.saves import artifact
 from pipeline.saves.links import link
 from stages.runtime.hashes import HASHES, Hashes
 
+ROOT = Path(__file__).parents[2]
 NAME = "org/mine"
 COMMIT = "c" * 40
 CARD = "---\nlibrary_name: transformers\n---\n\n# x: merge\n\nA model.\n"
@@ -184,6 +188,7 @@ def test_an_adapter_on_a_base_that_nobody_can_load_is_refused(hub, push, merged)
 
 def test_an_adapter_on_a_folder_is_refused(hub, push, project):
     project.model()
+    project.write("m/tokenizer.json", json.dumps(TOKENIZER))
     text = SFT.replace(f"org/base@{COMMIT}", "m").replace("r: 8", "r: 8, target_modules: [q_proj]")
     finish(project, text, sft={"adapter_config.json": "{}"})
     assert push("--yes", stage="sft") == (
@@ -335,3 +340,52 @@ def test_the_folder_is_held_while_it_is_uploaded(hub, push, merged, monkeypatch)
     monkeypatch.setattr("builtins.input", agree)
     assert push()[0] == 0
     assert seen == []
+
+
+def test_the_program_itself_prints_the_list_alone(hub, push, merged, project):
+    """A process of its own, with HF_ENDPOINT as a user sets it."""
+    words = [sys.executable, "-m", "pipeline.cli", "push", "x.yaml", "--stage", "merge", "--to", NAME, "--yes"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "")
+    sha = hub.repositories[NAME].branches["main"]
+    assert done.stdout.splitlines()[-1] == f"uploaded 3 files, 87 bytes: {hub.address}/{NAME}/commit/{sha}"
+
+
+LOAD = """
+import sys
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+commit, adapter, merged = sys.argv[1:]
+ids = torch.tensor([[5, 6, 7, 8]])
+with torch.no_grad():
+    base = AutoModelForCausalLM.from_pretrained("org/base", revision=commit)(ids).logits
+    adapter = AutoPeftModelForCausalLM.from_pretrained(adapter)(ids).logits
+    whole = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+torch.testing.assert_close(adapter, whole, atol=1e-5, rtol=1e-5)
+print("the same as before" if torch.allclose(base, whole, atol=1e-3) else "trained, and the same")
+"""
+
+
+@pytest.mark.train
+def test_a_run_from_the_hub_and_its_adapter_pushed_give_the_merged_model(hub, push, project, tiny):
+    """A model is downloaded, trained and merged; others load the adapter from the Hub and get the same logits."""
+    commit = hub.add("org/base", tiny("llama"))
+    trainer = "{max_steps: 2, learning_rate: 1e-2, max_length: 64, save_strategy: 'no'}"
+    stages = f"stages:\n  sft: {{data: consult, lora: {{r: 4}}, trainer: {trainer}}}\n  merge:\n"
+    project.write("x.yaml", f"model: org/base@{commit}\n{TOP}{stages}")
+    assert main(["run", "x.yaml"]) == 0
+    assert main(["run", "x.yaml"]) == 0  # nothing is to be done, and the weights are there
+    assert len(hub.asked("GET", "org/base/resolve/.*safetensors")) == 1
+    project.capsys.readouterr()
+    assert push("--yes", stage="sft")[0] == 0
+    assert push("--yes", stage="merge", to="org/merged")[0] == 0
+    words = [sys.executable, "-c", LOAD, commit, NAME, "org/merged"]
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # the run was made in this process: it is offline
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, "trained, and the same\n"), done.stderr
