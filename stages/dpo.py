@@ -41,8 +41,21 @@ MEANS = {
 }
 
 
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # the losses of TRL that read `label_smoothing`
+
+
 class Config(TrainingConfig):
     """Settings of `dpo`; `trainer:` takes TRL's DPOConfig."""
+
+
+def check(config: Config) -> list[Problem]:
+    """A setting of the loss without effect."""
+    losses = config.trainer.get("loss_type", "sigmoid")
+    named = [losses] if isinstance(losses, str) else losses
+    if not config.trainer.get("label_smoothing") or not isinstance(named, list) or {*SMOOTHED} & {*map(str, named)}:
+        return []
+    text = f"only the losses {', '.join(SMOOTHED)} read it; remove it, or write `loss_type: robust`"
+    return [("trainer.label_smoothing", f"`label_smoothing`: {text}")]
 
 
 def check_model(config: Config, facts: Facts) -> list[Problem]:
@@ -174,6 +187,7 @@ STAGE = Stage(
     run=run,
     headline=description.preference_headline,
     leaves=Model(adapter=lambda config: config.lora is not None),
+    check=check,
     check_model=check_model,
     notes=training_notes,
     more_memory=more_memory,

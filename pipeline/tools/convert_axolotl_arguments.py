@@ -14,7 +14,6 @@ SAME: Mapping[str, str] = {
     "dataset_processes": "trainer.dataset_num_proc",
     "kto_desirable_weight": "trainer.desirable_weight",
     "kto_undesirable_weight": "trainer.undesirable_weight",
-    "dpo_label_smoothing": "trainer.label_smoothing",
     "dpo_use_weighting": "trainer.use_weighting",
     "wandb_name": "trainer.run_name",
     "adam_beta2": "trainer.adam_beta2",
@@ -102,6 +101,7 @@ NOT_SUPPORTED: Mapping[str, str] = by_name(
         "plugins are not supported; the result is the same without Liger's and CCE's kernels": "plugins "
         "liger_rope liger_rms_norm liger_glu_activation liger_fused_linear_cross_entropy liger_layer_norm "
         "cut_cross_entropy unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_cross_entropy_loss",
+        "TRL's `sigmoid` has no label smoothing; `loss_type: robust` has another kind of it": "dpo_label_smoothing",
         "ids of a tokenizer are not given to other tokens here": "added_tokens_overrides "
         "resize_token_embeddings_to_32x shrink_embeddings",
         "LoRA+ is not supported: A and B are trained with one learning rate": "loraplus_lr_ratio loraplus_lr_embedding",

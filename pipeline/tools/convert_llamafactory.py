@@ -12,7 +12,7 @@ from pipeline.tools.convert_llamafactory_arguments import EARLIER, KNOWN
 from pipeline.tools.convert_llamafactory_settings import DEFAULT, Settings
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
 from pipeline.tools.convert_reading import config_file
-from pipeline.tools.convert_templates import chat_template
+from pipeline.tools.convert_templates import chat_template, differences
 from pipeline.tools.convert_trainer import adapter
 
 STAGES = {"pt": "pt", "sft": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
@@ -200,6 +200,8 @@ class Command:
         except ValueError as error:
             self._note("to do", "template", f"`template: {name}`: {error}; the model keeps its own template")
             return None
+        for difference in differences(str(name)) if self.part.kind in ("sft", "dpo", "kto") else []:
+            self._note("differs", "template", difference)
         if built_in is not None:
             return built_in
         variants = (f"{name}.jinja", f"{name}_system.jinja", *(f"{name}_{number}.jinja" for number in range(2, 100)))

@@ -44,6 +44,8 @@ class Settings:
             self._note("unknown", "flash_attn", f"`flash_attn: {attention}`; there is auto, {', '.join(ATTENTION)}")
         if take.flag("enable_liger_kernel"):
             trainer.model("use_kernels", True)
+        if part.kind == "pt":
+            self._texts()
         self._preferences()
         self._pairs_of_answers()
         self._trackers()
@@ -62,6 +64,19 @@ class Settings:
                 self._note("differs", "packing", text)
         elif not is_off(packing):
             self._note("not supported", "packing", f"`packing`: pairs and labelled rows of `{kind}` are not packed")
+
+    def _texts(self) -> None:
+        """What differs between texts in LLaMA-Factory and in `pt`."""
+        template, trainer = self.arguments.text("template"), self.trainer
+        text = "the loss of `pt` is smaller in LLaMA-Factory by one part in the tokens of a row"
+        reason = "its transformers also counts the first token of a row, which is not predicted"
+        self.book.note("differs", self.part.place, f"{text}: {reason}")
+        if trainer.has("packing"):
+            text = "here each text begins with it, in LLaMA-Factory each packed sequence does"
+            self.book.note("differs", self.part.place, f"where a tokenizer begins texts with BOS: {text}")
+        if template is not None:
+            text = "LLaMA-Factory ends each text with the end token of this template, here the tokenizer's EOS ends it"
+            self._note("differs", "template", f"`template: {template}`: {text}")
 
     def _precision(self) -> None:
         take, trainer = self.arguments, self.trainer
@@ -100,7 +115,13 @@ class Settings:
         added = {name: weight for name, weight in (("sft", ftx), ("bco_pair", bco)) if not is_off(weight)}
         trainer.set("loss_type", [loss, *added] if added else loss, "pref_loss" if not added else "pref_loss, pref_ftx")
         if added:
-            trainer.set("loss_weights", [1, *added.values()], "")
+            trainer.set("loss_weights", _weights(ftx, bco), "")
+        if "sft" in added:
+            text = "LLaMA-Factory takes the mean of each chosen answer first, here every token counts the same"
+            self._note("differs", "pref_ftx", f"`pref_ftx: {ftx}`: {text}")
+        if "bco_pair" in added:
+            text = "LLaMA-Factory subtracts the running mean of the rewards, here nothing is subtracted"
+            self._note("differs", "pref_bco_weight", f"`pref_bco_weight: {bco}`: {text}")
         self._reference()
 
     def _pairs_of_answers(self) -> None:
@@ -135,3 +156,10 @@ class Settings:
             accuracy = "rewards/accuracies" if self.part.kind in ("dpo", "reward") else "mean_token_accuracy"
             word = str(metric).removeprefix("eval_")
             trainer.set("metric_for_best_model", accuracy if word == "accuracy" else word)
+
+
+def _weights(ftx: Any, bco: Any) -> list[float]:
+    """Weights of the preference loss, `sft` and `bco_pair`; LLaMA-Factory divides the first and the last by 1 + bco."""
+    whole = 1 if is_off(bco) else 1 + bco
+    shares = [1 / whole] + ([] if is_off(ftx) else [ftx]) + ([] if is_off(bco) else [bco / whole])
+    return [int(share) if share == int(share) else round(share, 9) for share in shares]

@@ -237,6 +237,11 @@ FORMS: Mapping[str, Form] = {
 }
 """LLaMA-Factory's name of a template → what it writes."""
 
+ENDS_ONCE = frozenset(
+    ["bailing", "bailing_v2", "falcon", "fewshot", "gemma2", "glm4", "glm4_moe", "glmz1", "index", "solar"]
+)
+"""Names whose `efficient_eos` ends the last answer of a conversation alone."""
+
 REFUSED: Mapping[str, str] = by_name(
     {
         "it writes no end of the answer, so a model would not learn to stop; choose a template": "empty",
@@ -272,6 +277,18 @@ def chat_template(name: str, *, default: str | None = None, thinking: bool = Tru
             return built_in, template_text(built_in)
     with_tools = template_text("qwen").replace(HELPFUL, form.default.replace("'", "\\'").replace("\n", "\\n"))
     return None, with_tools if form.default and agree(text, with_tools) else text
+
+
+def differences(name: str) -> list[str]:
+    """What LLaMA-Factory trains otherwise with this template, as sentences for the user."""
+    found, answer = [], FORMS[name].answer
+    if answer != answer.rstrip():
+        text = "is in the loss of LLaMA-Factory and not in the loss here"
+        found.append(f"`template: {name}`: the line end after the token that ends an answer {text}")
+    if name in ENDS_ONCE:
+        text = "LLaMA-Factory ends the last answer of a conversation alone, here every answer ends"
+        found.append(f"`template: {name}`: {text}")
+    return found
 
 
 def jinja(form: Form, *, thinking: bool = True) -> str:

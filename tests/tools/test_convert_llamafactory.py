@@ -291,8 +291,10 @@ def test_its_defaults_are_written_where_they_differ():
         ({**HELD, "load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"},
          {"metric_for_best_model": "mean_token_accuracy"}),
         ({**DPO, "pref_ftx": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5]}),
-        ({**DPO, "pref_bco_weight": 0.2}, {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1, 0.2]}),
-        ({**DPO, "dpo_label_smoothing": 0.1, "ld_alpha": 0.5}, {"label_smoothing": 0.1, "ld_alpha": 0.5}),
+        ({**DPO, "pref_bco_weight": 0.25}, {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]}),
+        ({**DPO, "pref_bco_weight": 1, "pref_ftx": 0.5},
+         {"loss_type": ["sigmoid", "sft", "bco_pair"], "loss_weights": [0.5, 0.5, 0.5]}),
+        ({**DPO, "ld_alpha": 0.5}, {"ld_alpha": 0.5}),
         ({**DPO, "pref_beta": None, "dpo_beta": 0.3}, {"beta": 0.3}),  # the name of an earlier version
         ({**KTO, "kto_chosen_weight": 1.5}, {"desirable_weight": 1.5}),
         ({**KTO, **HELD}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
@@ -372,6 +374,52 @@ def test_hinge_is_trained_where_it_is_asked_for():
         "`pref_loss: hinge`: LLaMA-Factory 0.9.5 trains `sigmoid` whatever is asked; here `hinge` is trained"
         in notes(found, "differs")
     )
+
+
+def differs(**changes):
+    """The notes about differences of a command."""
+    return notes(made(**changes)[0], "differs")
+
+
+def test_losses_that_differ_are_noted():
+    ending = "the line end after the token that ends an answer is in the loss of LLaMA-Factory and not in the loss here"
+    assert differs() == []
+    assert differs(template="chatml") == [f"`template: chatml`: {ending}"]
+    assert differs(**DPO | {"template": "default"}) == [f"`template: default`: {ending}"]
+    assert differs(**RM | {"template": "default"}) == []  # a reward model reads every token
+    assert differs(template="glm4") == [
+        "`template: glm4`: LLaMA-Factory ends the last answer of a conversation alone, here every answer ends"
+    ]
+    first = (
+        "the loss of `pt` is smaller in LLaMA-Factory by one part in the tokens of a row: its transformers also counts "
+        "the first token of a row, which is not predicted"
+    )
+    begin = (
+        "where a tokenizer begins texts with BOS: here each text begins with it, in LLaMA-Factory each packed sequence "
+        "does"
+    )
+    assert differs(**PT, packing=False) == [first]
+    assert differs(**PT) == [first, begin]
+    assert differs(**PT | {"template": "qwen"}) == [
+        first,
+        begin,
+        "`template: qwen`: LLaMA-Factory ends each text with the end token of this template, here the tokenizer's EOS "
+        "ends it",
+    ]
+
+
+def test_losses_of_dpo_that_differ_are_noted():
+    assert differs(**DPO, pref_ftx=0.5) == [
+        "`pref_ftx: 0.5`: LLaMA-Factory takes the mean of each chosen answer first, here every token counts the same"
+    ]
+    assert differs(**DPO, pref_bco_weight=0.5) == [
+        "`pref_bco_weight: 0.5`: LLaMA-Factory subtracts the running mean of the rewards, here nothing is subtracted"
+    ]
+    found, stage = made(**DPO, dpo_label_smoothing=0.1)
+    assert "label_smoothing" not in stage.config.trainer
+    assert notes(found, "not supported") == [
+        "`dpo_label_smoothing: 0.1`: TRL's `sigmoid` has no label smoothing; `loss_type: robust` has another kind of it"
+    ]
 
 
 def test_generation_has_its_defaults():

@@ -1,5 +1,6 @@
 """DPO end to end on a tiny model: the reference is the model that the stage started from, and that is proved."""
 
+import inspect
 import math
 import re
 from types import SimpleNamespace
@@ -221,3 +222,24 @@ def written(path, prompts):
     pair = '{{"prompt": "{}", "chosen": "多休息，多喝水。", "rejected": "不知道。"}}\n'
     path.write_text("".join(map(pair.format, prompts)), encoding="utf-8")
     return Source(path=str(path), format="preference")
+
+
+def test_smoothing_that_the_loss_does_not_read_is_refused():
+    def problems(**trainer):
+        return dpo.STAGE.check(dpo.Config.model_construct(trainer=trainer))
+
+    text = (
+        "`label_smoothing`: only the losses robust, exo_pair, aot, aot_unpaired read it; remove it, or write "
+        "`loss_type: robust`"
+    )
+    read = {loss for loss in LOSSES if not problems(loss_type=loss, label_smoothing=0.1)}
+    assert read == {"robust", "exo_pair", "aot", "aot_unpaired"}
+    assert problems(label_smoothing=0.1) == [("trainer.label_smoothing", text)]
+    assert problems(loss_type=["sigmoid", "aot"], label_smoothing=0.1) == problems(label_smoothing=0.0) == []
+
+
+def test_the_losses_that_read_smoothing_are_those_of_trl():
+    from trl import DPOTrainer
+
+    branches = inspect.getsource(DPOTrainer._compute_loss).split('loss_type == "')[1:]
+    assert {branch.partition('"')[0] for branch in branches if "self.label_smoothing" in branch} == {*dpo.SMOOTHED}
