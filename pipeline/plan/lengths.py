@@ -33,6 +33,8 @@ def cut_rows(
     file = folder / "tokenizer.json" if folder is not None else None
     if training.max_length is None or training.cut or template is None or file is None or not file.is_file():
         return
+    if _tokenizer(file) is None:
+        return
     trial = Trial(template, facts.tokenizer, facts.has_token)
     for source in training.draw.sources:
         sizes = [size for row in _first(source) if (size := _tokens(trial, file, row)) is not None]
@@ -71,6 +73,10 @@ def _conversations(row: Row) -> list[Messages]:
 
 @cache
 def _tokenizer(file: Path) -> Any:
+    """The tokenizer in a file; None if it cannot be read, which the stage that loads it reports."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception:  # the library raises nothing narrower
+        return None
