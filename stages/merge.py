@@ -18,7 +18,7 @@ from stages.model import shards
 from stages.model.facts import SIZE_PATTERN, Facts, Needs, parse_size
 from stages.model.folder import carried_files, refuse_missing
 from stages.model.inputs import Inputs
-from stages.model.lora import Adapter, AdapterChain, layout
+from stages.model.lora import Adapter, AdapterChain, layout, one_thread
 from stages.model.probe import Difference, Parameters, proof, skeleton
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, StageError
@@ -85,7 +85,8 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     if config.verify:
         emit(out, "note", text="compares each folded layer with PEFT's own, and each written weight with the fold")
     limit = parse_size(config.shard_size)
-    count = shards.write(source, fold.weight, out, limit, _compare_bits if config.verify else None)
+    with one_thread():
+        count = shards.write(source, fold.weight, out, limit, _compare_bits if config.verify else None)
     fold.check()
     shutil.copy(base / "config.json", out)
     for path in carried_files(*map(Path, inputs.model)):
@@ -262,8 +263,9 @@ def verify(chain: Sequence[str], merged: Path) -> Metrics:
     model, written = _read_folder(merged)
     fold = _Fold(model, AdapterChain(chain[1:], layout(model)), shards.Weights(Path(chain[0])))
     _compare_entries(fold.source, written)
-    for name in fold.source.entries:
-        _compare_bits(name, fold.weight(name, fold.source.read(name)), written.read(name))
+    with one_thread():
+        for name in fold.source.entries:
+            _compare_bits(name, fold.weight(name, fold.source.read(name)), written.read(name))
     fold.check()
     return fold.figures()
 
