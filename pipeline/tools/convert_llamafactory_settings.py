@@ -67,13 +67,12 @@ class Settings:
 
     def _texts(self) -> None:
         """What differs between texts in LLaMA-Factory and in `pt`."""
-        template, trainer = self.arguments.text("template"), self.trainer
+        template = self.arguments.text("template")
         text = "the loss of `pt` is smaller in LLaMA-Factory by one part in the tokens of a row"
         reason = "its transformers also counts the first token of a row, which is not predicted"
         self.book.note("differs", self.part.place, f"{text}: {reason}")
-        if trainer.has("packing"):
-            text = "here each text begins with it, in LLaMA-Factory each packed sequence does"
-            self.book.note("differs", self.part.place, f"where a tokenizer begins texts with BOS: {text}")
+        text = "here each text begins with it, in LLaMA-Factory only with `add_bos_token` and without packing"
+        self.book.note("differs", self.part.place, f"where a tokenizer begins texts with BOS: {text}")
         if template is not None:
             text = "LLaMA-Factory ends each text with the end token of this template, here the tokenizer's EOS ends it"
             self._note("differs", "template", f"`template: {template}`: {text}")

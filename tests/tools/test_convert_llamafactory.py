@@ -395,10 +395,9 @@ def test_losses_that_differ_are_noted():
         "the first token of a row, which is not predicted"
     )
     begin = (
-        "where a tokenizer begins texts with BOS: here each text begins with it, in LLaMA-Factory each packed sequence "
-        "does"
+        "where a tokenizer begins texts with BOS: here each text begins with it, in LLaMA-Factory only with "
+        "`add_bos_token` and without packing"
     )
-    assert differs(**PT, packing=False) == [first]
     assert differs(**PT) == [first, begin]
     assert differs(**PT | {"template": "qwen"}) == [
         first,
