@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # models are fetched before the first stage, by the runner
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",  # a tokenizer's threads and a fork do not go together
+    "PYTHONHASHSEED": "0",  # PEFT writes a set into adapter_config.json: each run, the same order
     "PYTHONSAFEPATH": "1",  # a file of the user such as stages.py must not take the place of a module of ours
 }
 

@@ -91,6 +91,29 @@ def test_a_finished_run_with_gates_in_two_stages_changes_no_file(project, done):
     assert len(json.loads(Path("saves/x/gates.json").read_text(encoding="utf-8"))["gates"]) > 1
 
 
+SETS = """
+import pathlib
+from pipeline.run import process
+process.PRELOAD.clear()
+if __name__ == "__main__":
+    text = "import pathlib; pathlib.Path('order').write_text(str({f'layers.{n}.q_proj' for n in range(30)}))"
+    process.fork(pathlib.Path("log"), exec, text).join()
+"""
+
+
+def test_a_set_has_the_same_order_in_the_stages_of_every_run(tmp_path):
+    """PEFT writes the set of target modules as a list into adapter_config.json, whose sha256 is in the record."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    found = []
+    for _ in range(2):
+        words = [sys.executable, "-c", SETS]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found.append((tmp_path / "order").read_text())
+        (tmp_path / "order").unlink()
+    assert found[0] == found[1]
+
+
 def test_verdicts_that_a_kill_cut_inside_of_a_character_are_written_again(project, done):
     project.write("医疗/x.yaml", done)  # its path is in every verdict
     assert main(["run", "医疗/x.yaml"]) == 0
