@@ -66,7 +66,7 @@ CASES = (
     Case("packed, the default", "pt", {"cutoff_len": 32}, **FIRST),
     Case("packed, full, 2 steps", "pt", {"cutoff_len": 32, **FULL}, **FIRST),
     Case("not packed", "pt", {"packing": False, "cutoff_len": 512}, **FIRST),
-    Case("not packed, cut", "pt", {"packing": False, "cutoff_len": 24}, **FIRST),
+    Case("not packed, cut", "pt", {"packing": False, "cutoff_len": 24}, note="leaves out the rest of a text"),
     Case("not packed, BOS", "pt", {"packing": False, "cutoff_len": 512}, "bos", note="begins texts with BOS"),
     Case("packed, BOS", "pt", {"cutoff_len": 32}, "bos", note="where a tokenizer begins texts with BOS"),
     Case("packed, template llama3", "pt", {"cutoff_len": 32, "template": "llama3"}, note="ends each text with"),

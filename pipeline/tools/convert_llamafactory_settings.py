@@ -73,6 +73,11 @@ class Settings:
         self.book.note("differs", self.part.place, f"{text}: {reason}")
         text = "here each text begins with it, in LLaMA-Factory only with `add_bos_token` and without packing"
         self.book.note("differs", self.part.place, f"where a tokenizer begins texts with BOS: {text}")
+        if not self.trainer.has("packing"):
+            text = (
+                "LLaMA-Factory leaves out the rest of a text that is longer than `cutoff_len`, here the rest is trained"
+            )
+            self._note("differs", "packing", f"`packing: false`: {text}")
         if template is not None:
             text = "LLaMA-Factory ends each text with the end token of this template, here the tokenizer's EOS ends it"
             self._note("differs", "template", f"`template: {template}`: {text}")

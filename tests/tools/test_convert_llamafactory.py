@@ -398,6 +398,11 @@ def test_losses_that_differ_are_noted():
         "where a tokenizer begins texts with BOS: here each text begins with it, in LLaMA-Factory only with "
         "`add_bos_token` and without packing"
     )
+    rest = (
+        "`packing: false`: LLaMA-Factory leaves out the rest of a text that is longer than `cutoff_len`, here the rest is "
+        "trained"
+    )
+    assert differs(**PT, packing=False) == [first, begin, rest]
     assert differs(**PT) == [first, begin]
     assert differs(**PT | {"template": "qwen"}) == [
         first,
