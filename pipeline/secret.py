@@ -1,5 +1,6 @@
 """Values that must not be written down: tokens come from the environment and stay there."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,13 +15,19 @@ HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")  # the 
 
 
 def values() -> dict[str, str]:
-    """Each secret value in the environment and the name of its variable."""
+    """Each secret value in the environment, also as it is written in JSON, and the name of its variable."""
     named = {value: name for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= _SHORTEST}
     # A plain word, a number such as a limit on tokens, a template's token such as <|im_end|>, and the path of a key
     # file are not secrets.
     plain = {value for value in named if value.isdigit() or value.isalpha() or os.path.exists(value)}
     plain |= {value for value in named if _SPECIAL.fullmatch(value)}
-    return {value: name for value, name in named.items() if value not in plain}
+    secrets = {value: name for value, name in named.items() if value not in plain}
+    in_json = {
+        json.dumps(value, ensure_ascii=ascii_only)[1:-1]: name
+        for value, name in secrets.items()
+        for ascii_only in (True, False)
+    }
+    return secrets | in_json
 
 
 def mask(text: str) -> str:

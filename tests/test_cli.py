@@ -16,6 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from pipeline.cli import app, main
+from pipeline.commands.app import print_json
 from pipeline.config import checker
 from pipeline.config.checker import load_config
 from pipeline.errors import ConfigError, GateClosed, StageFailed
@@ -799,3 +800,8 @@ sys.exit(main(["plan", "x.yaml"]))
     assert done.stderr.lstrip().startswith("Traceback (most recent call last):\n")
     assert f'File "{ROOT / "pipeline" / "commands" / "app.py"}"' in done.stderr
     assert repr(error).partition("(")[0] in done.stderr
+
+
+def test_a_figure_that_is_no_number_is_null_in_json(project, capsys):
+    print_json({"a": [float("nan"), 1.5], "b": {"c": float("inf")}}, indent=None)
+    assert capsys.readouterr().out == '{"a": [null, 1.5], "b": {"c": null}}\n'

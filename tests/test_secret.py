@@ -1,5 +1,7 @@
 """Secrets of the environment are masked in logs, and are handed on with nothing."""
 
+import json
+
 import pytest
 
 from pipeline import secret
@@ -56,3 +58,10 @@ def test_a_text_file_with_a_secret_stops_the_stage(tmp_path):
         f"stage `sft`: `{tmp_path}/config.json` holds the value of the environment variable HF_TOKEN; take it out of "
         "the data or the settings, or `unset HF_TOKEN` if it is not a secret, and run again"
     )
+
+
+def test_a_secret_is_masked_as_json_writes_it(monkeypatch):
+    value = 'pass"word\\1é'
+    monkeypatch.setenv("MY_PASSWORD", value)
+    for ascii_only in (True, False):
+        assert secret.mask(json.dumps({"a": value}, ensure_ascii=ascii_only)) == '{"a": "<MY_PASSWORD>"}'

@@ -1,8 +1,9 @@
 """What every command shares: errors → a message and an exit code, the options, and the plan of a config."""
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -167,5 +168,14 @@ def planned_steps(config: Path, saves: Path, assignments: list[str] | None, unti
 
 
 def print_json(value: Any, indent: int | None = 1) -> int:
-    print(json.dumps(value, ensure_ascii=False, indent=indent))
+    """Print JSON as every reader takes it: a figure that is NaN or infinite is null."""
+    print(json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False))
     return 0
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

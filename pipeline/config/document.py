@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import ConfigError
+from stages.runtime.errors import nearest
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000  # counted after aliases are expanded: ten lines of aliases can mean a billion values
@@ -89,8 +90,9 @@ class Document:
         if not equals or not all(words):
             raise ConfigError([f"--set {assignment}: write it as `--set key.path=value`"])
         stages = self.data.get("stages")
-        if words[0] not in self.data and isinstance(stages, dict) and words[0] in stages:
-            words.insert(0, "stages")
+        if words[0] not in self.data and isinstance(stages, dict):
+            _refuse_misspelt(path, words, stages)
+            words[:0] = ["stages"] if words[0] in stages else []
         value = parse(text, f"--set {path}", wants_mapping=False)
         if value.problems:
             raise ConfigError(value.problems)
@@ -105,6 +107,18 @@ class Document:
         for depth in range(1, len(words) + 1):
             self.keys.setdefault(tuple(words[:depth]), f"--set {path}")
         self.keys[tuple(words)] = self.values[tuple(words)] = f"--set {path}"
+
+
+def _refuse_misspelt(path: str, words: list[str], stages: dict[str, Any]) -> None:
+    """Refuse `sftt.trainer.max_steps`: a setting of a stage whose name is only near to that of a stage.
+
+    Raises:
+        ConfigError: with the path that was meant.
+    """
+    near = nearest(words[0], map(str, stages)) if words[1:] and words[0] not in stages else ""
+    if near.startswith("; did you mean"):
+        meant = ".".join([near.split("`")[1], *words[1:]])
+        raise ConfigError([f"--set {path}: there is no stage `{words[0]}` here; did you mean `{meant}`?"])
 
 
 def _texts(value: Any, key: Key) -> Iterator[tuple[Key, str]]:
@@ -137,8 +151,19 @@ def read(path: Path) -> Document:
 
 
 def _yaml_near(path: Path) -> str:
+    """The config that was meant, as a clause; the configs in the same folder where none is near."""
+    names = [path.name + end for end in ("", ".yaml", ".yml")]
+    meant = [folder / name for folder in (path.parent, path.parent / "configs") for name in names]
+    if (found_there := next(filter(Path.is_file, meant), None)) is not None:
+        return f"; did you mean `{found_there}`?"
     found = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    return "; there is " + ", ".join(f"`{name}`" for name in found[:8]) if found else ""
+    stems = {Path(name).stem: name for name in found}
+    near = nearest(path.stem, stems)
+    if near.startswith("; did you mean"):
+        return f"; did you mean `{stems[near.split('`')[1]]}`?"
+    if not found:
+        return ""
+    return "; there is " + ", ".join(f"`{name}`" for name in found[:8])
 
 
 def parse(text: str, name: str, *, wants_mapping: bool = True) -> Document:

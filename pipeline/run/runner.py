@@ -80,14 +80,19 @@ class _Gates:
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
-        """Write the verdicts when the run ends, however it ends; a finished run that runs again writes nothing."""
+        """Write the verdicts when the run ends, however it ends; a finished run that runs again writes nothing.
+
+        A run that judged no gate removes the verdicts of the run before it.
+        """
         try:
             yield
         finally:
             file = self.planned.saves / self.planned.pipeline.name / GATES
             content = {"ignored": self.planned.ignore_gates, "gates": self.verdicts}
             text = json.dumps(content, ensure_ascii=False, indent=1).encode()
-            if self.verdicts and (not file.is_file() or file.read_bytes() != text):  # a kill may have cut it
+            if not self.verdicts:
+                file.unlink(missing_ok=True)
+            elif not file.is_file() or file.read_bytes() != text:  # a kill may have cut it
                 file.write_bytes(text)
 
     def judge(self, step: Step) -> None:

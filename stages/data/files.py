@@ -59,6 +59,8 @@ def find_files(path: str) -> list[Path]:
             files = [place]
             if not place.is_file():
                 neighbours = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
+                if "\\" in path:
+                    raise StageError(f"`{path}` does not exist; write folders with `/`: `{path.replace(chr(92), '/')}`")
                 raise StageError(f"`{path}` does not exist{did_you_mean(place.name, neighbours)}")
     except OSError as error:
         raise StageError(f"`{path}` cannot be read ({error.strerror or error})") from None

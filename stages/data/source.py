@@ -250,7 +250,11 @@ class Reading:
         if self.bad > len(self.first_bad):
             more = self.bad - len(self.first_bad)
             self.first_bad[-1] += f" — and {more:,} more bad row{'s' if more > 1 else ''}"
-        bad = self.first_bad if self._too_many_bad() else []
+        bad = [*self.first_bad] if self._too_many_bad() else []
+        if bad and self.source.format == "sharegpt" and formats.of_columns(self._columns) == "preference":
+            bad = [f"`{self.source.path}`: its rows have `chosen` and `rejected`, which `format: preference` reads"]
+        elif bad and (self.bad > len(bad) or self.source.max_dropped * self.read >= 1):
+            bad[-1] += f"; {self.bad:,} of {self.read:,} rows are bad, and `max_dropped` is {self.source.max_dropped:g}"
         rest = self._unfilled() if stopped is None else [stopped]
         self.problems = self._missing_columns()[: cleaning.SHOWN] or bad + rest
 
@@ -274,7 +278,8 @@ class Reading:
             yield placed
             if check_after and self.read >= check_after and self._too_many_bad():
                 rows = f"{self.bad:,} of the first {self.read:,} rows"
-                raise StageError(f"{rows} are bad: {'; '.join(self.first_bad)}")
+                limit = f"and `max_dropped` is {self.source.max_dropped:g}"
+                raise StageError(f"{rows} are bad, {limit}: {'; '.join(self.first_bad)}")
         if self.problems:
             raise StageError("; ".join(self.problems))
 
@@ -382,6 +387,8 @@ def _no_column(source: Source, name: str, columns: list[str]) -> str:
     if name == formats.list_column(formats.module(source.format)) and is_message(dict.fromkeys(columns)):
         return f"`{source.path}`: each row is one message; put those of a conversation into one row, as a list"
     theirs = source.columns.get(name, name)
+    if not source.columns and (other := formats.of_columns(columns)) is not None:
+        return f"`{source.path}`: no column `{name}`; its columns are those of `format: {other}`"
     short = [column for column in columns if len(column) < 60 and column.isprintable()]
     hint = did_you_mean(theirs, short) or f"; the file has {listed(columns)}"
     if name in source.columns:

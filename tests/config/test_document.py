@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -165,6 +166,17 @@ def test_a_missing_file_names_the_yaml_files_there_are(tmp_path):
     assert error.value.problems == [f"{tmp_path / 'x.yaml'}: cannot be read ({reason}); there is {there}"]
 
 
+@pytest.mark.parametrize("typed", ["tiny", "tiny.yaml", "configs/tiny", "configs/tinny.yaml"])
+def test_a_misspelt_config_names_the_near_one(tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("tiny.yaml", "qwen_med.yaml"):
+        (tmp_path / "configs" / name).touch()
+    with pytest.raises(ConfigError) as error:
+        read(Path(typed))
+    assert error.value.problems == [f"{typed}: cannot be read ({os.strerror(2)}); did you mean `configs/tiny.yaml`?"]
+
+
 def assigned(*assignments):
     document = parse(TEXT, "x.yaml")
     for assignment in assignments:
@@ -254,3 +266,12 @@ def test_what_cannot_be_merged_says_why(text, expected):
 
 def test_a_merge_key_in_quotes_is_a_word():
     assert parse('c: {"<<": {r: 1}}\n', "x.yaml").data == {"c": {"<<": {"r": 1}}}
+
+
+def test_a_misspelt_stage_in_an_assignment_names_the_path_that_was_meant():
+    document = parse("stages: {sft: {data: a}}", "x.yaml")
+    with pytest.raises(ConfigError) as error:
+        document.set("sftt.trainer.max_steps=2")
+    assert error.value.problems == [
+        "--set sftt.trainer.max_steps: there is no stage `sftt` here; did you mean `sft.trainer.max_steps`?"
+    ]

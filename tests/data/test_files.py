@@ -87,7 +87,8 @@ def test_places_name_the_file():
         [
             "d/b.jsonl:1: `text` is empty; fill it in or remove the row",
             "d/b.jsonl:2: `text` is empty; fill it in or remove the row",
-            "d/b.jsonl:3: `text` is empty; fill it in or remove the row — and 2 more bad rows",
+            "d/b.jsonl:3: `text` is empty; fill it in or remove the row — and 2 more bad rows; 5 of 6 rows are "
+            "bad, and `max_dropped` is 0.01",
         ],
     )
 

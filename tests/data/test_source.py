@@ -316,7 +316,9 @@ def test_too_many_bad_rows_stop_a_reading_at_its_end_or_earlier(check_after, kep
     with pytest.raises(StageError) as error:
         rows.extend(Reading(of(path)).kept(check_after))
     bad = "x.jsonl:1: `text` is empty; fill it in or remove the row"
-    assert str(error.value) == (f"1 of the first {check_after} rows are bad: {bad}" if check_after else bad)
+    assert str(error.value) == (
+        f"1 of the first {check_after} rows are bad, and `max_dropped` is 0.01: {bad}" if check_after else bad
+    )
     assert len(rows) == kept
 
 
@@ -574,9 +576,12 @@ def test_only_the_first_bad_rows_are_shown():
     path = write("x.jsonl", [{"text": ""}] * 5)
     count, lines = problems(of(path))
     assert (count, [line.split(":")[1] for line in lines]) == (5, ["1", "2", "3"])
-    assert lines[2] == "x.jsonl:3: `text` is empty; fill it in or remove the row — and 2 more bad rows"
+    assert (
+        lines[2]
+        == "x.jsonl:3: `text` is empty; fill it in or remove the row — and 2 more bad rows; 5 of 5 rows are bad, and `max_dropped` is 0.01"
+    )
     path = write("x.jsonl", [{"text": ""}] * 4)
-    assert problems(of(path))[1][2].endswith(" — and 1 more bad row")
+    assert problems(of(path))[1][2].endswith(" — and 1 more bad row; 4 of 4 rows are bad, and `max_dropped` is 0.01")
 
 
 # Encodings
@@ -665,3 +670,42 @@ def test_importing_costs_only_pydantic():
     root = Path(source_module.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "problem"),
+    [
+        (
+            "messages",
+            {"instruction": "a", "output": "b"},
+            "no column `messages`; its columns are those of `format: alpaca`",
+        ),
+        ("alpaca", {"text": "a"}, "no column `instruction`; its columns are those of `format: text`"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "a"}], "chosen": "b", "rejected": "c"},
+            "its rows have `chosen` and `rejected`, which `format: preference` reads",
+        ),
+    ],
+)
+def test_rows_of_another_format_name_that_format(tmp_path, monkeypatch, form, row, problem):
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    reading = Reading(Source(path="x.jsonl", format=form))
+    assert list(reading.rows()) == []
+    assert reading.problems[0] == f"`x.jsonl`: {problem}"
+
+
+def test_of_many_bad_rows_the_share_and_the_limit_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ['{"text": ""}'] * 3 + ['{"text": "a"}'] * 197
+    Path("x.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    reading = Reading(Source(path="x.jsonl", format="text"))
+    assert len(list(reading.rows())) == 197
+    assert reading.problems[2].endswith("; 3 of 200 rows are bad, and `max_dropped` is 0.01")
+
+
+def test_a_path_with_backslashes_names_the_one_with_slashes():
+    reading = Reading(Source(path="data\\x.jsonl", format="text"))
+    assert list(reading.rows()) == []
+    assert reading.problems == ["`data\\x.jsonl` does not exist; write folders with `/`: `data/x.jsonl`"]

@@ -115,8 +115,8 @@ def test_too_many_bad_rows_stop_a_stream_early(tiny, train, tmp_path, monkeypatc
     with pytest.raises(StageError) as caught:
         train(sft, [tiny("llama")], data, streaming=True, trainer=ASKED)
     assert str(caught.value) == (
-        f"1 of the first 10 rows are bad: {path}:1: the row has no `output`; alpaca rows need `instruction` and "
-        "`output` (map other names with `columns:`)"
+        f"1 of the first 10 rows are bad, and `max_dropped` is 0.01: {path}:1: the row has no `output`; "
+        "alpaca rows need `instruction` and `output` (map other names with `columns:`)"
     )
 
 

@@ -6,7 +6,7 @@ column that a row holds which is a list and not an object.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import ModuleType
 
 from stages.data.formats._values import is_message
@@ -26,6 +26,12 @@ def other_names(form: ModuleType) -> Mapping[str, str]:
 def list_column(form: ModuleType) -> str | None:
     """The needed column that a row holds which is a list; None where a row must be an object."""
     return getattr(form, "LIST", None)
+
+
+def of_columns(columns: Collection[str]) -> str | None:
+    """The format whose needed columns are all among the columns of a file; None where there is none."""
+    names = ("preference", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
+    return next((name for name in names if {*module(name).NEEDED} <= {*columns}), None)
 
 
 def as_object(form: ModuleType, row: NotAnObject, columns: Mapping[str, str]) -> FileRow:
