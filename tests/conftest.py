@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import planned
 import pytest
+from fake_hub import FakeHub
 
 from stages import init
 from stages.chat.template import template_text
@@ -34,6 +35,14 @@ QUICK = {
 def project(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     return planned.Project(tmp_path, capsys)
+
+
+@pytest.fixture
+def hub(project, monkeypatch):
+    """A small Hub on the loopback address, which this process and its children use, with an empty cache."""
+    with FakeHub().running() as hub:
+        hub.use(monkeypatch, project.folder)
+        yield hub
 
 
 @pytest.fixture(scope="session")

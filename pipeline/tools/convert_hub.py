@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from stages.runtime.hub import failures
+
 
 def pinned_commit(kind: str, name: str) -> str | None:
     """The commit of `model` or `dataset` `name`: of the copy here, else of the Hub; None without either.
@@ -25,12 +27,11 @@ def local_commit(kind: str, name: str) -> str | None:
 def hub_commit(kind: str, name: str) -> str | None:
     """The newest commit on the Hub; None if the Hub cannot be reached, or does not know the name."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # The base class of the HTTP library that huggingface_hub uses (httpx, or httpx2): no connection is such an error.
-    no_answer = HfHubHTTPError.__mro__[1]
     try:
         commit: str | None = HfApi().repo_info(name, repo_type=kind, timeout=10).sha
         return commit
-    except (no_answer, OfflineModeIsEnabled, OSError, ValueError):
+    except failures():
+        return None
+    except ValueError:  # no name of a repository
         return None

@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from fake_hub import READER, TOKENIZER, FakeHub
+from fake_hub import READER, TOKENIZER
 from planned import TOP
 
 from pipeline.cli import main
@@ -16,13 +16,6 @@ NAME = "org/model"
 SMALL = {"config.json", "tokenizer.json", "tokenizer_config.json"}
 SFT = "  sft: {data: consult, lora: {r: 8, target_modules: [q_proj]}}\n"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def hub(project, monkeypatch):
-    with FakeHub().running() as hub:
-        hub.use(monkeypatch, project.folder)
-        yield hub
 
 
 @pytest.fixture
@@ -254,3 +247,20 @@ def test_a_model_that_is_here_is_not_fetched_again(project, hub, commit):
     planned = build(project, config(commit), fetch=True)
     assert (planned.problems, hub.asked("GET", "resolve")) == ([], [])
     assert build(project, config(commit), online=True).notes == planned.notes
+
+
+def test_what_is_in_the_cache_is_used_when_the_hub_cannot_be_reached(project, hub, commit):
+    before = build(project, config(commit), fetch=True)
+    hub.down = 500
+    planned = build(project, config(commit), fetch=True)
+    assert planned.problems == []
+    assert [step.inputs for step in planned.steps] == [step.inputs for step in before.steps]
+
+
+@pytest.mark.parametrize("way", ["fetch", "online"])
+def test_a_hub_that_is_down_is_one_sentence(project, hub, commit, monkeypatch, way):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of the library
+    hub.down = 503
+    assert build(project, config(commit), **{way: True}).problems == problem(
+        f"the Hub does not hand out `{NAME}@{commit}` (it answers with status 503); try again later"
+    )

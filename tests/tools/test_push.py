@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from fake_hub import READER, TOKENIZER, FakeHub
+from fake_hub import READER, TOKENIZER
 from planned import CHAIN, TOP
 
 from pipeline.cli import main
@@ -26,13 +26,6 @@ CARD = "---\nlibrary_name: transformers\n---\n\n# x: merge\n\nA model.\n"
 MERGED = {"README.md": CARD, "config.json": '{"model_type": "llama"}', "model.safetensors": "weights"}
 SFT = f"model: org/base@{COMMIT}\n{TOP}stages:\n  sft: {{data: consult, lora: {{r: 8}}}}\n"
 SENT = "; `push` sends no file again that has arrived"
-
-
-@pytest.fixture
-def hub(project, monkeypatch):
-    with FakeHub().running() as hub:
-        hub.use(monkeypatch, project.folder)
-        yield hub
 
 
 @pytest.fixture
@@ -388,4 +381,4 @@ def test_a_run_from_the_hub_and_its_adapter_pushed_give_the_merged_model(hub, pu
         "OMP_NUM_THREADS": "1",
     }  # the run was made in this process: it is offline
     done = subprocess.run(words, capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout) == (0, "trained, and the same\n"), done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["trained, and the same"]), done.stderr
