@@ -27,6 +27,7 @@ from pipeline.views.correction import EXAMPLE
 if TYPE_CHECKING:
     from pipeline.plan.step import Plan
     from pipeline.serve.models import Served
+    from stages.model.live import Sampling
 
 Model = Annotated[
     Path,
@@ -57,10 +58,24 @@ def _located(
 
     if not config.is_dir():
         plan = planned_steps(config, saves, assignments, None)
-        return plan, [models.of_plan(plan, stage) for stage in stages]
+        found = [models.of_plan(plan, stage) for stage in stages]
+        if len({model.name for model in found}) < len(found):
+            raise ConfigError([f"--versus {found[-1].name}: is the same model; name another stage, or `base`"])
+        return plan, found
     if assignments or any(stages):
         raise ConfigError([f"{config}: is a folder with one model; `--stage`, `--versus` and `--set` need a YAML file"])
     return None, [models.of_folder(config)]
+
+
+def _sampling(temperature: float, top_p: float | None, seed: int | None) -> "Sampling":
+    """The settings of sampling of a command line. Raises ConfigError for one that is out of bounds."""
+    from pipeline.errors import ConfigError
+    from pipeline.serve.requests import sampling
+
+    try:
+        return sampling({"temperature": temperature, "top_p": top_p, "seed": seed})
+    except ValueError as error:
+        raise ConfigError([f"{error} (of `--temperature`, `--top-p` and `--seed`)"]) from None
 
 
 def _quiet() -> None:
@@ -86,16 +101,14 @@ def chat(
     from pipeline.serve import models
     from pipeline.serve.chat import Chat, questions
 
+    sampling = _sampling(temperature, top_p, seed)
     wanted = (stage,) if versus is None else (stage, versus)
     _, served = _located(config, saves, assignments, *wanted)
     _quiet()
-    from stages.model.live import Sampling
-
     with contextlib.ExitStack() as used:
         for model in served:
             used.enter_context(model.in_use())
         engines = {model.name: models.load(model) for model in served}
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         talk = Chat(engines, tables.console(), sampling, max_tokens, system)
         if sys.stdin.isatty():
             print(f"{' and '.join(engines)}: ask something; /help shows the commands, Ctrl-D leaves")
@@ -126,13 +139,12 @@ def predict(
     as_json: AsJson = False,
 ) -> int:
     """Answer every question of a file; after a stop, run it again to go on."""
-    from pipeline.errors import ConfigError
     from pipeline.serve import models
     from pipeline.serve import predict as prediction
 
+    _sampling(temperature, top_p, seed)
+    prediction.check_output(output)
     plan, (served,) = _located(config, saves, assignments, stage)
-    if not output.parent.is_dir():
-        raise ConfigError([f"--output {output}: there is no folder `{output.parent}`"])
     declared = None if plan is None or Path(source).exists() else plan.pipeline.data.get(source)
     rows = prediction.read_questions(source, declared, column)
     _quiet()

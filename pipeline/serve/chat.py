@@ -3,10 +3,11 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.serve.requests import sampling
 from pipeline.views.controls import without_controls
 from stages.data.row import Messages
 from stages.model import inference
@@ -27,7 +28,9 @@ COMMANDS = {
     "/quit": "leave; so does Ctrl-D",
 }
 HELP = "\n".join(f"{name:17}{text}" for name, text in COMMANDS.items())
-NUMBERS = {"temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "seed": int}
+NUMBERS: Mapping[str, type[int] | type[float]] = {
+    **{"temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "seed": int, "max_tokens": int}
+}
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Chat:
         return True
 
     def _print(self, text: str) -> None:
-        self.out.print(without_controls(text).replace("\\x0a", "\n"), markup=False, highlight=False, soft_wrap=True)
+        self.out.print(without_controls(text), markup=False, highlight=False, soft_wrap=True)
 
     def _help(self, rest: str) -> None:
         self._print(HELP)
@@ -88,15 +91,23 @@ class Chat:
         name, _, value = rest.partition("=")
         name = name.strip()
         try:
-            if name == "max_tokens":
-                self.max_tokens = max(1, int(value))
-            elif name in NUMBERS:
-                self.sampling = replace(self.sampling, **{name: NUMBERS[name](value)})
-            else:
-                self._print(f"there is no setting `{name}`{nearest(name, [*NUMBERS, 'max_tokens'])}")
-                return
+            number = NUMBERS[name](value)
+        except KeyError:
+            self._print(f"there is no setting `{name}`{nearest(name, NUMBERS)}")
+            return
         except ValueError:
-            self._print(f"`{value}` is not a number; write it as `/set {name}=…`")
+            kind = "a whole number" if NUMBERS[name] is int else "a number"
+            self._print(f"`{value}` is not {kind}; write it as `/set {name}=…`")
+            return
+        try:
+            if name != "max_tokens":
+                self.sampling = sampling({**asdict(self.sampling), name: number})
+            elif number < 1:
+                raise ValueError("`max_tokens`: an answer has 1 token at least")
+            else:
+                self.max_tokens = int(number)
+        except ValueError as error:
+            self._print(str(error))
             return
         self._print(f"{name} is {value.strip()} now")
 
@@ -132,7 +143,8 @@ class Chat:
             generate(engine, [answer], self.sampling)
         except KeyboardInterrupt:
             answer.cancel()
-        self.histories[name] = [*asked, {"role": "assistant", "content": answer.text}]
+        if answer.text:  # a question that got no word is as if it had not been asked
+            self.histories[name] = [*asked, {"role": "assistant", "content": answer.text}]
         if answer.reason == "length":
             show(f" … (cut at {answer.max_tokens} tokens; `/set max_tokens={2 * answer.max_tokens}` allows more)")
 
@@ -140,8 +152,7 @@ class Chat:
         """The models one after the other; each answer is printed as it is generated."""
 
         def show(text: str) -> None:
-            words = without_controls(text).replace("\\x0a", "\n")
-            self.out.print(words, end="", markup=False, highlight=False, soft_wrap=True)
+            self.out.print(without_controls(text), end="", markup=False, highlight=False, soft_wrap=True)
             self.out.file.flush()
 
         for name in self.engines:
@@ -160,7 +171,7 @@ class Chat:
 
         def table() -> Table:
             shown = Table(*texts, expand=True)
-            shown.add_row(*(Text(without_controls(text).replace("\\x0a", "\n")) for text in texts.values()))
+            shown.add_row(*(Text(without_controls(text)) for text in texts.values()))
             return shown
 
         with Live(table(), console=self.out, refresh_per_second=8) as live:

@@ -32,8 +32,8 @@ class Served:
     """The text of the chat template for a model that has none of its own."""
 
     def identity(self) -> list[Any]:
-        """What identifies its weights: the fingerprints of stages; sizes and times of the files of other folders."""
-        return [_identity(Path(folder)) for folder in self.folders]
+        """What identifies its answers: the fingerprints of stages; sizes and times of other files; the template."""
+        return [*(_identity(Path(folder)) for folder in self.folders), *([self.template] if self.template else [])]
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

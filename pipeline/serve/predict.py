@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,23 @@ def read_questions(source: str, declared: Source | None, column: str | None) -> 
         hint = "" if column else "; name the column with the question with `--column NAME`"
         raise ConfigError([f"{rows[0].place}: {rows[0].error}{hint}"])
     return rows
+
+
+def check_output(output: Path) -> None:
+    """Check that a file can be written, before the model is loaded.
+
+    Raises:
+        ConfigError: there is no such folder, it cannot be written, or the output is a folder.
+    """
+    if not output.parent.is_dir():
+        raise ConfigError([f"--output {output}: there is no folder `{output.parent}`"])
+    if output.is_dir():
+        raise ConfigError([f"--output {output}: is a folder; name a file, such as `{output / 'answers.jsonl'}`"])
+    try:
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError([f"--output {output}: `{output.parent}` cannot be written ({why})"]) from None
 
 
 def _declared(source: Source) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """The bodies of requests, in the form of OpenAI's API. Every parameter has an effect or is refused by its name."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -95,6 +96,19 @@ class Sampled(Body):
     @property
     def sampling(self) -> Sampling:
         return Sampling(**{name: getattr(self, name) for name in Sampled.model_fields})
+
+
+def sampling(settings: Mapping[str, Any]) -> Sampling:
+    """Settings of sampling that a person gave, with the bounds of a request.
+
+    Raises:
+        ValueError: with the first setting that is out of bounds, one sentence.
+    """
+    try:
+        return Sampled.model_validate(dict(settings)).sampling
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"`{first['loc'][0]}`: {first['msg']}") from None
 
 
 class StreamOptions(Body):

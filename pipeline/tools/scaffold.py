@@ -10,13 +10,17 @@ import yaml
 
 from pipeline.config.checker import NAME
 from pipeline.errors import ConfigError
-from stages.chat.template import template_names
+from stages.chat.template import template_names, template_text
 from stages.data.guess import Guess, guess
 from stages.data.source import CONVERSATIONS
 from stages.model.device import has_gpu
+from stages.model.facts import check_template, read_facts
 from stages.runtime.errors import StageError
 
 LORA = "lora: {r: 16, lora_alpha: 32}             # every linear layer; without `lora` the whole model is trained"
+
+TEMPLATES = ("chatml", "llama3", "med")
+"""Templates for a tokenizer without one, the first that fits it; `med` fits all."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def _name(path: str, taken: Sequence[str]) -> str:
     """A name for a data set: that of its file, if it is one."""
     stem = re.sub(r"[^a-z0-9_-]+", "_", Path(path).name.partition(".")[0].lower()).strip("_-")
     base = stem if NAME.match(stem) else "data"
+    base = base if isinstance(yaml.safe_load(base), str) else f"data_{base}"  # `null` is no name in YAML
     name, number = base, 2
     while name in taken:
         name, number = f"{base}_{number}", number + 1
@@ -91,12 +96,13 @@ def write(model: str | None, data: Sequence[Found], template: str | None, questi
         raise ConfigError(["--data: name at least one file of texts, conversations or preference pairs"])
     lines = ["# `pipeline plan` shows what this would do; every key is explained in docs/config.md."]
     if model is not None:
-        lines.append(f"model: {model}")
+        lines.append(f"model: {_plain(model)}")
+        template = template or _needed_template(model)
     else:
         template = template or "chatml"
     known = ", ".join(template_names())
     if template is not None:
-        lines.append(f"template: {template}   # built in: {known}; or a .jinja file")
+        lines.append(f"template: {_plain(template)}   # built in: {known}; or a .jinja file")
     else:
         lines.append(f"# template: chatml   # the model's own unless set; built in: {known}")
     if question:
@@ -122,6 +128,28 @@ def write(model: str | None, data: Sequence[Found], template: str | None, questi
 
 def _quoted(text: str) -> str:
     return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=10_000).strip()
+
+
+def _plain(text: str) -> str:
+    """A text as one line of YAML, quoted where it must be."""
+    return yaml.safe_dump(text, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+
+
+def _needed_template(model: str) -> str | None:
+    """The first template that a tokenizer without one knows all special tokens of; None if it needs none, or no folder.
+
+    Raises:
+        ConfigError: the folder holds no model.
+    """
+    if not Path(model).is_dir():
+        return None
+    try:
+        facts = read_facts(Path(model), model)
+    except StageError as error:
+        raise ConfigError([f"--model {model}: {error}"]) from None
+    if facts.template is not None:
+        return None
+    return next((name for name in TEMPLATES if not check_template(template_text(name), facts)), None)
 
 
 def _stage(stage: str, names: Sequence[str], *, tiny: bool) -> list[str]:

@@ -57,9 +57,17 @@ def test_commands(chat, tmp_path):
     assert row["messages"] == talk.histories["dpo"]
     talk.take("/reset")
     assert [message["role"] for message in talk.histories["dpo"]] == ["system"]
-    for wrong in ("/rest", "/set temprature=1", "/set top_p=x", "/save /nowhere/x.jsonl"):
-        assert talk.take(wrong)
-    assert out.getvalue().splitlines()[-4:] == [
+    before = talk.sampling
+    wrong = ("/set top_p=5", "/set temperature=nan", "/set seed=99999999999999999999", "/set max_tokens=0")
+    for line in (*wrong, "/set top_k=1.5", "/rest", "/set temprature=1", "/set top_p=x", "/save /nowhere/x.jsonl"):
+        assert talk.take(line)
+    assert (talk.sampling, talk.max_tokens) == (before, 8)
+    assert out.getvalue().splitlines()[-9:] == [
+        "`top_p`: Input should be less than or equal to 1",
+        "`temperature`: Input should be a finite number",
+        "`seed`: Input should be less than 9223372036854775808",
+        "`max_tokens`: an answer has 1 token at least",
+        "`1.5` is not a whole number; write it as `/set top_k=…`",
         "there is no command `/rest`; did you mean `/reset`?",
         "there is no setting `temprature`; did you mean `temperature`?",
         "`x` is not a number; write it as `/set top_p=…`",
@@ -82,3 +90,15 @@ def test_a_model_cannot_move_the_cursor(chat, engine, monkeypatch):
     talk.take(QUESTION)
     assert "\\x1b[2J" in out.getvalue()
     assert "\x1b" not in out.getvalue()
+
+
+def test_a_question_that_got_no_word_is_not_in_the_history(chat, engine, monkeypatch):
+    """Ctrl-C before the first token: an empty turn would be no conversation that training knows."""
+
+    def generate(engine, answers, sampling):
+        raise KeyboardInterrupt
+
+    talk, _ = chat()
+    monkeypatch.setattr("pipeline.serve.chat.generate", generate)
+    assert talk.take(QUESTION)
+    assert talk.histories["dpo"] == []

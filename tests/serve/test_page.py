@@ -98,6 +98,27 @@ def test_the_page(served, engine, browse):
         await browser.until(ended)
         assert "stopped" in await browser.run("document.getElementById('talk').textContent")
         assert not await browser.run("document.getElementById('send').hidden")
+        # A new chat while an answer runs: the next request holds the new question alone.
+        await browser.ask("旧的问题", 800)
+        await browser.until("[...document.querySelectorAll('.running .words')].some(node => node.textContent)")
+        await browser.run("document.getElementById('reset').click()")
+        await browser.until("running === null")
+        assert await browser.run("JSON.stringify(body('dpo', '新的问题').messages)") == (
+            '[{"role":"user","content":"新的问题"}]'
+        )
+        # Enter that confirms a Chinese word of an input method does not send; key code 229 is Safari's mark of it.
+        enter = "new KeyboardEvent('keydown', {key: 'Enter', cancelable: true, %s})"
+        for mark in ("isComposing: true", "keyCode: 229"):
+            await browser.run("document.getElementById('question').value = '感'")
+            await browser.run(f"document.getElementById('question').dispatchEvent({enter % mark})")
+            assert await browser.run("running === null && document.getElementById('question').value") == "感"
+        # Every control has a name for a screen reader.
+        names = await browser.run(
+            "[...document.querySelectorAll('button, select, input, textarea')].map(node => node.textContent.trim() || "
+            "node.labels?.[0]?.textContent.trim() || "
+            "document.getElementById(node.getAttribute('aria-labelledby'))?.textContent.trim() || '').filter(n => !n)"
+        )
+        assert names == []
         # Markup in a question stays text.
         await browser.ask("<img src=x onerror=alert(1)>", 1)
         await browser.until(ended)

@@ -1,6 +1,11 @@
 """Answers to a file of questions: every format, in order, and after a kill without asking twice."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +19,7 @@ ROWS = [
     {"question": "肚子痛", "history": [["你好", "您好"]]},
 ]
 SETTINGS = {"max_tokens": 6}
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +122,39 @@ def test_a_csv_with_a_column_of_its_own(predict, engine, tmp_path):
         [{"role": "user", "content": "头痛"}],
         [{"role": "user", "content": "发烧"}],
     ]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(predict, tmp_path):
+    from pipeline.errors import ConfigError
+
+    def refused(path):
+        with pytest.raises(ConfigError) as error:
+            predict.check_output(path)
+        return str(error.value)
+
+    assert refused(tmp_path) == f"--output {tmp_path}: is a folder; name a file, such as `{tmp_path}/answers.jsonl`"
+    gone = tmp_path / "gone" / "a.jsonl"
+    assert refused(gone) == f"--output {gone}: there is no folder `{gone.parent}`"
+    assert refused(Path("/proc/a.jsonl")) == (
+        "--output /proc/a.jsonl: `/proc` cannot be written (no such file or directory)"
+    )
+
+
+def test_kill_9_in_the_middle_leaves_the_same_bytes(questions, tiny, tmp_path):
+    """The real command in a process of its own, killed after its first answers and run again."""
+    questions.write_text(questions.read_text(encoding="utf-8") * 12, encoding="utf-8")
+    words = [sys.executable, "-m", "pipeline.cli", "predict", str(tiny("llama", template="qwen"))]
+    words += ["--input", str(questions), "--max-tokens", "12", "--output"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    whole, out, part = (tmp_path / name for name in ("whole.jsonl", "out.jsonl", "out.jsonl.part"))
+    subprocess.run([*words, str(whole)], env=environment, check=True, capture_output=True)
+    process = subprocess.Popen([*words, str(out)], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (part.exists() and part.read_bytes().count(b"\n") > 1) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9
+    assert not out.exists()
+    subprocess.run([*words, str(out)], env=environment, check=True, capture_output=True)
+    assert out.read_bytes() == whole.read_bytes()

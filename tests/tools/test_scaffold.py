@@ -71,3 +71,18 @@ def test_few_rows_give_a_tiny_model_steps_with_a_learning_rate(files, tmp_path):
     trainer = yaml.safe_load((tmp_path / "mine.yaml").read_text(encoding="utf-8"))["stages"]["pt"]["trainer"]
     assert trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] == 4
     assert "warmup_steps" not in trainer  # a warmup of one step is the whole of a run of one step
+
+
+def test_names_and_paths_that_yaml_reads_otherwise_are_quoted(files, project, tmp_path):
+    project.model("model: 'a' #1")
+    odd = tmp_path / "it's: #1"
+    odd.mkdir()
+    for name in ("null.csv", "true.csv", "1.csv", "数据.csv"):
+        (odd / name).write_bytes((tmp_path / "qa.csv").read_bytes())
+    data = [word for path in sorted(odd.iterdir()) for word in ("--data", str(path.relative_to(tmp_path)))]
+    assert files("init", "mine.yaml", *data, "--no-quantize", "--model", "model: 'a' #1")[::2] == (0, "")
+    code, out, err = files("plan", "mine.yaml", "--json")
+    assert (code, err) == (0, "")
+    assert [step["stage"] for step in json.loads(out)["steps"]] == ["sft", "merge"]
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert "\ntemplate: med   # " in text  # the stub's tokenizer has no template and none of ChatML's tokens
