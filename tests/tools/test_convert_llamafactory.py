@@ -399,8 +399,8 @@ def test_losses_that_differ_are_noted():
         "`add_bos_token` and without packing"
     )
     rest = (
-        "`packing: false`: LLaMA-Factory leaves out the rest of a text that is longer than `cutoff_len`, here the rest is "
-        "trained"
+        "`packing: false`: LLaMA-Factory leaves out the rest of a text that is longer than `cutoff_len`, here the rest "
+        "is trained"
     )
     assert differs(**PT, packing=False) == [first, begin, rest]
     assert differs(**PT) == [first, begin]
