@@ -4,7 +4,7 @@ SAVES ?= saves
 PYTHON ?= python3
 BIN := .venv/bin
 STAGES := pt sft dpo merge quantize evaluate
-FAULTS ?= pt,sft,dpo,merge,quantize
+FAULTS ?= pt,sft,dpo,merge,quantize,add_tokens,reward,select,kto,evaluate,sft+rows,rehearsal
 
 .PHONY: demo test test-fast test-train faults fuzz check docs format clean $(STAGES)
 
@@ -22,7 +22,7 @@ test-fast: .venv/ready  ## no torch, seconds
 test-train: .venv/ready  ## trains, merges and quantizes tiny models, in two processes of one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m train -n 2 --dist loadfile --no-loadscope-reorder
 
-faults: .venv/ready  ## kills the run at every change of a file, stage by stage; about an hour
+faults: .venv/ready  ## kills the run at every change of a file, stage by stage; several hours
 	$(BIN)/python -m tests.faults.harness --stages $(FAULTS)
 
 fuzz: .venv/ready  ## reads a hundred thousand broken data files, minutes

@@ -215,7 +215,8 @@ class _Watcher:
         try:
             process = _Process(thread)
             paths = process.paths(shape, arguments)
-            below = any(path == self.folder or path.startswith(f"{self.folder}/") for path in paths)
+            changes = name != "delete" or any(os.path.lexists(path) for path in paths)  # else it will fail
+            below = changes and any(path == self.folder or path.startswith(f"{self.folder}/") for path in paths)
             if below and self.is_the_end(process, name, arguments, " -> ".join(paths)):
                 os.kill(process.pid, signal.SIGKILL)
                 return

@@ -1,12 +1,15 @@
 """A stage in, and what became of a run that was ended with kill -9 at its k-th change of a file, for every k, out.
 
-    python -m tests.faults.harness --stages pt,sft,dpo,merge,quantize --jobs 2 --table out.md
+    python -m tests.faults.harness --stages kto,reward,select,evaluate,sft+rows,rehearsal --jobs 2 --table out.md
+
+`chains.py` has the runs that `--stages` names.
 
 `calls.py` counts every system call that changes a file below the run's outputs, in all processes, native code
 included, and ends the process that makes the k-th one. Then the run is done again without a fault, and must end as
 the uninterrupted one: the same record of files (sha256), the same files on disk, no work folder; a third run must
 change nothing. One process imports torch and its friends once and forks a runner for each run; the runner forks
 its stage instead of asking a server for it. Apart from that the runs are those of `pipeline run`.
+So all runs here have one order of sets; tests/run/test_runner.py tests that the stages of all runs have.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from pipeline.run.runner import GATES
 from pipeline.saves import artifact as artifact_module
 from pipeline.saves.artifact import RECORD
 from stages.runtime.hashes import HASHES, Hashes
@@ -35,42 +39,12 @@ from stages.training.checkpoint import MARK
 from stages.training.preparation import FOLDER
 from tests.faults import calls
 from tests.faults.calls import CONTENT, LOG, Call, Ended
+from tests.faults.chains import CASES, STAGES, Case, write
 
-ROOT = Path(__file__).parent.parent.parent
-STAGES = ["pt", "sft", "dpo", "merge", "quantize"]
-NAMES = ["init", *STAGES]
-OTHERS = {"pt": 6, "sft": 4, "dpo": 4, "merge": 4, "quantize": 2}  # points of a sample besides the important ones
-STEPS = {"pt": 1, "sft": 2, "dpo": 2, "merge": 1, "quantize": 4}  # of the calls that finish a folder, each which one
 LIMIT = 300  # seconds after which a run counts as hanging
-CONFIG = """\
-template: med
-data:
-  books:   {{path: {data}/med_book.jsonl, format: text, max_samples: 16}}
-  consult: {{path: {data}/med_qa.json, format: alpaca, max_samples: 40}}
-  prefer:  {{path: {data}/med_prefer.jsonl, format: preference, max_samples: 14}}
-stages:
-  init: {{architecture: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 400,
-         data: [books]}}
-  pt:
-    data: books
-    eval_size: 2
-    trainer: {{learning_rate: 1e-2, max_steps: 6, max_length: 64, per_device_train_batch_size: 2,
-              gradient_checkpointing: false, logging_steps: 2, save_steps: 2, save_total_limit: 1}}
-  sft:
-    data: consult
-    eval_size: 4
-    lora: {{r: 2, lora_dropout: 0.1}}
-    trainer: {{learning_rate: 1e-2, max_steps: 6, max_length: 256, per_device_train_batch_size: 2, packing: true,
-              gradient_checkpointing: false, logging_steps: 2, save_steps: 2, eval_strategy: steps, eval_steps: 3}}
-  dpo:
-    data: prefer
-    eval_size: 2
-    lora: {{r: 2, target_modules: [q_proj, v_proj]}}
-    trainer: {{learning_rate: 1e-3, max_steps: 4, max_length: 256, per_device_train_batch_size: 2,
-              gradient_checkpointing: false, logging_steps: 2, save_steps: 2}}
-  merge:
-  quantize: {{group_size: 32, calibration: {{data: consult, samples: 8, max_length: 64}}}}
-"""
+WHOLE = ("pt",)  # in a sample these have every call that makes a checkpoint or a folder count
+FEW = ("sft", "dpo", "merge", "quantize", "add_tokens", "sft+rows", "rehearsal")  # in a sample these have few calls
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -112,20 +86,19 @@ class Result:
 
 
 class Slot:
-    """A folder in which one trial at a time happens. Artifacts hold absolute paths, so each has its own chain."""
+    """A folder in which one trial at a time happens. Artifacts hold absolute paths, so each has its own chains."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.saves, self.base = folder, folder / "saves", folder / "base"
-        self.config, self.output = folder / "chain.yaml", folder / "output.txt"
+        self.folder, self.saves, self.output = folder, folder / "saves", folder / "output.txt"
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(CONFIG.format(data=ROOT / "data"), encoding="utf-8")
+        self.configs = {chain: write(folder, chain) for chain in STAGES}
 
-    def run(self, until: str, point: Point | None = None) -> Ended:
+    def run(self, case: Case, point: Point | None = None) -> Ended:
         """`pipeline run --until STAGE` in processes of its own, ended at a point or not."""
         at = None if point is None else (point.kind, point.number)
-        return calls.watch(lambda: self._runner(until), self.saves, at, torn=point is not None and point.torn)
+        return calls.watch(lambda: self._runner(case), self.saves, at, torn=point is not None and point.torn)
 
-    def _runner(self, until: str) -> int:
+    def _runner(self, case: Case) -> int:
         """Be the runner: what the command `pipeline` does."""
         from pipeline import cli
 
@@ -133,18 +106,25 @@ class Slot:
         output = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        return cli.main(["run", str(self.config), "--saves", str(self.saves), "--until", until])
+        return cli.main(["run", str(self.configs[case.chain]), "--saves", str(self.saves), "--until", case.stage])
 
     def said(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
-    def prepare(self, stage: str) -> None:
-        """Fresh outputs with all finished artifacts above a stage."""
+    def base(self, case: Case) -> Path:
+        """The outputs of the uninterrupted chain."""
+        return self.folder / f"base-{case.chain}"
+
+    def prepare(self, case: Case) -> None:
+        """Fresh outputs with all that is there before a case."""
         shutil.rmtree(self.saves, ignore_errors=True)
-        for name, folder in zip(NAMES[: NAMES.index(stage)], self.finished(), strict=False):
+        for name in case.above:
+            folder = self.artifact(self.base(case), case, name)
             shutil.copytree(folder, self.saves / folder.name)
-            (self.saves / "chain").mkdir(exist_ok=True)
-            os.symlink(f"../{folder.name}", self.saves / "chain" / name)
+            (self.saves / case.chain).mkdir(exist_ok=True)
+            os.symlink(f"../{folder.name}", self.saves / case.chain / name)
+        if case.rows:
+            shutil.copytree(self.base(case) / FOLDER, self.saves / FOLDER)
         self.remember()
 
     def remember(self) -> None:
@@ -157,42 +137,46 @@ class Slot:
             hashes.of(files, clock=clock)
             hashes.save()
 
-    def artifact(self, saves: Path, stage: str) -> Path:
-        return (saves / "chain" / stage).resolve()
+    def artifact(self, saves: Path, case: Case, stage: str) -> Path:
+        return (saves / case.chain / stage).resolve()
 
-    def finished(self) -> list[Path]:
-        """The artifacts of the uninterrupted chain, in order."""
-        return [self.artifact(self.base, name) for name in NAMES]
-
-    def state(self, saves: Path, stage: str) -> dict[str, Any]:
+    def state(self, saves: Path, case: Case) -> dict[str, Any]:
         """What must be the same however often a run was ended."""
-        folder = self.artifact(saves, stage)
-        others = {folder.name for folder in self.finished()} | {FOLDER}  # not every stage prepares rows
+        names = STAGES[case.chain]
+        folder = self.artifact(saves, case, case.stage)
+        others = {self.artifact(self.base(case), case, name).name for name in names}
+        others |= {FOLDER}  # not every stage prepares rows
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        gates = [verdict for verdict in _gates(saves / case.chain) if verdict["stage"] == case.stage]
         return {
             "files": record["files"],
             "metrics": record["metrics"],
             "on disk": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
             "beside": sorted({path.name for path in saves.iterdir()} - others),
             "half prepared": sorted(path.name for path in saves.glob(f"{FOLDER}/*.part")),
-            "links": sorted(path.name for path in (saves / "chain").iterdir() if path.name not in NAMES),
+            "links": sorted({path.name for path in (saves / case.chain).iterdir()} - {*names, GATES}),
+            "gates": {verdict["text"]: verdict["passed"] for verdict in gates},
         }
 
-    def make_base(self) -> None:
-        """The uninterrupted chain."""
-        done = self.run(STAGES[-1])
+    def make_base(self, case: Case) -> None:
+        """The uninterrupted chain down to a stage."""
+        shutil.rmtree(self.saves, ignore_errors=True)
+        done = self.run(case)
         if done.status:
             raise RuntimeError(f"the uninterrupted chain ended with {done.status}:\n{self.said()}")
-        self.saves.rename(self.base)
+        self.saves.rename(self.base(case))
 
-    def trace(self, stage: str) -> list[Call]:
+    def trace(self, name: str) -> list[Call]:
         """The calls of an uninterrupted run, which must end as the chain's did."""
-        self.prepare(stage)
-        done = self.run(stage)
+        case = CASES[name]
+        self.prepare(case)
+        done = self.run(case)
         if done.status:
-            raise RuntimeError(f"the uninterrupted `{stage}` ended with {done.status}:\n{self.said()}")
-        if differences := _differences(self.state(self.base, stage), self.state(self.saves, stage)):
-            raise RuntimeError(f"two uninterrupted runs of `{stage}` differ: {differences}")
+            raise RuntimeError(f"the uninterrupted `{name}` ended with {done.status}:\n{self.said()}")
+        if differences := _differences(self.state(self.base(case), case), self.state(self.saves, case)):
+            raise RuntimeError(f"two uninterrupted runs of `{name}` differ: {differences}")
+        if case.rows and "takes the rows that were prepared before" not in self.said():
+            raise RuntimeError(f"`{name}` prepared rows that were there:\n{self.said()}")
         return [self.short(call) for call in done.calls]
 
     def short(self, call: Call) -> Call:
@@ -202,21 +186,22 @@ class Slot:
     def trial(self, point: Point) -> Result:
         """End a run at a point, run again, and again."""
         started = time.monotonic()
-        self.prepare(point.stage)
-        ended = self.run(point.stage, point)
+        case = CASES[point.stage]
+        self.prepare(case)
+        ended = self.run(case, point)
         result = Result(point, ended.fault and self.short(ended.fault), ended.torn)
         if ended.fault is not None:
             result.victim = "runner" if ended.fault.pid == ended.pid else "stage"
             result.failures += self._check_death(ended, result.victim)
         elif ended.status:
             result.failures.append(f"without a fault it ended with {ended.status}: {self.said()[-2000:]}")
-        again = self.run(point.stage)
+        again = self.run(case)
         result.resumed = "; goes on at step" in self.said()
         if again.status:
             result.failures.append(f"the run after it ended with {again.status}: {self.said()[-2000:]}")
         else:
-            result.failures += _differences(self.state(self.base, point.stage), self.state(self.saves, point.stage))
-        third = self.run(point.stage)
+            result.failures += _differences(self.state(self.base(case), case), self.state(self.saves, case))
+        third = self.run(case)
         if third.status or third.calls:
             paths = [f"{call.name} {call.path}" for call in third.calls[:3]]
             result.failures.append(
@@ -235,6 +220,12 @@ class Slot:
         return []
 
 
+def _gates(links: Path) -> list[dict[str, Any]]:
+    """The verdicts of the last run; none where no stage has gates."""
+    file = links / GATES
+    return list(json.loads(file.read_text(encoding="utf-8"))["gates"]) if file.exists() else []
+
+
 def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """A sentence for each part of the state that is not as it should be."""
     sentences = []
@@ -251,39 +242,46 @@ def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def points(stage: str, trace: list[Call]) -> list[Point]:
+def points(name: str, trace: list[Call]) -> list[Point]:
     """Every content call, every write of them half done, and a log call wherever content calls leave room for some.
 
     Between two content calls only the two logs grow, so one of the log calls there stands for all.
     """
-    found = [Point(stage, CONTENT, call.number) for call in trace if call.kind == CONTENT]
-    found += [Point(stage, CONTENT, call.number, torn=True) for call in trace if call.kind == CONTENT and call.size]
-    for call, after in pairwise(trace):
+    wanted = [call for call in trace if CASES[name].at in call.path]
+    found = [Point(name, CONTENT, call.number) for call in wanted if call.kind == CONTENT]
+    found += [Point(name, CONTENT, call.number, torn=True) for call in wanted if call.kind == CONTENT and call.size]
+    for call, after in pairwise(wanted):
         if call.kind == LOG and after.kind == CONTENT:
-            found += [Point(stage, LOG, call.number, torn=bool(call.size))]
+            found += [Point(name, LOG, call.number, torn=bool(call.size))]
     return found
 
 
-def sample(stage: str, trace: list[Call]) -> list[Point]:
-    """Every call that seals the first checkpoint or finishes the folder, and a few others, evenly spread.
+def sample(name: str, trace: list[Call]) -> list[Point]:
+    """One call of each kind, at another place of the run in each case; of the cases in FEW every fourth kind.
 
-    Of the calls that delete the checkpoints of the finished folder it takes every sixth, and of those that finish it
-    every second or fourth where another stage has them all.
+    A kind is what the call does and whether the runner or the stage makes it. Each write is also tried half done. Of
+    the cases in WHOLE also every call that seals the first checkpoint, writes the record or renames the folder, and of
+    all cases those that write the verdicts of gates.
     """
-    by_number = {call.number: call for call in trace if call.kind == CONTENT}
-    every = [point for point in points(stage, trace) if point.kind == CONTENT]
-    record = min(number for number, call in by_number.items() if call.path.endswith(RECORD))
-    sealed = [number for number, call in by_number.items() if call.path.endswith(MARK)]  # its rename comes last
-    sealing = (
-        [point for point in every if MARK in by_number[point.number].path and point.number <= min(sealed)]
-        if sealed
-        else []
-    )
-    finishing = [point for point in every if point.number >= record]
-    deleting = [point for point in finishing if by_number[point.number].name == "delete"]
-    rest = [point for point in every if point.number < record and point not in sealing]
-    kept = [point for point in finishing if point not in deleting]
-    return sealing + kept[:: STEPS[stage]] + deleting[::6] + rest[:: max(1, len(rest) // OTHERS[stage])]
+    wanted = [call for call in trace if call.kind == CONTENT and CASES[name].at in call.path]
+    kinds: dict[tuple[str, bool], list[Call]] = {}
+    for call in wanted:
+        kinds.setdefault((call.name, call.pid == trace[0].pid), []).append(call)  # a run begins in its runner
+    turn, found = list(CASES).index(name), []
+    for number, alike in enumerate(kinds.values()):
+        if name not in FEW or (number + turn) % 4 == 0:
+            place = (turn + len(CASES) * number) * GOLDEN % 1  # no two places of all cases and kinds are close
+            found.append(alike[int(place * len(alike))])
+    if name in WHOLE:
+        record = min(call.number for call in wanted if call.path.endswith(RECORD))
+        sealed = min(call.number for call in wanted if call.path.endswith(MARK))  # the rename of the mark
+        found += [call for call in wanted if MARK in call.path and call.number <= sealed]
+        found += [call for call in wanted if RECORD in call.path]
+        found += [call for call in wanted if call.name == "rename" and call.number > record]
+    found += [call for call in wanted if call.path.endswith(GATES)]
+    torn = {call.number for call in found if call.name == "write" and not call.path.endswith(RECORD)}
+    torn = [Point(name, CONTENT, number, torn=True) for number in sorted(torn)]
+    return [Point(name, CONTENT, number) for number in sorted({call.number for call in found})] + torn
 
 
 class Tasks:
@@ -336,7 +334,12 @@ def import_everything() -> None:
     from pipeline.saves import artifact as artifact_module
 
     os.environ.update({**ENVIRONMENT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    for name in (*PRELOAD, "pipeline.cli", "pipeline.views.progress", *(f"stages.{name}" for name in STAGES)):
+    for name in (
+        *PRELOAD,
+        "pipeline.cli",
+        "pipeline.views.progress",
+        *(f"stages.{name}" for name in {name for names in STAGES.values() for name in names}),
+    ):
         importlib.import_module(name)
 
     class Forked(process.Forked):
@@ -393,15 +396,27 @@ def _be_stage(spec: str, hook: Any, channel: Connection, other: Connection) -> N
     worker.main(spec, hook)
 
 
+def make_bases(slots: list[Slot], names: list[str]) -> int:
+    """Make, in every slot, each chain down to the last stage that is wanted; returns how many were made."""
+    made = 0
+    for chain, stages in STAGES.items():
+        wanted = [CASES[name] for name in names if CASES[name].chain == chain]
+        if wanted:
+            last = max(wanted, key=lambda case: stages.index(case.stage))
+            # one task keeps its slot until all slots have one
+            made += len(list(Tasks(slots).map(iter(slots), lambda slot, _, last=last: slot.make_base(last))))
+    return made
+
+
 def enumerate_faults(
-    slots: list[Slot], wanted: dict[str, list[Point]], traces: dict[str, list[Call]]
+    slots: list[Slot], wanted: dict[str, list[Point]], traces: dict[str, list[Call]], ends: list[str]
 ) -> Iterator[Result]:
-    """The result of every wanted point, and of the first point of each stage that no call reaches any more."""
+    """The result of every wanted point, and, for `ends`, of the first point that no call reaches any more."""
     every = [point for stage in wanted for point in wanted[stage]]
     every.sort(key=lambda point: (point.torn, point.kind))  # stopped early, it has been at every call of every stage
     for _, found in Tasks(slots).map(every, _trial):
         yield Result.read(found)
-    for stage in wanted:
+    for stage in ends:
         last = sum(call.kind == CONTENT for call in traces[stage])
         for number in count(last + 1):
             ((_, found),) = Tasks(slots[:1]).map([Point(stage, CONTENT, number)], _trial)
@@ -450,7 +465,7 @@ def table(traces: dict[str, list[Call]], results: list[Result]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--stages", default=",".join(STAGES), help="which stages, with commas between")
+    parser.add_argument("--stages", default=",".join(CASES), help=f"which, with commas between: {', '.join(CASES)}")
     parser.add_argument("--jobs", type=int, default=2, help="trials at the same time")
     parser.add_argument("--sample", action="store_true", help="only what seals and finishes, and some others")
     parser.add_argument("--points", help="only these, such as pt:content:40,pt:content:44:torn")
@@ -461,14 +476,17 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 2
     stages = arguments.stages.split(",")
+    if unknown := set(stages) - set(CASES):
+        parser.error(f"--stages: unknown {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     only = [Point.read(text) for text in arguments.points.split(",")] if arguments.points else None
     if only is not None:
-        stages = [stage for stage in STAGES if any(point.stage == stage for point in only)]
+        stages = [stage for stage in CASES if any(point.stage == stage for point in only)]
     started = time.monotonic()
     import_everything()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        slots = [Slot(Path(folder, str(number)).resolve()) for number in range(arguments.jobs)]
-        ready = list(Tasks(slots).map(range(len(slots)), lambda slot, _: slot.make_base()))
+        # The names are not in ASCII, so that files with paths in them are also cut inside of characters.
+        slots = [Slot(Path(folder, f"试验-{number}").resolve()) for number in range(arguments.jobs)]
+        ready = make_bases(slots, stages)
         found = Tasks(slots).map(stages, lambda slot, stage: [asdict(call) for call in slot.trace(stage)])
         by_stage = {stage: [Call(**call) for call in trace] for stage, trace in found}
         traces = {stage: by_stage[stage] for stage in stages}
@@ -482,8 +500,9 @@ def main() -> int:
         known = {result.point for result in results}
         wanted = {stage: [point for point in wanted[stage] if point not in known] for stage in stages}
         total = sum(map(len, wanted.values())) + len(results)
-        print(f"{len(ready)} chains and {len(traces)} traces after {time.monotonic() - started:.0f} s; {total} points")
-        for result in enumerate_faults(slots, wanted, traces):
+        print(f"{ready} chains and {len(traces)} traces after {time.monotonic() - started:.0f} s; {total} points")
+        ends = [stage for stage in stages if stage not in FEW or not arguments.sample]
+        for result in enumerate_faults(slots, wanted, traces, ends):
             results.append(result)
             if arguments.results:
                 with open(arguments.results, "a", encoding="utf-8") as file:
