@@ -196,6 +196,7 @@ def test_a_wrong_name_and_a_wrong_revision(project, hub, commit, way):
 def test_no_network_and_offline(project, hub, commit, monkeypatch, way):
     from huggingface_hub import constants
 
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of the library
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert build(project, config(commit), **{way: True}).problems == problem(
         f"the Hub does not hand out `{NAME}@{commit}` (HF_HUB_OFFLINE is set); unset it"
