@@ -228,7 +228,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     if name not in metrics:
         return description.headline(metrics)
     share = f"{metrics[f'{name}_before']:.0%} → {metrics[name]:.0%}"
-    return f"held-out preference accuracy {share}{description.on_few(metrics)}{description.best(metrics)}"
+    return f"held-out preference accuracy {share}{description.of_pairs(metrics)}{description.best(metrics)}"
 
 
 STAGE = Stage(

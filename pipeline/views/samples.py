@@ -3,7 +3,7 @@
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Sample:
     """Parts of its text; True: the part is in the loss."""
     rest: str = ""
     """What becomes of the tokens after `max_length`."""
+    label: str = ""
+    """`chosen` or `rejected` in a pair, `good` or `bad` of a labelled answer; empty for other rows."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,22 @@ def _data_view(data: str, source: Source, step: Step, training: Training, folder
     total.padding = encoding.padding(sizes, training.batch)
     encoded = encoding.encode(Encoder(tokenizer), first, whole=training.whole)
     samples = [
-        _sample(tokenizer, sequence, training) for row in encoded if not isinstance(row, Refused) for sequence in row
+        replace(_sample(tokenizer, sequence, training), label=label)
+        for row, sequences_of_row in zip(first, encoded, strict=True)
+        if not isinstance(sequences_of_row, Refused)
+        for label, sequence in zip(_labels(row), sequences_of_row, strict=True)
     ]
     warning = None
     if not training.cut:
         warning = preparation.many_cut(total.truncated, total.rows + total.untrained, training.max_length)
     return DataView(data, step.name, reading.account, total, samples, warning)
+
+
+def _labels(row: Row) -> tuple[str, ...]:
+    """What each sequence of a row is called: as `Sample.label`."""
+    if "chosen" in row:
+        return "chosen", "rejected"
+    return ("good" if row["label"] else "bad",) if "label" in row else ("",)
 
 
 def _sample(tokenizer: Any, sequence: Encoded, training: Training) -> Sample:

@@ -91,7 +91,8 @@ def print_data(out: "Console", view: "DataView") -> None:
     for line in _data_summary(view):
         out.print(Text(f"  {line}"), soft_wrap=True)
     for number, sample in enumerate(view.samples, 1):
-        text = Text(f"  sequence {number}\n", style="dim")
+        label = f", {sample.label}" if sample.label else ""
+        text = Text(f"  sequence {number}{label}\n", style="dim")
         for part, in_loss, missing in _shortened(sample.parts):
             if missing:
                 text.append(f"\n  … {missing:,} characters are not shown …\n", style="yellow")

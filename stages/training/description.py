@@ -33,6 +33,11 @@ def on_few(metrics: Mapping[str, Any]) -> str:
     return f" (on only {metrics['few_held_out']})" if metrics.get("few_held_out") else ""
 
 
+def of_pairs(metrics: Mapping[str, Any]) -> str:
+    """On how many held-out pairs an accuracy was measured, as a clause."""
+    return f" of {metrics['held_out']:,} pairs" if metrics.get("held_out") else ""
+
+
 def headline(metrics: Mapping[str, Any]) -> str:
     """The key figure of a training stage: its held-out loss if it has one."""
     if "eval_loss" in metrics:
@@ -47,7 +52,7 @@ def preference_headline(metrics: Mapping[str, Any]) -> str:
     """The key figure of a stage that trains on preferences: its held-out accuracy if it has one."""
     if "eval_rewards/accuracies" in metrics:
         accuracy = f"{metrics['eval_rewards/accuracies']:.0%}"
-        return f"held-out preference accuracy {accuracy}{on_few(metrics)}{best(metrics)}"
+        return f"held-out preference accuracy {accuracy}{of_pairs(metrics)}{best(metrics)}"
     return headline(metrics)
 
 

@@ -78,6 +78,13 @@ def test_a_finished_run_with_gates_changes_no_file(project, done):
     assert stamps() != before  # what the file says has changed
 
 
+def test_the_verdicts_of_gates_that_are_gone_go_too(project, done):
+    assert main(["run", "x.yaml"]) == 0
+    assert Path("saves/x/gates.json").is_file()
+    assert main(["run", "x.yaml", "--until", "init"]) == 0
+    assert not Path("saves/x/gates.json").exists()
+
+
 def test_a_finished_run_with_gates_in_two_stages_changes_no_file(project, done):
     step = project.plan(done + "  second: {use: evaluate, data: held, gates: [{metric: perplexity, max: 10}]}\n")[
         "second"

@@ -168,7 +168,10 @@ def test_training_prefers_the_chosen_answers(tuned, train, rows):
     assert (metrics["rows"], metrics["dropped"], metrics["steps"]) == (6, 0, 4)
     assert metrics["eval_rewards/margins_before"] == 0
     assert metrics["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
-    assert dpo.STAGE.headline(metrics) == f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%}"
+    assert (
+        dpo.STAGE.headline(metrics)
+        == f"held-out preference accuracy {metrics['eval_rewards/accuracies']:.0%} of {metrics['held_out']} pairs"
+    )
     trained, held = (
         set(map(tuple, part["chosen_ids"])) for part in (done.trainer.train_dataset, done.trainer.eval_dataset)
     )

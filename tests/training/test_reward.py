@@ -209,7 +209,9 @@ def test_it_learns_which_answer_is_better(tuned, train, tmp_path):
     margins = [better - worse for better, worse in zip(scores[::2], scores[1::2], strict=True)]
     assert metrics["eval_rewards/margins"] == pytest.approx(sum(margins) / 3, abs=1e-5)  # of batches of two and of one
     before = f"{metrics['eval_rewards/accuracies_before']:.0%}"
-    assert reward.STAGE.headline(metrics) == f"held-out preference accuracy {before} → 100%"
+    assert (
+        reward.STAGE.headline(metrics) == f"held-out preference accuracy {before} → 100% of {metrics['held_out']} pairs"
+    )
     assert {"held-out preference accuracy", "held-out reward margin"} <= {
         figure.name for figure in reward.STAGE.figures(metrics)
     }

@@ -16,6 +16,14 @@ def printed(*parts):
     return file.getvalue().split("sequence 1\n")[1].rstrip("\n")
 
 
+def test_both_answers_of_a_pair_are_named():
+    file = io.StringIO()
+    samples = [Sample([("a", True)], label="chosen"), Sample([("b", True)], label="rejected"), Sample([("c", True)])]
+    tables.print_data(Console(file=file, width=80), DataView("d", "dpo", cleaning.Account(), None, samples))
+    heads = [line.strip() for line in file.getvalue().splitlines() if "sequence " in line]
+    assert heads == ["sequence 1, chosen", "sequence 2, rejected", "sequence 3"]
+
+
 def test_a_short_sequence_is_shown_whole():
     assert printed(("question ", False), ("answer", True)) == "question ⟦answer⟧"
     whole = "a" * 6000
