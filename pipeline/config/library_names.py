@@ -91,7 +91,6 @@ MOVED = {
             "`max_length` (prompt and answer together)": "max_prompt_length max_completion_length",
             "`beta`": "pref_beta",
             "`loss_type`": "pref_loss",
-            "`label_smoothing`": "dpo_label_smoothing",
             "`loss_type: [sigmoid, sft]` with `loss_weights`": "rpo_alpha",
         }
     ),
