@@ -98,8 +98,6 @@ class Reply:
         if self.error is not None:
             raise Refused(500, "the model failed on this request; the server's log has the reason") from self.error
         if any(answer.reason == "cancelled" for answer in self.answers):
-            if self.worker.ended:
-                raise Refused(503, "the server is ending; ask again when it is back")
             raise Refused(504, "the answer took too long; ask for fewer tokens with `max_tokens`", code="timeout")
 
     async def texts(self) -> AsyncIterator[tuple[int, str]]:

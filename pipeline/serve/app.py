@@ -31,7 +31,7 @@ ERROR = {
     "description": "An error in OpenAI's form.",
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
-ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504), ERROR)
+ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 403, 404, 408, 413, 415, 429, 500, 504), ERROR)
 STREAMS: dict[int | str, dict[str, Any]] = {
     **ERRORS,
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -66,6 +67,7 @@ class Guard:
             await _answer(send, *refused)
             return
         if (length := headers.get(b"content-length", b"0")).isdigit() and int(length) > self.body:
+            await self._discard(receive)
             await _answer(send, 413, f"the body has {int(length):,} bytes; this server takes {self.body:,} at most")
             return
         try:
@@ -104,6 +106,17 @@ class Guard:
         digests = [hashlib.sha256(text).digest() for text in (given.strip(), (self.key or "").encode())]
         return hmac.compare_digest(*digests)
 
+    async def _discard(self, receive: Receive) -> None:
+        """Read on, to 16 times the bound: a client that is still sending would not see why its body is refused."""
+        left = 16 * self.body
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.seconds):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+
     async def _whole_body(self, receive: Receive) -> bytes | None:
         """The whole body; None if the client left. Raises _Refused."""
         parts: list[bytes] = []
@@ -115,6 +128,8 @@ class Guard:
                         return None
                     parts.append(message.get("body", b""))
                     if sum(map(len, parts)) > self.body:
+                        if message.get("more_body", False):
+                            await self._discard(receive)
                         raise _Refused(413, f"the body is too long; this server takes {self.body:,} bytes at most")
                     if not message.get("more_body", False):
                         return b"".join(parts)

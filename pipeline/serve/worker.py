@@ -81,10 +81,6 @@ class Worker:
         """
         self.drop_cancelled()
         with self._changed:
-            if self._ended:
-                job.cancel()
-                job.on_end(None)
-                return
             if len(self._waiting) >= self.queue:
                 raise QueueFull(self._wait())
             self._waiting.append(job)
@@ -94,11 +90,6 @@ class Worker:
         """Remove cancelled requests from the queue and report their end, whatever is being generated."""
         with self._changed:
             self._waiting = collections.deque(waiting for waiting in self._waiting if not self._dropped(waiting))
-
-    @property
-    def ended(self) -> bool:
-        """Whether the worker takes no more requests."""
-        return self._ended
 
     def stop(self, seconds: float = 10) -> None:
         """Cancel the requests that wait or are being generated, and wait until the thread has ended."""

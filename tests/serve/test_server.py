@@ -204,6 +204,7 @@ def test_a_tool_call_in_the_answer_is_handed_out(server, client, engine, monkeyp
         (b"null", 400),
         (b'{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400),
         (b"x" * 2_000_001, 413),
+        (b"x" * 20_000_000, 413),  # a client that is still sending gets the answer too
     ],
 )
 def test_a_broken_body_is_answered(server, body, status):
