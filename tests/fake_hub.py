@@ -7,6 +7,7 @@ commits. Repositories are in memory. A test sees each request in `requests`, and
 import base64
 import contextlib
 import hashlib
+import importlib
 import json
 import re
 import threading
@@ -119,10 +120,12 @@ class FakeHub:
             "HF_HUB_CACHE": cache,
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_PROGRESS_BARS": True,  # as `main` of pipeline/cli.py sets it for a process of its own
             "HF_TOKEN_PATH": str(folder / "no-token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        # `main` of pipeline/cli.py sets it for a process of its own; here the module may have read it before.
+        bars = importlib.import_module("huggingface_hub.utils.tqdm")
+        monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", True)
 
 
 class Refused(Exception):

@@ -356,7 +356,7 @@ def test_a_word_is_quoted_where_the_shell_needs_it(project):
 def test_a_config_with_an_equals_sign_in_its_name_is_a_config(project):
     shutil.copy("x.yaml", "lr=3.yaml")
     assert project("plan", "lr=3.yaml", "--json")[0] == 0
-    expected = "lr=4.yaml: cannot be read (No such file or directory); there is `lr=3.yaml`, `x.yaml`\n"
+    expected = "lr=4.yaml: cannot be read (No such file or directory); did you mean `lr=3.yaml`?\n"
     assert project("plan", "lr=4.yaml") == (2, "", expected)
 
 

@@ -16,7 +16,19 @@ from stages import Stage, find, kinds
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for top in ("pipeline", "stages") for path in (ROOT / top).rglob("*.py"))
 ROOMS = ("runtime", "data", "chat", "model", "training", "measuring")  # each may import those before it
-FLOORS = {"errors": 0, "secret": 0, "saves": 1, "config": 1, "plan": 2, "run": 3, "views": 4, "serve": 4, "tools": 4, "commands": 5, "cli": 6}
+FLOORS = {
+    "errors": 0,
+    "secret": 0,
+    "saves": 1,
+    "config": 1,
+    "plan": 2,
+    "run": 3,
+    "views": 4,
+    "serve": 4,
+    "tools": 4,
+    "commands": 5,
+    "cli": 6,
+}
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gptqmodel", "matplotlib")
 
 

@@ -78,7 +78,10 @@ class Correction:
             clause = f"`{word}` is" if is_name else f"`{word}` is not a command, but `{name}` is"
             self.reasons.append(f"{clause} a stage" + (", not a command" if is_name else ""))
             return ["run", *rest, "--until", name]
-        self.reasons.append(f"`{word}` is not a command" + ("" if right else nearest(word, self.commands) or "; `pipeline --help` shows them all"))
+        self.reasons.append(
+            f"`{word}` is not a command"
+            + ("" if right else nearest(word, self.commands) or "; `pipeline --help` shows them all")
+        )
         self.certain = bool(right)
         return [SYNONYMS.get(right, right or word), *(rest if SYNONYMS.get(right, "")[:1] != "-" else [])]
 
