@@ -303,8 +303,8 @@ def load_here(*assignments):
         (
             "a: 1\nstages: {merge: {model: ./m}}\nstages:\n",
             [
-                "x.yaml:1:1: there is no `a` here; there is `add_tokens`, `card`, `data`, `launch`, `model`, `question`, "
-                "`seed`, `stages`, `template`",
+                "x.yaml:1:1: there is no `a` here; there is `add_tokens`, `card`, `data`, `launch`, `model`, "
+                "`question`, `seed`, `stages`, `template`",
                 "x.yaml:3:1: `stages` is here twice; it is in line 2 already",
             ],
         ),
