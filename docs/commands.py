@@ -21,7 +21,7 @@ Every command, option and exit code. This page is written by `docs/commands.py` 
 |---|---|---|
 | 0 | done | |
 | 1 | a stage failed, another run holds the same folder, or an internal error | the message names the reason and the log; fix it and run the same command again |
-| 2 | the config or the command line is wrong; nothing was run | each problem has its file, line and column |
+| 2 | the config or the command line is wrong, or `run` would refuse a stage (so does `plan`); nothing was run | each problem has its file, line and column |
 | 3 | a gate failed; later stages were not run, and all results are kept | change the stage or the gate, or `run --ignore-gates` |
 | 75 | interrupted by Ctrl-C or a signal | run the same command again; it goes on |
 
