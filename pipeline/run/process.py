@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from pipeline.run import worker
 from pipeline.saves import artifact
 from pipeline.saves.artifact import SPEC
 from stages.model.device import has_gpu
-from stages.runtime.errors import OUT_OF_MEMORY, Interrupted
+from stages.runtime.errors import DISK_FULL, OUT_OF_MEMORY, Interrupted
 from stages.runtime.events import EVENTS_FILE, LAUNCHED
 from stages.runtime.processes import end_with_parent
 
@@ -42,6 +43,9 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # PEFT writes a set into adapter_config.json: each run, the same order
     "PYTHONSAFEPATH": "1",  # a file of the user such as stages.py must not take the place of a module of ours
 }
+
+ROOM = 64 * 2**10
+"""Bytes of a disk without which a stage cannot even write what went wrong."""
 
 
 class View(Protocol):
@@ -129,6 +133,8 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
         text = error["text"] or "failed with an internal error; please report this:\n" + error["traceback"].rstrip()
         least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
         raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
+    if shutil.disk_usage(folder).free < ROOM:
+        raise StageFailed(f"stage `{step.name}`: {DISK_FULL}\n{log}")
     least = f"; {_least(step)}" if code == -signal.SIGKILL and step.needs.memory else ""
     if code == -signal.SIGKILL and step.stage.more_memory is not None:
         least += f"; if memory ran out, {step.stage.more_memory(step.entry.config)}"

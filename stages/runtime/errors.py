@@ -43,6 +43,7 @@ def nearest(word: str, known: Iterable[str], moved: Mapping[str, str] | None = N
 
 
 OUT_OF_MEMORY = "out of memory; "
+DISK_FULL = "the disk is full; free space and run again, what was finished is kept"
 MORE_MEMORY = "end other programs, or run on a machine with more memory"
 _NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
 
@@ -57,7 +58,7 @@ def explain(error: BaseException, memory: str = MORE_MEMORY) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
         return OUT_OF_MEMORY + memory
     if _disk_full(error):
-        return "the disk is full; free space and run again, what was finished is kept"
+        return DISK_FULL
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"cannot write `{error.filename}` ({error.strerror}); choose another folder with `--saves DIR`"
     return None
