@@ -373,8 +373,10 @@ def test_an_interface_of_gptqmodel_that_is_gone_stops_the_stage_before_it_works(
 @pytest.mark.train
 def test_settings_that_gptqmodel_refuses(models, worker, data, tmp_path):
     asked = config(models("bloom"), data, desc_act=True, act_group_aware=True)
-    with pytest.raises(StageError, match="GPTQModel refuses the settings of `quantize`"):
+    with pytest.raises(StageError) as error:
         worker(run, asked, tmp_path)
+    text = "orders whole groups and cannot be used with `desc_act`; remove one of the two"
+    assert str(error.value) == f"`gptq.act_group_aware`: `act_group_aware` {text}"
 
 
 def test_the_size_of_the_result_is_told_before():

@@ -350,7 +350,8 @@ def test_training_prefers_the_good_answers(tuned, train, answers):
     assert log[-1]["rewards/margins"] > 0
     assert (metrics["rows"], metrics["held_out"], metrics["steps"]) == (8, 4, 6)
     assert metrics["eval_loss_before"] == pytest.approx(0.5, abs=1e-6)
-    assert kto.STAGE.headline(metrics) == f"held-out loss 0.500 → {metrics['eval_loss']:.3f}"
+    few = f"(on only {metrics['held_out_tokens']} tokens)"
+    assert kto.STAGE.headline(metrics) == f"held-out loss 0.500 → {metrics['eval_loss']:.3f} {few}"
     names = [figure.name for figure in kto.STAGE.figures(metrics)]
     assert names[:2] == ["training loss", "held-out loss"]
 

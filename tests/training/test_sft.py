@@ -205,7 +205,7 @@ def test_held_out_rows_are_measured_before_and_after_and_never_trained_on(done, 
     assert done.metrics["eval_loss_before"] == pytest.approx(expected, abs=1e-4)
     assert done.metrics["eval_loss"] < done.metrics["eval_loss_before"]
     shown = f"held-out loss {done.metrics['eval_loss_before']:.3f} → {done.metrics['eval_loss']:.3f}"
-    assert sft.STAGE.headline(done.metrics) == shown
+    assert sft.STAGE.headline(done.metrics) == f"{shown} (on only {done.metrics['held_out_tokens']} tokens)"
 
 
 def test_holding_out_every_row(tiny, train, rows):
