@@ -17,6 +17,11 @@ from stages.model.folder import carried_files, load_model
 from stages.model.inputs import Inputs
 from stages.training import loop
 
+# A shell that starts the tests in the background ignores these signals for them, and tests send them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
+
 DATA = Path(__file__).parent.parent / "data"
 FILES = {"alpaca": "med_qa.json", "text": "med_book.jsonl", "preference": "med_prefer.jsonl"}
 # A few steps at a rate that shows; a checkpoint or recomputed activations would only cost time.
