@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ def load(served: Served) -> "Engine":
     from stages.model.generation import load_engine
 
     logging.disable_progress_bar()
-    engine = load_engine(list(served.folders))
+    with contextlib.redirect_stdout(sys.stderr):  # GPTQModel prints a page of its own
+        engine = load_engine(list(served.folders))
     refuse_missing(served.folders[0], engine.missing)
     if not engine.tokenizer.chat_template and served.template is not None:
         from stages.chat.template import install_template
