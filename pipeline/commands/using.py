@@ -1,6 +1,5 @@
 """The commands that use a model: a chat, answers to a file of questions, a server."""
 
-import contextlib
 import logging
 import sys
 import warnings
@@ -105,10 +104,7 @@ def chat(
     wanted = (stage,) if versus is None else (stage, versus)
     _, served = _located(config, saves, assignments, *wanted)
     _quiet()
-    with contextlib.ExitStack() as used:
-        for model in served:
-            used.enter_context(model.in_use())
-        engines = {model.name: models.load(model) for model in served}
+    with models.loaded(served) as engines:
         talk = Chat(engines, tables.console(), sampling, max_tokens, system)
         if sys.stdin.isatty():
             print(f"{' and '.join(engines)}: ask something; /help shows the commands, Ctrl-D leaves")

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,3 +158,12 @@ def load(served: Served) -> "Engine":
             "set `template:` at the top of the config"
         )
     return engine
+
+
+@contextlib.contextmanager
+def loaded(served: Sequence[Served]) -> "Iterator[dict[str, Engine]]":
+    """The models by their names, in their order; their folders are held meanwhile. Raises as `load`."""
+    with contextlib.ExitStack() as used:
+        for model in served:
+            used.enter_context(model.in_use())
+        yield {model.name: load(model) for model in served}

@@ -50,11 +50,8 @@ def serve(
         raise ConfigError([f"`serve` needs {error.name}; install it with `pip install 'stagewise[serve]'`"]) from None
     from pipeline.serve.answering import Limits
 
-    with contextlib.ExitStack() as used:
-        listening = used.enter_context(_bound(host, port))  # before the models are loaded, which can take minutes
-        for model in served:
-            used.enter_context(model.in_use())
-        engines = {model.name: models.load(model) for model in served}
+    # The address is bound before the models are loaded, which can take minutes.
+    with _bound(host, port) as listening, models.loaded(served) as engines:
         app = build_app(engines, limits=Limits(**bounds), queue=queue, batch=batch, key=key)
         config = uvicorn.Config(
             app,
