@@ -26,6 +26,7 @@ if command -v uv >/dev/null; then
         uv pip install --quiet "$torch"
     fi
     uv pip install --quiet ${links[@]+"${links[@]}"} --constraint constraints.txt --editable '.[dev]'
+    deepspeed=(uv pip install --quiet ${links[@]+"${links[@]}"})
 else
     [ -x .venv/bin/pip ] || "$python" -m venv .venv
     if [ $gpu = no ]; then
@@ -34,4 +35,10 @@ else
         .venv/bin/pip install --quiet "$torch"
     fi
     .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+    deepspeed=(.venv/bin/pip install --quiet)
 fi
+
+# DeepSpeed is built here, with the torch that is installed. It is an extra: without it only `zero2` and `zero3` are missing.
+[ $gpu = yes ] || export DS_ACCELERATOR=cpu
+DS_BUILD_OPS=0 "${deepspeed[@]}" --no-build-isolation --constraint constraints.txt "$(grep '^deepspeed==' constraints.txt)" ||
+    echo "DeepSpeed could not be installed; \`launch: {strategy: zero2}\` and \`zero3\` need it, and their tests are skipped" >&2
