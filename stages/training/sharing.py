@@ -14,7 +14,9 @@ class Sharing:
     processes: int = 1
     """Of all machines."""
     strategy: Strategy = "ddp"
-    """`ddp`: each process holds the whole model. `fsdp2`: PyTorch's fully sharded data parallel. `zero2`, `zero3`: stages
-    of ZeRO (Rajbhandari et al., arXiv 1910.02054) in DeepSpeed."""
+    """`ddp`: each process holds the whole model. `fsdp2`: PyTorch's fully sharded data parallel.
+
+    `zero2`, `zero3`: stages of ZeRO (Rajbhandari et al., arXiv 1910.02054) in DeepSpeed.
+    """
     offload: Offload | None = None
     """What is kept in main memory: moments of the optimizer, or also the weights."""
