@@ -1,7 +1,10 @@
 """How several processes share a training stage: which part each holds, and which part of a batch each computes."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from stages.runtime.errors import StageError
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Offload = Literal["optimizer", "parameters"]
@@ -20,3 +23,27 @@ class Sharing:
     """
     offload: Offload | None = None
     """What is kept in main memory: moments of the optimizer, or also the weights."""
+
+
+def split(batch: int, accumulation: int, processes: int) -> tuple[int, int]:
+    """Rows of a batch on one device, and batches of a step, so that a step of all processes has the rows of the YAML.
+
+    The YAML says `batch` × `accumulation` rows a step. First the accumulation is divided, then the batch.
+
+    Raises:
+        StageError: the rows of a step cannot be divided between the processes.
+    """
+    common = math.gcd(accumulation, processes)
+    parts = processes // common
+    if batch % parts == 0:
+        return batch // parts, accumulation // common
+    rows = batch * accumulation
+    shared = [count for count in range(1, rows + 1) if rows % count == 0]
+    fewer = max(count for count in shared if count < processes)
+    counts = [str(fewer), *[str(count) for count in shared if count > processes][:1]]
+    batches = [str(size) for size in (batch // parts * parts, (batch // parts + 1) * parts) if size]
+    raise StageError(
+        f"{processes} processes cannot share the {rows} rows of a step equally (`per_device_train_batch_size: {batch}` "
+        f"× `gradient_accumulation_steps: {accumulation}`); write `trainer.per_device_train_batch_size: "
+        f"{' or '.join(batches)}`, or start {' or '.join(counts)} processes"
+    )
