@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_axolotl_arguments import KNOWN, NOT_SUPPORTED, READ, SAME
-from pipeline.tools.convert_datasets import FORMATS, USUAL, CommitOf, declare, pinned
+from pipeline.tools.convert_datasets import FORMATS, USUAL, CommitOf, declare, is_local, pinned
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
 from pipeline.tools.convert_templates import chat_template
 from pipeline.tools.convert_trainer import Trainer, adapter
@@ -102,11 +102,14 @@ class Rows:
             return None
         files = one.get("data_files")
         if files:
-            path = str(files[0] if isinstance(files, list) else files)
+            owner, path = path, str(files[0] if isinstance(files, list) else files)
             if isinstance(files, list) and len(files) > 1:
                 text = f"`{path}` and {len(files) - 1} more files: name their folder or a pattern under `data`"
                 self.book.note("to do", place, text)
-        local = files or Path(path).suffix or path.startswith((".", "/", "~")) or Path(path).exists()
+            if not is_local(owner) and "/" in owner:
+                text = f"`{path}` is a file of `{owner}` on the Hub; `hf download {owner} {path} --repo-type dataset`"
+                self.book.note("to do", place, f"{text} fetches it; write its path under `data`")
+        local = files or is_local(path)
         place_of = path if local else pinned(self.book, self.commit_of, "dataset", path, place, one.get("revision"))
         settings: dict[str, Any] = {"path": place_of, **found}
         settings |= {"subset": one["name"]} if one.get("name") and not local else {}
@@ -245,6 +248,7 @@ def _trainer(take: Arguments, part: Part, book: Book, method: Any) -> None:
         trainer.set("loss_weights", [1, alpha])
     trainer.shared(part.kind)
     trackers = {"wandb_project": "wandb", "mlflow_tracking_uri": "mlflow", "use_tensorboard": "tensorboard"}
+    trackers |= {"use_mlflow": "mlflow", "use_trackio": "trackio", "use_swanlab": "swanlab"}
     asked = [tracker for name, tracker in trackers.items() if not is_off(take.take(name))]
     trainer.report_to(asked)
     if "early_stopping" in part.settings:
@@ -261,6 +265,11 @@ def _precision(take: Arguments, trainer: Trainer) -> None:
         trainer.set("fp16", True)
     elif bf16 != "auto":
         trainer.set("bf16", not is_off(bf16))
+    whole_types = {"float16": take.flag("float16"), "float32": take.flag("float32")}
+    if (dtype := next((name for name, on in whole_types.items() if on), None)) is not None:
+        trainer.model("dtype", dtype)
+    if take.flag("use_kernels"):
+        trainer.model("use_kernels", True)
     own = take.take("attn_implementation", ATTENTION.get(str(take.take("attention"))))
     asked = own or next((ours for name, ours in SWITCHES.items() if take.flag(name)), None)
     for name in SWITCHES:

@@ -129,6 +129,7 @@ class Chain:
     def _adapter(self, part: Part, name: str) -> str:
         """An adapter that no command here wrote."""
         path = _as_folder(part.adapters[-1])
+        note_missing(self.book, path, part.place)
         if len(part.adapters) > 1:
             text = f"`{name}` starts from `{path}` alone; fold the other adapters of `adapter_name_or_path` in before"
             self.book.note("not supported", part.place, text)
@@ -145,9 +146,19 @@ def model_reference(book: Book, commit_of: CommitOf, model: str, revision: str |
         text = f"`{model}` is neither a folder here nor a name on the Hub with its owner, `owner/{model}`; write either"
         book.note("to do", place, text)
     if not HUB_NAME.match(model) or Path(model).exists() or model.partition("/")[0] in FOLDERS:
-        return _as_folder(model)
+        folder = _as_folder(model)
+        if "/" in model:
+            note_missing(book, folder, place)
+        return folder
     name, _, own = model.partition("@")
     return pinned(book, commit_of, "model", name, place, own or revision)
+
+
+def note_missing(book: Book, path: str, place: str) -> None:
+    """Name a folder of a model that is not here: most often another command writes it."""
+    if not Path(path).exists():
+        text = f"`{path}` is not here; if another command writes it, name that command before this one"
+        book.note("to do", place, text)
 
 
 def _as_folder(path: str) -> str:

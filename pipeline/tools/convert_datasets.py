@@ -12,6 +12,8 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.tools.convert_parts import Book, shown
+from stages.data.files import FILE_TYPES, file_type
+from stages.data.placeholders import placeholders
 from stages.runtime.errors import nearest
 
 CommitOf = Callable[[str, str], str | None]
@@ -82,11 +84,25 @@ class Sets:
                 text = f"`{key}` in the entry of `{name}` is no key of dataset_info.json{nearest(key, KEYS)}"
                 self.book.note("unknown", place, text)
         settings = self._place(entry, name, place) | form(entry, kind)
+        settings |= self._filled(name, settings["path"], place)
         if isinstance(entry.get("num_samples"), int):
             text = f"`num_samples` of `{name}`: the first rows are read, where LLaMA-Factory draws rows at random"
             self.book.note("differs", place, text)
             settings["max_samples"] = entry["num_samples"]
         return settings
+
+    def _filled(self, name: str, path: str, place: str) -> dict[str, Any]:
+        """`fill: {}` for a file here whose rows hold placeholders such as `{{name}}`."""
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError):  # on the Hub, not here, or no JSON: `plan` reads it
+            return {}
+        if not (found := sorted(placeholders(rows)) if isinstance(rows, list) else []):
+            return {}
+        filled = ", ".join(f"{word}: …" for word in found)
+        text = f"`{name}`: its rows hold `{{{{{found[0]}}}}}`, which LLaMA-Factory trains as it is written"
+        self.book.note("to do", place, f"{text}; to fill it in, write `fill: {{{filled}}}` for `fill: {{}}`")
+        return {"fill": {}}
 
     def _place(self, entry: Mapping[str, Any], name: str, place: str) -> dict[str, Any]:
         """Where the rows are."""
@@ -162,6 +178,12 @@ def declare(book: Book, name: str, settings: dict[str, Any], kind: str) -> str:
         if book.data.setdefault(candidate, settings) == settings:
             return candidate
     raise ConfigError([f"the data set `{name}` is named with a hundred different settings; name fewer commands"])
+
+
+def is_local(name: str) -> bool:
+    """Whether a data set is a file or a folder and no name on the Hub, whose last part may hold dots."""
+    file = file_type(Path(name)) in FILE_TYPES or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return file or Path(name).exists()
 
 
 def pinned(book: Book, commit_of: CommitOf, kind: str, name: str, place: str, revision: str | None = None) -> str:

@@ -193,8 +193,9 @@ NOT_SUPPORTED: Mapping[str, str] = by_name(
         "TRL's `sigmoid` has no label smoothing; `loss_type: robust` has another kind of it": "dpo_label_smoothing",
         "reinforcement learning (PPO) is not supported": "reward_model",
         "answers are generated without beams": "num_beams length_penalty eval_num_beams generation_num_beams",
-        "nothing is uploaded; push the finished folder yourself": "push_to_hub hub_model_id export_hub_model_id "
-        "hub_strategy hub_private_repo hub_always_push push_to_hub_model_id push_to_hub_organization",
+        "a run uploads nothing; `pipeline push` uploads a finished stage": "push_to_hub hub_model_id "
+        "export_hub_model_id hub_strategy hub_private_repo hub_always_push push_to_hub_model_id "
+        "push_to_hub_organization",
         "the profiler is not supported": "enable_torch_profiler profile_modules",
         "messages to Lark are not supported": "swanlab_lark_webhook_url",
     }

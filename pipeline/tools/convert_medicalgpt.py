@@ -14,6 +14,11 @@ from pipeline.tools.convert_trainer import Trainer, adapter
 
 DEFAULT = "the default there"
 KINDS = ("pt", "sft", "dpo", "reward")
+OTHERS = {
+    "model_quant": "`model_quant.py` writes 4 bits of bitsandbytes; add a stage `quantize`, which writes GPTQ",
+    "eval_quantize": "`eval_quantize.py` reads 4 bits of bitsandbytes; add `evaluate: {data: …, compare: […]}`",
+}
+"""Scripts that train nothing, and what to do here instead."""
 # The settings of a data set, by the kind of stage: pairs have their own columns.
 _COLUMNS = {"prompt": "question", "chosen": "response_chosen", "rejected": "response_rejected"}
 PAIRS: dict[str, Any] = {"format": "preference", "columns": _COLUMNS}
@@ -80,6 +85,7 @@ NOT_NEEDED: Mapping[str, str] = by_name(
         "tokenizer_path use_fast_tokenizer trust_remote_code",
         "the library chooses it, and the result is the same": "device_map ddp_find_unused_parameters ddp_timeout "
         "remove_unused_columns ignore_pad_token_for_loss keep_linebreaks resize_emb min_target_length streaming",
+        "the chat template writes the calls of tools": "tool_format",
         "tokens come from the environment only": "hf_hub_token hf_token",
     }
 )
@@ -91,7 +97,7 @@ NOT_SUPPORTED: Mapping[str, str] = by_name(
         "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config",
         "positions are not scaled here; set `rope_scaling` in the model's config.json": "rope_scaling",
         "LongLoRA's shifted attention is not supported": "shift_attn",
-        "nothing is uploaded; push the finished folder yourself": "push_to_hub hub_model_id hf_hub_model_id",
+        "a run uploads nothing; `pipeline push` uploads a finished stage": "push_to_hub hub_model_id hf_hub_model_id",
     }
 )
 KNOWN = Known(NOT_NEEDED, NOT_SUPPORTED, frozenset({*SAME, *MADE}))
@@ -102,6 +108,9 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     take = Arguments(job, book)
     if job.verb == "merge":
         return [_merge(take, job, book)]
+    if job.verb in OTHERS:
+        book.note("not supported", job.place, OTHERS[job.verb])
+        return []
     if job.verb not in KINDS:
         book.note("not supported", job.place, f"`{job.verb}` is not supported; no stage is written for it")
         return []

@@ -133,7 +133,7 @@ class Arguments:
 
     def number(self, name: str, default: Any = None) -> Any:
         """A value as a number; the default, and a note, where it is none."""
-        value = self.take(name, default)
+        value = plain_number(self.take(name, default))
         plain = isinstance(value, int | float) and not isinstance(value, bool)
         return value if plain or value is default or self._is(name, value, (), "a number") else default
 
@@ -200,7 +200,7 @@ class Known:
                 return "not needed", f"`{name}`: it is off"
             given = name if SECRET.search(name) else f"{name}: {shown(value)}"
             return "not supported", f"`{given}`: {self.not_supported[name]}"
-        if name in self.taken:
+        if name in self.taken or (self.passes and name in settings(self.passes)):
             return "not needed", f"`{name}`: this stage does not use it"
         return "unknown", f"`{name}` is no argument of this program{nearest(name, self.names())}"
 
@@ -218,6 +218,14 @@ def shown(value: Any) -> str:
     """A value as a user writes it, on one line, at most 60 characters."""
     text = "true" if value is True else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:59] + "…"
+
+
+def plain_number(value: Any) -> Any:
+    """A text with underscores between digits as the number that YAML 1.1 reads; any other value as it is."""
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?\d[\d_]*(\.[\d_]*)?", value):
+        return value
+    plain = value.replace("_", "")
+    return float(plain) if "." in plain else int(plain)
 
 
 def by_name(table: Mapping[str, str]) -> dict[str, str]:

@@ -38,7 +38,8 @@ STARTERS: Mapping[str, tuple[str, str]] = {
     "dpo_training.py": ("medicalgpt", "dpo"),
     "reward_modeling.py": ("medicalgpt", "reward"),
     "merge_peft_adapter.py": ("medicalgpt", "merge"),
-    **{f"{name}_training.py": ("medicalgpt", name) for name in ("ppo", "orpo", "grpo")},
+    **{f"{name}_training.py": ("medicalgpt", name) for name in ("ppo", "orpo", "grpo", "opd")},
+    **{f"{name}.py": ("medicalgpt", name) for name in ("model_quant", "eval_quantize")},
 }
 VERBS = {
     "llamafactory": ("train", "export", "eval", "chat", "api", "webchat", "webui", "env", "version", "help"),
@@ -137,6 +138,8 @@ def recognised(given: Mapping[str, Any], path: Path) -> str:
         raise ConfigError([f"{path}: {text}"])
     if (program := program_of(given)) is not None:
         return program
+    if "distributed_type" in given:
+        raise ConfigError([f"{path}: is a config of accelerate; name the file that its train command gets"])
     text = "the keys are those of no known program (LLaMA-Factory, Axolotl, TRL, alignment-handbook)"
     raise ConfigError([f"{path}: {text}; name the file that its train command gets"])
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.config import settings
 from pipeline.config.library_names import MANAGED
-from pipeline.tools.convert_parts import Arguments, Book, Kind, Noted, Part, is_off, shown
+from pipeline.tools.convert_parts import Arguments, Book, Kind, Noted, Part, is_off, plain_number, shown
 from stages import find
 
 EVERY = (["all"], ["all-linear"])  # how programs say that every linear layer gets an adapter
@@ -91,6 +91,7 @@ class Trainer:
         """Check every setting, note what does not fit, and put the rest into the part."""
         reference = find(part.kind).settings["trainer"]
         held = part.settings.get("eval_data") or part.settings.get("eval_size")
+        self._constant()
         for name, value in list(self.found.items()):
             plain = value.value if isinstance(value, Noted) else value
             place = self.places.get(name, part.place)
@@ -110,6 +111,16 @@ class Trainer:
             self.book.note("differs", part.place, text)
         self._evaluation_steps()
         part.settings["trainer"] = self.found
+
+    def _constant(self) -> None:
+        """transformers has no warmup in the schedule `constant`, and leaves `warmup_steps` without a word."""
+        schedule = self.found.get("lr_scheduler_type")
+        if (schedule.value if isinstance(schedule, Noted) else schedule) != "constant" or not self.has("warmup_steps"):
+            return
+        warmup = self.found.pop("warmup_steps")
+        name = warmup.comment if isinstance(warmup, Noted) else "warmup_steps"
+        text = f"`{name}`: the schedule `constant` has no warmup; `constant_with_warmup` has one"
+        self.book.note("not needed", self.places["warmup_steps"], text)
 
     def _evaluation_steps(self) -> None:
         """transformers evaluates every `logging_steps`, 500 by default, where TRL logs every 10."""
@@ -133,6 +144,10 @@ def _typed(setting: settings.Setting, value: Any) -> Any:
     """Words that YAML 1.1 and command lines use for true and false, where the setting wants that; whole floats."""
     if isinstance(value, str) and "bool" in setting.annotation and "str" not in setting.annotation:
         return BOOLEANS.get(value.lower(), value)
+    if isinstance(value, Mapping) and setting.name == "optim_args":
+        return ",".join(f"{name}={one}" for name, one in value.items())
+    if isinstance(value, str) and "str" not in setting.annotation:
+        value = plain_number(value)
     if isinstance(value, bool) and setting.name in ("eval_strategy", "save_strategy", "logging_strategy"):
         return value if value else "no"
     if isinstance(value, float) and value.is_integer() and "float" not in setting.annotation:

@@ -3,15 +3,18 @@
 Settings of TRL's trainers keep their names. What differs is where the model, the data and the adapter are named.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.tools.convert_datasets import FORMATS, CommitOf, declare, pinned
+from pipeline.tools.convert_datasets import FORMATS, CommitOf, declare, is_local, pinned
 from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name, is_off, shown
 from pipeline.tools.convert_trainer import Trainer, adapter
 
 VERBS = {"sft": "sft", "cpt": "pt", "dpo": "dpo", "kto": "kto", "reward": "reward"}
+UNSUPPORTED = ("orpo", "cpo", "simpo", "ppo", "grpo", "rloo", "gkd", "prm")
+"""Methods of TRL that have no stage, as files and folders are named after them."""
 DEFAULT = "the default there"
 
 SAME: Mapping[str, str] = {
@@ -85,7 +88,7 @@ NOT_SUPPORTED: Mapping[str, str] = by_name(
         "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config",
         "the reference is always the model that the stage starts from": "ref_model model_init_kwargs_ref "
         "reference_model_name_or_path",
-        "nothing is uploaded; push the finished folder yourself": "push_to_hub hub_model_id hub_strategy "
+        "a run uploads nothing; `pipeline push` uploads a finished stage": "push_to_hub hub_model_id hub_strategy "
         "hub_private_repo push_to_hub_revision",
         "this is not trained with LoRA here": "lora_target_parameters base_model_revision",
         "a stage tunes no hyperparameters": "hp_search",
@@ -97,9 +100,9 @@ KNOWN = Known(NOT_NEEDED, NOT_SUPPORTED, frozenset({*SAME, *MADE}))
 def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     """The stage of one command."""
     take = Arguments(job, book)
-    kind = kind_of(job)
+    kind = VERBS.get(method := method_of(job))
     if kind is None:
-        book.note("not supported", job.place, f"`{job.verb}` is not supported; no stage is written for it")
+        book.note("not supported", job.place, f"`{method}` is not supported; no stage is written for it")
         return []
     part = Part(job.place, kind, take.text("model_name_or_path"), take.text("model_revision"))
     part.leaves, part.seed, part.processes = take.text("output_dir"), take.number("seed", 42), job.processes or 1
@@ -123,19 +126,20 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     return [part]
 
 
-def kind_of(job: Job) -> str | None:
-    """The kind of stage: by the command, by the arguments that one trainer alone has, or by the name of the file."""
+def method_of(job: Job) -> str:
+    """The command; else the method that a folder or the file is named after, or that arguments belong to."""
     if job.verb:
-        return VERBS.get(job.verb)
-    given = job.given
+        return job.verb
+    given, words = job.given, re.split("[^a-z]+", "/".join(Path(job.place).parts[-3:]).lower())
+    if (other := next((method for method in UNSUPPORTED if method in words), None)) is not None:
+        return other
     if "desirable_weight" in given or "undesirable_weight" in given:
         return "kto"
     if "center_rewards_coefficient" in given:
         return "reward"
     if {"beta", "loss_type", "max_prompt_length", "rpo_alpha"} & given.keys():
         return "dpo"
-    words = "/".join(Path(job.place).parts[-3:]).lower()
-    return next((kind for word, kind in VERBS.items() if word in words), "sft")
+    return next((verb for verb in VERBS if any(word.startswith(verb) for word in words)), "sft")
 
 
 class Data:
@@ -160,9 +164,8 @@ class Data:
 
     def _declared(self, name: str, subset: Any = None, split: Any = None, files: Any = None) -> str:
         place = self.take.place("dataset_name")
-        local = Path(name).suffix or name.startswith((".", "/", "~")) or Path(name).exists()
         path = str(files) if isinstance(files, str) else name
-        path = path if local or files else pinned(self.book, self.commit_of, "dataset", name, place)
+        path = path if files or is_local(name) else pinned(self.book, self.commit_of, "dataset", name, place)
         form = "messages" if self.part.kind == "sft" else FORMATS[self.part.kind]
         settings: dict[str, Any] = {"path": path, "format": form}
         if self.part.kind == "pt" and self.text_field not in (None, "text"):

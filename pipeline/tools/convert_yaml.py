@@ -43,8 +43,8 @@ def _entry(key: str, value: Any, indent: str) -> list[str]:
     if isinstance(value, Noted):
         value, comment = value.value, value.comment
     head = f"{indent}{scalar(key)}:"
-    if isinstance(value, Mapping) and not value and indent and key not in ("lora",):
-        return [_with_comment(head, comment)]
+    if isinstance(value, Mapping) and not value:  # a stage may be empty, any other setting wants a mapping
+        return [_with_comment(head if indent == "  " else f"{head} {{}}", comment)]
     flat = f"{head} {_flow(value)}"
     nested = (
         key in BLOCKS or (isinstance(value, Mapping) and "trainer" in value) or _has_comment(value) or len(flat) > WIDTH

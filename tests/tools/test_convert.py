@@ -225,6 +225,8 @@ def test_an_adapter_from_elsewhere_is_named_with_a_note(folder):
     assert "`dpo` starts from the adapter `./saves/sft`, whose own base model is used, not `org/base`" in notes(
         found, "differs"
     )
+    missing = "`./saves/sft` is not here; if another command writes it, name that command before this one"
+    assert missing in notes(found, "to do")
 
 
 def test_stages_that_agree_share_seed_launch_and_template_and_others_have_their_own(folder):
@@ -380,6 +382,8 @@ def test_what_a_script_does_besides_is_noted(folder):
          "alignment-handbook); name the file that its train command gets"),
         ("x.yaml", "model: org/m\ntrain_dataset: d.yaml\n", "x.yaml: is for LLaMA-Factory's new code (USE_V1=1), which "
          "is not converted; name a config with `stage:`"),
+        ("x.yaml", "distributed_type: FSDP\nnum_processes: 8\n", "x.yaml: is a config of accelerate; name the file "
+         "that its train command gets"),
         ("x.sh", "echo hello\n", "x.sh: there is no training command here; LLaMA-Factory, Axolotl, TRL, "
          "alignment-handbook and MedicalGPT are known"),
         ("x.sh", "llamafactory-cli train --a 'b\n", "x.sh: the command cannot be read (No closing quotation); close "

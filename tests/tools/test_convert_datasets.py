@@ -169,3 +169,18 @@ def test_every_entry_of_their_own_file_is_converted_or_refused_for_a_reason():
             written(command, dataset_info=SHARED / "dataset_info.json")
     assert {name for name, text in refused.items() if "only text is supported" not in text} == {"deepctrl"}
     assert len(refused) == 14
+
+
+def test_placeholders_in_rows_stay_as_they_are_trained_there():
+    rows = [{"instruction": "who?", "input": "", "output": "I am {{name}}, made by {{author}}."}]
+    Path("data/identity.json").write_text(json.dumps(rows), encoding="utf-8")
+    Path("data/dataset_info.json").write_text('{"identity": {"file_name": "identity.json"}}', encoding="utf-8")
+    Path("x.yaml").write_text(
+        "model_name_or_path: org/m\nstage: sft\ndo_train: true\ndataset: identity\n", encoding="utf-8"
+    )
+    found, pipeline = written("x.yaml")
+    assert pipeline.data["identity"].fill == {}
+    assert notes(found, "to do") == [
+        "`identity`: its rows hold `{{author}}`, which LLaMA-Factory trains as it is written; to fill it in, write "
+        "`fill: {author: …, name: …}` for `fill: {}`"
+    ]

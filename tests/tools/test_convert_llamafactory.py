@@ -182,7 +182,7 @@ SHAPES = {  # a config → the stages, and the beginnings of what is said not to
     "early": (config(**HELD, early_stopping_steps=3, load_best_model_at_end=True, metric_for_best_model="eval_accuracy",
                      compute_accuracy=True), ["sft"], []),
     "push": (config(push_to_hub=True, hub_model_id="me/x"), ["sft"],
-             ["`push_to_hub: true`: nothing is uploaded", "`hub_model_id: me/x`: nothing is uploaded"]),
+             ["`push_to_hub: true`: a run uploads nothing", "`hub_model_id: me/x`: a run uploads nothing"]),
     "profiler": (config(enable_torch_profiler=True, profiler_repeat=2), ["sft"], ["`enable_torch_profiler: true`:"]),
     "swanlab": (config(use_swanlab=True, swanlab_project="p", swanlab_run_name="r"), ["sft"], []),
     "mask": (config(mask_history=True), ["sft"], ["`mask_history: true`: `sft` trains every answer"]),
@@ -497,3 +497,13 @@ def test_commit_is_asked_once_for_each_name():
 
     convert(["x.yaml"], Path("out.yaml"), commit_of=lambda kind, name: asked.append((kind, name)) or COMMIT)
     assert asked == [("dataset", "org/set"), ("model", "meta-llama/Meta-Llama-3-8B-Instruct")]
+
+
+def test_a_setting_of_training_that_an_evaluation_does_not_use_is_no_unknown_word():
+    text = config(
+        do_train=False, predict_with_generate=True, dataset=None, eval_dataset="set", dataloader_num_workers=4
+    )
+    Path("x.yaml").write_text(text, encoding="utf-8")
+    found, _ = written("x.yaml")
+    assert notes(found, "unknown") == []
+    assert "`dataloader_num_workers`: this stage does not use it" in notes(found, "not needed")

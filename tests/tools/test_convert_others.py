@@ -363,3 +363,80 @@ def test_a_value_of_the_wrong_kind_is_no_internal_error(program):
         Path("x.yaml").write_text(yaml.safe_dump({**base, name: {"a": [1]}}), encoding="utf-8")
         with contextlib.suppress(ConfigError):
             convert(["x.yaml"], Path("out.yaml"), commit_of=lambda *_: COMMIT)
+
+
+# What the example configs of these programs showed
+
+
+def test_a_name_on_the_hub_may_hold_dots():
+    rows = "datasets: [{path: org/chat-3.1-2k, type: chat_template, split: train}]"
+    _, pipeline, _ = made(f"base_model: org/m\n{rows}\nsequence_len: 64\nmicro_batch_size: 1\n")
+    assert pipeline.data["chat-3_1-2k"].path == f"org/chat-3.1-2k@{COMMIT}"
+    recipe = (
+        "model_name_or_path: org/m\ndataset_name: org/chat-3.1-2k\ndataset_train_split: train_sft\nuse_peft: true\n"
+    )
+    _, pipeline, _ = made(recipe, "sft/config.yaml")
+    assert (pipeline.data["chat-3_1-2k_train_sft"].path, pipeline.data["chat-3_1-2k_train_sft"].split) == (
+        f"org/chat-3.1-2k@{COMMIT}",
+        "train_sft",
+    )
+
+
+def test_a_file_of_a_data_set_on_the_hub_is_something_to_do():
+    rows = "datasets:\n  - path: org/rows\n    data_files: [part/one.json]\n    type: alpaca"
+    found, _, _ = made(f"base_model: org/m\n{rows}\nsequence_len: 64\nmicro_batch_size: 1\n")
+    assert (
+        "`part/one.json` is a file of `org/rows` on the Hub; `hf download org/rows part/one.json --repo-type dataset` "
+        "fetches it; write its path under `data`"
+    ) in notes(found, "to do")
+
+
+@pytest.mark.parametrize("folder", ["orpo", "grpo"])
+def test_a_recipe_of_a_method_without_a_stage_is_no_dpo(folder):
+    text = "model_name_or_path: org/m\ndataset_name: org/pairs\nbeta: 0.05\nmax_prompt_length: 512\n"
+    with pytest.raises(ConfigError, match=f"`{folder}` is not supported; no stage is written for it"):
+        made(text, f"zephyr/{folder}/config_full.yaml")
+
+
+def test_numbers_with_underscores_and_a_mapping_of_optimizer_arguments():
+    more = "sequence_len: 500_000\nmicro_batch_size: 1\noptim_args: {bf16_stochastic_round: true, k: 2}\n"
+    _, _, stage = made(f"base_model: org/m\ndatasets: [{{path: org/d, type: alpaca}}]\n{more}")
+    trainer = stage.config.trainer
+    assert (trainer["max_length"], trainer["optim_args"]) == (500_000, "bf16_stochastic_round=True,k=2")
+
+
+def test_a_constant_schedule_has_no_warmup():
+    more = "sequence_len: 64\nmicro_batch_size: 1\nlr_scheduler: constant\nwarmup_ratio: 0.1\n"
+    found, _, stage = made(f"base_model: org/m\ndatasets: [{{path: org/d, type: alpaca}}]\n{more}")
+    assert "warmup_steps" not in stage.config.trainer
+    text = "`warmup_ratio`: the schedule `constant` has no warmup; `constant_with_warmup` has one"
+    assert text in notes(found, "not needed")
+
+
+def test_arguments_of_axolotl_are_known():
+    more = (
+        "sequence_len: 64\nmicro_batch_size: 1\nprocessor_type: AutoProcessor\nskip_prepare_dataset: true\n"
+        "use_ray: true\nuse_kernels: true\nfloat16: true\nuse_swanlab: true\nfp8: true\nrelora: true\n"
+    )
+    found, _, stage = made(f"base_model: org/m\ndatasets: [{{path: org/d, type: alpaca}}]\n{more}")
+    assert notes(found, "unknown") == []
+    assert stage.config.trainer["model_init_kwargs"] == {"dtype": "float16", "use_kernels": True}
+    assert stage.config.trainer["report_to"] == "swanlab"
+    assert [text.split("`")[1] for text in notes(found, "not supported")] == [
+        "use_ray: true",
+        "fp8: true",
+        "relora: true",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("tools/model_quant.py --unquantized_model_path m", "add a stage `quantize`, which writes GPTQ"),
+        ("tools/eval_quantize.py --bnb_path m", "`eval_quantize.py` reads 4 bits of bitsandbytes"),
+        ("training/opd_training.py --model_name_or_path m", "`opd` is not supported"),
+    ],
+)
+def test_scripts_of_medicalgpt_without_a_stage_say_so(script, said):
+    with pytest.raises(ConfigError, match=said):
+        made(f"python {script}\n", "run.sh")
