@@ -34,8 +34,8 @@ class Launch(BaseModel):
     """What waits in main memory instead of GPU memory: `optimizer`, or `parameters` and the optimizer with them."""
     rank: int | Literal["env"] = "env"
     """Which of the machines this is, from 0; `env` reads it from the environment that the cluster sets."""
-    rendezvous: str | None = None
-    """HOST:PORT of machine 0, where the machines meet."""
+    rendezvous: str = "env"
+    """HOST:PORT of machine 0, where the machines meet; `env` reads both from MASTER_ADDR and MASTER_PORT."""
     timeout: str = "10m"
     """How long machines wait for each other at the start: seconds, minutes or hours, such as `90s`, `10m`, `1h`."""
 
@@ -62,11 +62,11 @@ class Launch(BaseModel):
 
     @field_validator("rendezvous")
     @classmethod
-    def _host_and_port(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _host_and_port(cls, value: str, info: ValidationInfo) -> str:
         _several(info, "rendezvous")
-        host, _, port = (value or "").rpartition(":")
-        if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
-            text = f"`rendezvous` is `{value}`; it wants HOST:PORT of machine 0, such as `10.0.0.1:29500`"
+        host, _, port = value.rpartition(":")
+        if value != "env" and (not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16):
+            text = f"`rendezvous` is `{value}`; it wants HOST:PORT of machine 0, such as `10.0.0.1:29500`, or `env`"
             raise ValueError(text)
         return value
 
@@ -80,8 +80,6 @@ class Launch(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> "Launch":
-        if self.machines > 1 and self.rendezvous is None:
-            raise ValueError(f"`machines` is {self.machines}; add `rendezvous: HOST:PORT`, an address of machine 0")
         if self.world == 1 and self.strategy != "ddp" and self.offload is None:
             text = f"`{self.strategy}` divides the training between processes, and there is one"
             raise ValueError(f"{text}; set `processes: 2` or more, or add `offload`")
