@@ -115,11 +115,16 @@ def build(trainer: Any, **parts: Any) -> Any:
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise StageError(f"TRL refuses these settings: {error}") from None
     if parts.get("peft_config") is not None:
-        _name_missing_bias(built.model)
-        for parameter in built.model.parameters():
-            if parameter.requires_grad:  # in bfloat16, as PEFT leaves `modules_to_save`, small steps get lost
-                parameter.data = parameter.data.float()
+        finish_adapter(built.model)
     return built
+
+
+def finish_adapter(model: Any) -> None:
+    """Prepare a model on which TRL has put an adapter: trained weights are in float32, see also `_name_missing_bias`."""
+    _name_missing_bias(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # in bfloat16, as PEFT leaves `modules_to_save`, small steps get lost
+            parameter.data = parameter.data.float()
 
 
 def _name_missing_bias(model: Any) -> None:
