@@ -5,10 +5,12 @@ The model is built from its config.json without memory for its weights. Run it i
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from stages.training.footprint import Batch, footprint
 from stages.training.settings import TrainingConfig
 from stages.training.sharing import Sharing
+
+__all__ = ["Batch", "Estimate", "Memory", "estimate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +35,6 @@ class Memory:
     def total(self) -> int:
         """The sum of all causes."""
         return sum(getattr(self, field.name) for field in fields(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What one forward pass reads on one device."""
-
-    rows: int
-    """Sequences; of a preference pair or of a packed row one."""
-    tokens: int
-    """Tokens of a row with its padding, or of a packed row."""
-    documents: tuple[int, ...] = ()
-    """Lengths of the documents in a packed row; empty for rows that are padded."""
-    labelled: float = 1.0
-    """The share of the tokens that are in the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +63,7 @@ def estimate(kind: str, config: TrainingConfig, folder: Path, batch: Batch, shar
     Raises:
         StageError: the settings are refused, as they would be in the stage.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from stages.training import loop
-
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(shape)
-        if config.lora is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, loop.adapter(config))
-    parameters = sum(weight.numel() for weight in model.parameters())
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    memory = Memory(
-        weights=parameters * (2 if gpu and config.lora is not None else 4),
-        gradients=4 * trainable,
-        optimizer=8 * trainable,
-        activations=0,
-        logits=0,
-        reference=0,
-        workspace=0,
+    found = footprint(kind, config, folder, batch, gpu=gpu)
+    return Estimate(
+        memory=Memory(**found.peak), parameters=found.parameters, trainable=found.trainable, flops=found.flops
     )
-    tokens = batch.rows * batch.tokens
-    return Estimate(memory=memory, parameters=parameters, trainable=trainable, flops=6.0 * parameters * tokens)
