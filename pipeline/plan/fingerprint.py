@@ -24,7 +24,8 @@ NO_RESULT = frozenset(
 )
 
 CHOOSE_BEST = frozenset({"save_steps", "save_strategy"})
-CAME_LATER: Mapping[str, Any] = {"early_stopping": None, "gptq": {}}  # setting → its value while it is not used
+CAME_LATER: Mapping[str, Any] = {"early_stopping": None, "gptq": {}, "quantized_base": None}
+"""Setting → its value while it is not used."""
 
 
 def settings_of(entry: StageEntry) -> dict[str, Any]:
