@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.commands import cleaning, inspecting, publishing, running, starting, using
+from pipeline.commands import cleaning, inspecting, publishing, running, starting, submitting, using
 from pipeline.commands.app import app
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "publishing",
     "running",
     "starting",
+    "submitting",
     "using",
 ]  # importing a module registers its commands
 

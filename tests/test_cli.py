@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.yaml"))
 PANELS = {
     "Start": ["init", "convert", "schema"],
-    "Run": ["run", "plan", "validate"],
+    "Run": ["run", "plan", "validate", "launch"],
     "Use": ["chat", "predict", "serve", "push"],
     "Inspect": ["data", "status", "report", "diff", "doctor"],
     "Clean up": ["gc"],
