@@ -79,9 +79,7 @@ def facts(config: Config, _: Facts) -> Facts:
         weights.update({f"{name}.weight": shape for name, shape in _layer(config, layer).items()})
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    shown = {"model_type": config.architecture, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
-    if config.architecture != "bloom":
-        shown["max_position_embeddings"] = config.max_position_embeddings
+    shown = {"model_type": config.architecture, "vocab_size": config.vocab_size, **_sizes(config)}
     tokenizer = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
     known = "".join(f'"{token}"' for token in SPECIAL + MARKS)
     built = Facts("the model that `init` makes", shown, weights, known, tokenizer, config.template)
@@ -147,28 +145,29 @@ def _architecture(config: Config, tokenizer: "PreTrainedTokenizerFast") -> Any:
     from transformers import AutoConfig
 
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    shared = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": config.hidden_size,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
+    return AutoConfig.for_model(config.architecture, vocab_size=len(tokenizer), **ids, **_sizes(config))
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """The sizes of the model, with the names of its config.json."""
+    shared = {"hidden_size": config.hidden_size, "tie_word_embeddings": config.tie_word_embeddings}
+    heads = config.num_attention_heads
     if config.architecture == "bloom":
-        sizes = {
+        return {
+            **shared,
             "n_layer": config.num_hidden_layers,
-            "n_head": config.num_attention_heads,
+            "n_head": heads,
             "seq_length": config.max_position_embeddings,
         }
-    else:
-        heads = config.num_attention_heads
-        sizes = {
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": config.num_key_value_heads or heads,
-            "intermediate_size": config.ffn,
-            "max_position_embeddings": config.max_position_embeddings,
-            "head_dim": config.hidden_size // heads,
-        }
-    return AutoConfig.for_model(config.architecture, **shared, **ids, **sizes)
+    return {
+        **shared,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.num_key_value_heads or heads,
+        "intermediate_size": config.ffn,
+        "max_position_embeddings": config.max_position_embeddings,
+        "head_dim": config.hidden_size // heads,
+    }
 
 
 def _tokenizer(config: Config, sources: Sequence[Source]) -> "PreTrainedTokenizerFast":

@@ -36,6 +36,18 @@ QUICK = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _without_estimates(request, monkeypatch):
+    """Plans are made without estimates, whose process loads torch, but for the tests that use `estimates_computed`."""
+    if "estimates_computed" not in request.fixturenames:
+        monkeypatch.setattr("pipeline.plan.estimate.estimates", lambda *_: {})
+
+
+@pytest.fixture(scope="module")
+def estimates_computed():
+    """Plans are made with estimates."""
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from pipeline.views.controls import without_controls
 from pipeline.views.correction import EXAMPLE
 
 if TYPE_CHECKING:
+    from pipeline.plan.estimate import Ask
     from pipeline.plan.step import Plan
 
 
@@ -151,19 +152,31 @@ def _top(version: Version = False) -> None:
     pass
 
 
-def planned_steps(config: Path, saves: Path, assignments: list[str] | None, until: str | None, **more: Any) -> "Plan":
-    """The plan of a config.
+def planned_steps(
+    config: Path,
+    saves: Path,
+    assignments: list[str] | None,
+    until: str | None,
+    *,
+    ask: "Ask | None" = None,
+    **more: Any,
+) -> "Plan":
+    """The plan of a config, with the estimates that are asked for.
 
     Raises:
         ConfigError: with every problem of the config, the data and the models.
     """
     from pipeline.config.checker import load_config
+    from pipeline.plan import estimate, machine
     from pipeline.plan.placing import build_plan
     from pipeline.plan.step import check_plan
 
     planned = build_plan(load_config(config, assignments or ()), saves, until=until, **more)
     check_plan(planned)
-    planned.notes = list(dict.fromkeys(planned.notes))
+    if ask is not None:
+        planned.estimates = estimate.estimates(planned, ask, lambda line: print(line, file=sys.stderr, flush=True))
+    notes = machine.memory_notes(planned) if ask is None or not ask.compute else ()
+    planned.notes = list(dict.fromkeys([*planned.notes, *notes]))
     return planned
 
 

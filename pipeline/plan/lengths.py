@@ -1,5 +1,6 @@
 """Rows that lose their end at `max_length`: what a plan finds in the first rows of each data set."""
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
@@ -20,6 +21,8 @@ SAMPLE = 200
 """Rows of a data set that are looked at."""
 TEXT = 20_000
 """Characters of a row that are tokenized; a token rarely has more than a few."""
+BYTES = 3
+"""Bytes of UTF-8 that are taken for a token of a tokenizer that does not exist yet."""
 
 
 def cut_rows(
@@ -30,14 +33,14 @@ def cut_rows(
     Nothing is known without a tokenizer or a template, or of rows that a stage
     leaves.
     """
-    file = folder / "tokenizer.json" if folder is not None else None
+    file = (folder / "tokenizer.json").resolve() if folder is not None else None
     if training.max_length is None or training.cut or template is None or file is None or not file.is_file():
         return
     if _tokenizer(file) is None:
         return
     trial = Trial(template, facts.tokenizer, facts.has_token)
     for source in training.draw.sources:
-        sizes = [size for row in _first(source) if (size := _tokens(trial, file, row)) is not None]
+        sizes = [max(size) for row in _first(source) if (size := row_tokens(trial, file, row)) is not None]
         longer = sum(size > training.max_length for size in sizes)
         if sizes and longer > MANY_CUT * len(sizes):
             what = (
@@ -54,14 +57,28 @@ def _first(source: Source) -> list[Row]:
     return [row for _, row in islice(reading.rows(), SAMPLE)] if Path(source.path).exists() else []
 
 
-def _tokens(trial: Trial, file: Path, row: Row) -> int | None:
-    """The tokens of a row, of the longer answer of a pair; None for a row that the template refuses."""
+def row_tokens(trial: Trial | None, file: Path | None, row: Row) -> list[int] | None:
+    """The tokens of the sequences of a row: of a pair one for each answer; None for a row that cannot be written.
+
+    Without a `file` of a tokenizer, a token is taken for `BYTES` bytes. Of a text that is longer than `TEXT` characters
+    the start is tokenized.
+    """
     try:
-        texts = [trial.render(messages, row.get("tools")) for messages in _conversations(row)]
+        texts = [row["text"]] if "text" in row else _written(trial, row)
     except (TemplateError, TypeError, ValueError, AttributeError, KeyError):
         return None  # `plan` reports such rows elsewhere
+    if not texts:
+        return None
+    if file is None or _tokenizer(file) is None:
+        return [1 + len(text.encode("utf-8", "surrogatepass")) // BYTES for text in texts]
     encodings = _tokenizer(file).encode_batch([text[:TEXT] for text in texts], add_special_tokens=False)
-    return max(map(len, encodings), default=None)
+    sizes = [len(ids) * max(1, len(text) / TEXT) for ids, text in zip(encodings, texts, strict=True)]
+    return [math.ceil(size) + ("text" in row) for size in sizes]  # a text ends with the end of sequence
+
+
+def _written(trial: Trial | None, row: Row) -> list[str]:
+    """The conversations of a row as the template writes them; none without a template."""
+    return [trial.render(messages, row.get("tools")) for messages in _conversations(row)] if trial is not None else []
 
 
 def _conversations(row: Row) -> list[Messages]:

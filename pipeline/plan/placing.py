@@ -17,7 +17,6 @@ from pipeline.plan.datasets import DataSets, sources_in
 from pipeline.plan.fingerprint import digest, installed_versions, settings_of
 from pipeline.plan.history import History
 from pipeline.plan.lengths import cut_rows
-from pipeline.plan.machine import note_memory
 from pipeline.plan.models import Models, PlacedModel
 from pipeline.plan.step import Plan, Step, gate_verdicts
 from pipeline.plan.templates import FIXED_DATE, Templates
@@ -28,13 +27,11 @@ from stages.chat.encoding import refused_rows, too_many
 from stages.chat.trial import has_clock
 from stages.data.source import ROWS_FILE
 from stages.model.device import gpus
-from stages.model.facts import Facts, Needs
+from stages.model.facts import NO_MODEL, Facts, Needs
 from stages.model.inputs import Inputs
 from stages.model.tokens import check_rows
 from stages.runtime.errors import Problem, nearest
 from stages.runtime.hashes import HASHES, Hashes
-
-NO_MODEL = Facts("no model", {}, known=False)
 
 
 def build_plan(
@@ -69,7 +66,6 @@ def build_plan(
     for entry in pipeline.stages[: last + 1]:
         placer.place(entry)
     _check_disk(plan)
-    note_memory(plan)
     for step in plan.steps:
         verdicts = gate_verdicts(step, plan) if step.state == "done" else []
         failed = [verdict.text for verdict in verdicts if not verdict.passed]
@@ -174,6 +170,7 @@ class Placer:
             left=tuple(left),
             inexact=self.inexact(entry, state),
             needs=self.needs(entry, models),
+            facts=start.facts if start is not None else NO_MODEL,
         )
         self.plan.steps.append(step)
         self.note(step, start)

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from pipeline.config.pipeline import Pipeline, StageEntry
 from pipeline.config.problems import in_order
 from pipeline.errors import ConfigError, StageFailed
+from pipeline.plan.estimate_result import StageEstimate
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.saves import artifact
 from stages import Model, Report, Stage
 from stages.measuring.gates import Verdict
 from stages.model.device import has_gpu
-from stages.model.facts import Needs
+from stages.model.facts import NO_MODEL, Facts, Needs
 from stages.model.inputs import Inputs
 from stages.runtime.hashes import Hashes
 
@@ -46,6 +47,8 @@ class Step:
     """Why resuming is not bit-exact; None if it is."""
     needs: Needs = field(default_factory=lambda: Needs(0, 0))
     """Memory and disk that it takes at least."""
+    facts: Facts = NO_MODEL
+    """What is known of the model that it starts from."""
 
     @property
     def name(self) -> str:
@@ -100,6 +103,8 @@ class Plan:
     rows: dict[str, int] = field(default_factory=dict)
     """Name of a data set → its rows."""
     ignore_gates: bool = False
+    estimates: Mapping[str, StageEstimate] = field(default_factory=dict)
+    """Name of a stage → what it takes; empty where nothing was estimated."""
 
     def tokenizer_folder(self, step: Step) -> Path | None:
         """A folder that exists and holds the tokenizer that a step will find; None if no such folder exists yet.

@@ -7,6 +7,7 @@ import marshal
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from stages.runtime.hashes import HASHES, write_cache
 from stages.runtime.processes import parallel_map, usable_cores
 
 ROWS = ".rows"
+ESTIMATES = ".estimates"
+"""The folder in `saves` for what estimates have computed."""
 PROCESSES = 8  # the most that read data for a plan; more would wait for the one that reads the file
 FEW = 4  # parts of a file, of a megabyte each, that are not worth another process
 
 
 def clear_torn(saves: Path) -> None:
     """Delete half-written cache files of killed processes. A process that is writing one now ignores the failure."""
-    for path in (*saves.glob(f"{HASHES}.*"), *(saves / ROWS).glob("*.[0-9]*")):
+    caches = (folder.glob("*.[0-9]*") for folder in (saves / ROWS, saves / ESTIMATES))
+    for path in (*saves.glob(f"{HASHES}.*"), *chain.from_iterable(caches)):
         path.unlink(missing_ok=True)
 
 

@@ -203,6 +203,9 @@ def print_evaluations(out: "Console", planned: "Plan", states: Mapping[str, str]
 
 def plan_as_json(planned: "Plan") -> dict[str, Any]:
     """The JSON of `plan --json`."""
+    from pipeline.views.estimates import as_json
+
+    known = planned.estimates
     steps = [
         {
             "stage": step.name,
@@ -213,6 +216,7 @@ def plan_as_json(planned: "Plan") -> dict[str, Any]:
             "fingerprint": step.fingerprint,
             "recipe": step.recipe,
             "inputs": step.identities,
+            **({"estimate": as_json(known[step.name])} if step.name in known else {}),
         }
         for step in planned.steps
     ]

@@ -19,6 +19,12 @@ import ctypes
 count, driver = ctypes.c_int(0), ctypes.CDLL("libcuda.so.1")
 print(0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value)
 """
+_ASK_MEMORY = """
+import ctypes
+device, size, driver = ctypes.c_int(0), ctypes.c_size_t(0), ctypes.CDLL("libcuda.so.1")
+failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+print(0 if failed or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device) else size.value)
+"""
 _NVIDIA = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")  # of an NVIDIA driver; the last one under WSL
 _NODES = Path("/sys/class/kfd/kfd/topology/nodes")  # AMD's driver has a folder for each CPU and each GPU
 
@@ -43,6 +49,15 @@ def gpus() -> int:
     if built == "hip":
         return _amd_gpus()
     return 0
+
+
+@cache
+def gpu_memory() -> int | None:
+    """The bytes of memory of the first GPU, asked of NVIDIA's driver; None where they are not known."""
+    if not gpus() or _built_for() != "cuda":
+        return None
+    asked = subprocess.run([sys.executable, "-I", "-S", "-c", _ASK_MEMORY], capture_output=True, check=False)
+    return int(asked.stdout or 0) or None
 
 
 def _built_for() -> str | None:

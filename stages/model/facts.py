@@ -105,6 +105,9 @@ class Facts:
         ]
 
 
+NO_MODEL = Facts("no model", {}, known=False)
+
+
 @dataclass(frozen=True)
 class Needs:
     """Bytes that a stage takes at its peak: a lower bound, not a guarantee."""

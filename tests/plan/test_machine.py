@@ -33,7 +33,7 @@ def test_a_stage_that_takes_more_memory_than_there_is_is_noted_and_merge_takes_o
         monkeypatch.setattr(machine, "main_memory", lambda: memory)
         planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
         assert {step.name: step.needs.memory for step in planned.steps}["merge"] == 2 * 4 * 10**7
-        return [note for note in planned.notes if "of memory" in note]
+        return list(machine.memory_notes(planned))
 
     assert notes(5, 5 * 16 * 10**7) == []
     told = "stage `train` takes at least 800.0 MB of memory, and this machine has 799.0 MB"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from planned import inputs
 
-from pipeline.plan.placing import NO_MODEL
+from stages.model.facts import NO_MODEL
 from stages import dpo, init, merge, pt, sft
 from stages.chat.template import template_text
 from stages.model import device

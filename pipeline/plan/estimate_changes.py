@@ -1,0 +1,214 @@
+"""What makes a stage fit into the memory of a device: settings that can be changed, each computed by the engine."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from pipeline.config import settings as library
+from pipeline.config.checker import load_config
+from pipeline.config.pipeline import StageEntry
+from pipeline.errors import ConfigError
+from pipeline.plan.estimate_result import Change, Device
+from pipeline.plan.step import Plan, Step
+from stages.model.device import gpus
+
+SHOWN = 3
+"""Changes that are named."""
+TRIED = 8
+"""Combinations of changes that are computed."""
+MOST = 4
+"""Changes in a combination."""
+LORA = {"r": 16, "lora_alpha": 32}
+NF4 = {"quantized_base": "nf4"}
+
+Memory = Mapping[str, int]
+"""Cause → bytes on one device."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings of a stage that can be changed together."""
+
+    what: str
+    """Candidates of the same name exclude each other."""
+    cost: float
+    """Orders candidates: by what they cost in time first, then in what is trained, then in machines."""
+    settings: Mapping[str, Any]
+    """Path below the stage → value."""
+
+
+Measure = Callable[[StageEntry], Memory | None]
+"""The memory of a stage with other settings; None where it is not known."""
+
+
+def cheapest(step: Step, plan: Plan, assignments: Sequence[str], device: Device, measure: Measure) -> list[Change]:
+    """The cheapest changes, at most `SHOWN`, that make a stage fit, in the order of what they cost.
+
+    `assignments` are the `--set` options of the plan. A change that the checks of the config refuse is not named.
+    """
+    room = device.memory or 0
+    trial = _Trial(step, plan, assignments, measure)
+    now = trial.found(())
+    if now is None:
+        return []
+    alone = {one: found for one in sorted(_candidates(step, device), key=_cost) if (found := trial.found([one]))}
+    chosen: list[Sequence[Candidate]] = []
+    for one, found in alone.items():
+        if found.total(device) <= room and not any(_contains([one], other) for other in chosen):
+            chosen.append([one])
+    tried = 0
+    for many in sorted(_combinations(list(alone)), key=_cost_of):
+        if len(chosen) >= SHOWN or tried >= TRIED:
+            break
+        predicted = now.total(device, _predicted(now.memory, [alone[one].memory for one in many]))
+        if predicted > room or any(_contains(many, other) for other in chosen):
+            continue
+        tried += 1
+        if (together := trial.found(many)) is not None and together.total(device) <= room:
+            chosen.append(many)
+    changes = []
+    for many in sorted(chosen, key=_cost_of)[:SHOWN]:
+        if (together := trial.found(many)) is not None:
+            changes.append(Change(settings=_together(many), memory=round(together.total(device))))
+    return changes
+
+
+def assignment(name: str, path: str, value: Any) -> str:
+    """A setting of a stage as `--set` takes it."""
+    return f"{name}.{path}={json.dumps(value, ensure_ascii=False)}"
+
+
+class _Trial:
+    """The memory of a stage with changes; each set of changes is computed once."""
+
+    def __init__(self, step: Step, plan: Plan, assignments: Sequence[str], measure: Measure) -> None:
+        self.step, self.plan, self.assignments, self.measure = step, plan, assignments, measure
+        self.known: dict[str, Found | None] = {}
+
+    def found(self, chosen: Sequence[Candidate]) -> "Found | None":
+        """The memory with changes; None where a check refuses them, or where the memory is not known."""
+        settings = _together(chosen)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self.known:
+            entry = self._entry(settings)
+            memory = self.measure(entry) if entry is not None else None
+            self.known[key] = (
+                Found(memory, entry.launch.processes) if memory is not None and entry is not None else None
+            )
+        return self.known[key]
+
+    def _entry(self, settings: Mapping[str, Any]) -> StageEntry | None:
+        """The stage with other settings; None where a check refuses them."""
+        name = self.step.name
+        changed = [assignment(name, path, value) for path, value in settings.items()]
+        try:
+            pipeline = load_config(self.plan.pipeline.path, [*self.assignments, *changed])
+        except ConfigError:
+            return None
+        entry = next(entry for entry in pipeline.stages if entry.name == name)
+        problems = entry.stage.check(entry.config) + entry.stage.check_model(entry.config, self.step.facts)
+        return None if problems else entry
+
+
+@dataclass(frozen=True)
+class Found:
+    """The memory of a stage with changes."""
+
+    memory: Memory
+    processes: int
+
+    def total(self, device: Device, memory: Mapping[str, float] | None = None) -> float:
+        """Bytes of the memory of the device, which all processes share where there is no GPU."""
+        return sum((memory or self.memory).values()) * (1 if device.gpu else self.processes)
+
+
+def _cost(candidate: Candidate) -> float:
+    return candidate.cost
+
+
+def _cost_of(chosen: Sequence[Candidate]) -> float:
+    return sum(map(_cost, chosen))
+
+
+def _together(chosen: Sequence[Candidate]) -> dict[str, Any]:
+    return {path: value for one in chosen for path, value in one.settings.items()}
+
+
+def _contains(chosen: Sequence[Candidate], other: Sequence[Candidate]) -> bool:
+    """Whether one set changes at least what the other changes."""
+    return {one.what for one in other} <= {one.what for one in chosen}
+
+
+def _combinations(candidates: Sequence[Candidate]) -> Iterator[Sequence[Candidate]]:
+    for count in range(2, MOST + 1):
+        for chosen in combinations(candidates, count):
+            if len({one.what for one in chosen}) == count:
+                yield chosen
+
+
+def _predicted(now: Memory, alone: Sequence[Memory]) -> dict[str, float]:
+    """The memory with several changes, if each saves the same share of a cause as it does alone.
+
+    That decides which combinations are worth computing; the figure of a change is always computed.
+    """
+    return {
+        cause: size * math.prod(memory.get(cause, 0) / size for memory in alone) if size else 0
+        for cause, size in now.items()
+    }
+
+
+def _candidates(step: Step, device: Device) -> Iterator[Candidate]:
+    """What can be changed without another result, then what trains otherwise, then what needs other machines.
+
+    `max_length` is not among them: it decides which tokens are trained.
+    """
+    config = vars(step.entry.config)
+    trainer, lora = config["trainer"], config["lora"]
+    known = library.settings(step.stage.settings["trainer"])
+    if lora is None and "precompute_ref_log_probs" in known and not trainer.get("precompute_ref_log_probs"):
+        yield Candidate("reference", 1, {"trainer.precompute_ref_log_probs": True})
+    training = step.entry.training
+    batch, accumulation = (training.batch if training else 1), int(trainer.get("gradient_accumulation_steps", 1))
+    for size in range(batch - 1, 0, -1):
+        if batch % size == 0:
+            smaller = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation * batch // size}
+            settings = {f"trainer.{name}": value for name, value in smaller.items()}
+            yield Candidate("batch", 2 + 0.1 * math.log2(batch / size), settings)
+    if not trainer.get("gradient_checkpointing", True):
+        yield Candidate("checkpointing", 3, {"trainer.gradient_checkpointing": True})
+    if device.gpu and not trainer.get("activation_offloading"):
+        yield Candidate("offloading", 3.5, {"trainer.activation_offloading": True})
+    yield from _of_precision(trainer, lora, device, step)
+    yield from _of_processes(step, device)
+
+
+def _of_precision(
+    trainer: Mapping[str, Any], lora: Mapping[str, Any] | None, device: Device, step: Step
+) -> Iterator[Candidate]:
+    """Weights and moments in fewer bits, and LoRA."""
+    dtype = (trainer.get("model_init_kwargs") or {}).get("dtype")
+    if dtype in ("float32", "float64") or (dtype is None and not (device.gpu and lora is not None)):
+        yield Candidate("dtype", 2.5 if lora is not None else 6, {"trainer.model_init_kwargs.dtype": "bfloat16"})
+    optimizer = str(trainer.get("optim", "adamw_torch"))
+    if optimizer.startswith("adamw_torch"):
+        yield Candidate("optimizer", 4, {"trainer.optim": "adamw_8bit"})
+    has_nf4 = "quantized_base" in type(step.entry.config).model_fields
+    if lora is None:
+        yield Candidate("lora", 8, {"lora": LORA})
+        if has_nf4:
+            yield Candidate("lora", 9, {"lora": LORA, **NF4})
+    elif has_nf4 and not vars(step.entry.config)["quantized_base"]:
+        yield Candidate("base", 5, NF4)
+
+
+def _of_processes(step: Step, device: Device) -> Iterator[Candidate]:
+    """More GPUs, where this machine has them, or where it is another machine that is asked for."""
+    launch = step.entry.launch
+    if device.gpu and step.stage.parallel is not None and launch.strategy == "ddp" and launch.machines == 1:
+        for processes in (2, 4, 8):
+            if processes >= launch.processes and (not device.here or processes <= gpus()):
+                settings = {"launch": {"processes": processes, "strategy": "zero3"}}
+                yield Candidate("processes", 10 + math.log2(processes), settings)

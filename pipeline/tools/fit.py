@@ -1,0 +1,47 @@
+"""`plan --fit`: the cheapest settings with which each stage fits into the memory, written into the config."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config.document import Key
+from pipeline.config.editing import with_settings
+from pipeline.errors import ConfigError
+from pipeline.plan.step import Plan
+from pipeline.saves.artifact import size_of
+
+
+def write_fitting(planned: Plan, assignments: Sequence[str]) -> str:
+    """Write the cheapest change of each stage that does not fit into its file; returns the difference as text.
+
+    Comments and spaces stay as they are.
+
+    Raises:
+        ConfigError: a stage does not fit whatever is changed, or its settings are not in the file alone.
+    """
+    stuck, settings = list[str](), dict[Key, Any]()
+    for step in planned.steps:
+        found = planned.estimates.get(step.name)
+        if found is None or step.state == "done" or found.verdict != "does not fit":
+            continue
+        if found.changes:
+            settings |= _keys(step.name, found.changes[0].settings)
+        else:
+            sizes = f"{size_of(found.total)} of memory, and {found.device.name} is what there is"
+            stuck.append(f"stage `{step.name}` takes {sizes}; no setting that could be changed makes it fit")
+    path = planned.pipeline.path
+    if stuck:
+        raise ConfigError([f"{path}: {text}" for text in stuck])
+    if not settings:
+        return "every stage of which the memory is known fits; nothing was written\n"
+    if assignments:
+        raise ConfigError([f"--fit: writes into `{path}`, which lacks what `--set` says; write that there first"])
+    before = path.read_bytes().decode("utf-8-sig")
+    after = with_settings(before, str(path), settings)
+    path.write_bytes(after.encode())
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), str(path), str(path), lineterm="", n=1)
+    return "\n".join(lines) + "\n"
+
+
+def _keys(stage: str, settings: Mapping[str, Any]) -> dict[Key, Any]:
+    return {("stages", stage, *path.split(".")): value for path, value in settings.items()}
