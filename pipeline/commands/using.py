@@ -137,18 +137,21 @@ def predict(
     """Answer every question of a file; after a stop, run it again to go on."""
     from pipeline.serve import models
     from pipeline.serve import predict as prediction
+    from pipeline.serve.asked import read_questions
 
     _sampling(temperature, top_p, seed)
     prediction.check_output(output)
     plan, (served,) = _located(config, saves, assignments, stage)
     declared = None if plan is None or Path(source).exists() else plan.pipeline.data.get(source)
-    rows = prediction.read_questions(source, declared, column)
-    _quiet()
     settings = prediction.Settings(max_tokens, temperature, top_p, seed or 0, system)
-    with served.in_use(), tables.counting(silent=as_json) as report:
-        result = prediction.answer_file(
-            models.load(served), rows, output, settings, served.identity(), overwrite=overwrite, report=report
-        )
+    with prediction.claimed(output) as part:
+        rows = read_questions(source, declared, column, output.parent)
+        _quiet()
+        with served.in_use(), tables.counting(silent=as_json) as report:
+            engine, identity = models.load(served), served.identity()
+            result = prediction.answer_file(
+                engine, rows, output, settings, identity, part, overwrite=overwrite, report=report
+            )
     if as_json:
         return print_json({"model": served.name, "output": str(output), **vars(result)})
     kept = f", {result.kept} kept from before" if result.kept else ""

@@ -41,9 +41,12 @@ def lines(path):
 
 
 def answer(predict, engine, questions, output, **more):
-    rows = predict.read_questions(str(questions), None, None)
+    from pipeline.serve.asked import read_questions
+
+    rows = read_questions(str(questions), None, None)
     settings = predict.Settings(**{**SETTINGS, **more.pop("settings", {})})
-    return predict.answer_file(engine, rows, output, settings, "tiny", **more)
+    with predict.claimed(output) as part:
+        return predict.answer_file(engine, rows, output, settings, "tiny", part, **more)
 
 
 def test_every_row_has_its_answer_in_the_order_of_the_file(predict, engine, questions, tmp_path):
@@ -110,14 +113,15 @@ def test_a_finished_run_asks_nothing_and_another_one_is_not_overwritten(predict,
     assert answer(predict, engine, questions, out, settings={"max_tokens": 7}, overwrite=True).answered == 20
 
 
-def test_a_csv_with_a_column_of_its_own(predict, engine, tmp_path):
+def test_a_csv_with_a_column_of_its_own(tmp_path):
     from pipeline.errors import ConfigError
+    from pipeline.serve.asked import read_questions
 
     path = tmp_path / "questions.csv"
     path.write_text("id,问题\n7,头痛\n8,发烧\n", encoding="gb18030")
     with pytest.raises(ConfigError, match="name the column with the question with `--column NAME`"):
-        predict.read_questions(str(path), None, None)
-    rows = predict.read_questions(str(path), None, "问题")
+        read_questions(str(path), None, None)
+    rows = read_questions(str(path), None, "问题")
     assert [row.question.messages for row in rows] == [
         [{"role": "user", "content": "头痛"}],
         [{"role": "user", "content": "发烧"}],
@@ -153,8 +157,49 @@ def test_kill_9_in_the_middle_leaves_the_same_bytes(questions, tiny, tmp_path):
     while not (part.exists() and part.read_bytes().count(b"\n") > 1) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    other = subprocess.run([*words, str(out), "--overwrite"], env=environment, capture_output=True, text=True)
+    assert (other.returncode, other.stderr) == (
+        1,
+        f"error: --output {out}: another `predict` is writing it; wait for it, or name another file\n",
+    )
     process.kill()
     assert process.wait() == -9
     assert not out.exists()
     subprocess.run([*words, str(out)], env=environment, check=True, capture_output=True)
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_two_at_once_leave_one_whole_output(predict, engine, questions, tmp_path):
+    """The second waits for none and changes nothing; what it leaves behind is no file of its own."""
+    from pipeline.errors import Busy
+
+    out = tmp_path / "out.jsonl"
+    with predict.claimed(out) as part, pytest.raises(Busy), predict.claimed(out):
+        part.write(b"never")
+    assert list(tmp_path.glob("out*")) == []
+    assert answer(predict, engine, questions, out).answered == 20
+    with predict.claimed(out):  # the lock is that of a file which is gone now
+        assert sorted(path.name for path in tmp_path.glob("out*")) == [
+            "out.jsonl",
+            "out.jsonl.about.json",
+            "out.jsonl.part",
+        ]
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl", "out.jsonl.about.json"]
+
+
+def test_the_rows_of_a_large_file_stay_on_disk(tmp_path):
+    import tracemalloc
+
+    from pipeline.serve.asked import read_questions
+
+    path = tmp_path / "questions.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(20_000):
+            file.write(json.dumps({"question": f"{number} " + "x" * 1000}) + "\n")
+    tracemalloc.start()
+    rows = read_questions(str(path), None, None, tmp_path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 6_000_000, most  # of 20 MB
+    assert (len(rows), rows[19_999].question.messages[0]["content"][:6]) == (20_000, "19999 ")
+    assert [path.name for path in tmp_path.iterdir()] == ["questions.jsonl"]
