@@ -1,93 +1,19 @@
 """The page in headless Chromium: ask, watch the answer stream, stop it, compare two models, phone width, dark."""
 
-import asyncio
-import json
-import shutil
-import subprocess
-import time
-import urllib.request
-
 import pytest
+from browser import CHROMIUM, ENDED, browse
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.train, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
 
 
-class Browser:
-    """A tab of Chromium, through its DevTools protocol."""
-
-    def __init__(self, socket):
-        self.socket, self.count, self.errors = socket, 0, []
-
-    async def send(self, method, **params):
-        self.count += 1
-        await self.socket.send(json.dumps({"id": self.count, "method": method, "params": params}))
-        while True:
-            message = json.loads(await self.socket.recv())
-            if message.get("id") == self.count:
-                return message["result"]
-            bad = message.get("method") == "Runtime.exceptionThrown" or (
-                message.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled")
-                and "error" in json.dumps(message["params"])
-            )
-            if bad:
-                self.errors.append(message["params"])
-
-    async def run(self, script):
-        found = await self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        return found["result"].get("value")
-
-    async def until(self, script, seconds=30):
-        deadline = time.monotonic() + seconds
-        while not await self.run(script):
-            assert time.monotonic() < deadline, script
-            await asyncio.sleep(0.05)
-
-    async def ask(self, question, tokens):
-        await self.run(
-            f"document.getElementById('max_tokens').value = {tokens};"
-            f"document.getElementById('question').value = {json.dumps(question)};"
-            "document.getElementById('ask').requestSubmit(); 1"
-        )
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """Run a coroutine with a browser on an address."""
-    websockets = pytest.importorskip("websockets")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
-    process = subprocess.Popen([*words, f"--user-data-dir={tmp_path}", "about:blank"], stderr=subprocess.DEVNULL)
-
-    async def with_browser(address, act):
-        port_file = tmp_path / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
-        while not port_file.is_file() or not port_file.read_text().strip():
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.1)
-        tabs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port_file.read_text().split()[0]}/json"))
-        page = next(tab for tab in tabs if tab["type"] == "page")
-        async with websockets.connect(page["webSocketDebuggerUrl"], max_size=None) as socket:
-            browser = Browser(socket)
-            for domain in ("Page", "Runtime", "Log"):
-                await browser.send(f"{domain}.enable")
-            await browser.send("Page.navigate", url=address)
-            await browser.until("document.querySelectorAll('#first option').length > 0")
-            await act(browser)
-            return browser.errors
-
-    yield lambda address, act: asyncio.run(with_browser(address, act))
-    process.kill()
-    process.wait()
-
-
-def test_the_page(served, engine, browse):
+def test_the_page(served, engine, tmp_path):
+    pytest.importorskip("websockets")
     asked = [{"role": "user", "content": "感冒了怎么办？"}]
     expected = engine.answer(asked, 12)
-    ended = "document.querySelectorAll('.answer').length > 0 && !document.querySelector('.running')"
 
     async def act(browser):
         await browser.ask(asked[0]["content"], 12)
-        await browser.until(ended)
+        await browser.until(ENDED)
         texts = await browser.run("[...document.querySelectorAll('.answer .words')].map(node => node.textContent)")
         names = await browser.run("[...document.querySelectorAll('.answer b')].map(node => node.textContent)")
         assert (names, texts) == (["dpo", "base"], [expected, expected])
@@ -95,7 +21,7 @@ def test_the_page(served, engine, browse):
         await browser.ask("再说一次", 800)
         await browser.until("!!document.querySelector('.running')")
         await browser.run("document.getElementById('stop').click()")
-        await browser.until(ended)
+        await browser.until(ENDED)
         assert "stopped" in await browser.run("document.getElementById('talk').textContent")
         assert not await browser.run("document.getElementById('send').hidden")
         # A new chat while an answer runs: the next request holds the new question alone.
@@ -121,7 +47,7 @@ def test_the_page(served, engine, browse):
         assert names == []
         # Markup in a question stays text.
         await browser.ask("<img src=x onerror=alert(1)>", 1)
-        await browser.until(ended)
+        await browser.until(ENDED)
         assert await browser.run("document.querySelectorAll('#talk img').length") == 0
         # Dark, Chinese, phone.
         light = await browser.run("getComputedStyle(document.body).backgroundColor")
@@ -135,4 +61,4 @@ def test_the_page(served, engine, browse):
         assert await browser.run("document.documentElement.scrollWidth") == 390
 
     with served({"dpo": engine, "base": engine}) as server:
-        assert browse(f"{server.url}/", act) == []
+        assert browse(tmp_path, f"{server.url}/", act) == []
