@@ -12,7 +12,7 @@ from pipeline.config.pipeline import StageEntry
 from pipeline.plan import machine
 from pipeline.plan.estimate_changes import cheapest
 from pipeline.plan.estimate_engine import Engine
-from pipeline.plan.estimate_rates import shape_of, speed_of
+from pipeline.plan.estimate_rates import measured_training, shape_of, speed_of
 from pipeline.plan.estimate_result import Batches, StageEstimate
 from pipeline.plan.estimate_rows import Counts
 from pipeline.plan.fingerprint import installed_versions
@@ -137,18 +137,25 @@ def _reached(step: Step) -> tuple[int, int] | None:
     return sum(is_targeted(module, lora) for module in modules), len(modules)
 
 
-def as_record(step: Step, found: StageEstimate | None) -> dict[str, Any] | None:
-    """What the record of a stage keeps of its estimate, to compare it with what was measured; None without one."""
+def estimated_and_measured(step: Step, found: StageEstimate | None) -> dict[str, Any]:
+    """What the record of a training stage keeps beside its peak memory: its estimate, and how long its steps took.
+
+    `training` has the steps and the seconds of the last attempt. What is not known is left out.
+    """
+    kept: dict[str, Any] = {}
+    if (training := measured_training(step.part)) is not None:
+        kept["training"] = training
     if found is None or found.memory is None or found.batches is None:
-        return None
+        return kept
     work = found.work
-    return {
+    kept["estimate"] = {
         "memory": dict(found.memory),
         "total": found.total,
         "gpu": found.device.gpu,
         "seconds": found.seconds,
         "steps": work.steps if work is not None else None,
         "tokens": work.tokens if work is not None else None,
-        "flops_of_step": found.flops / work.steps if found.flops and work is not None else None,
+        "flops_of_step": found.flops / work.steps if found.flops is not None and work is not None else None,
         "shape": shape_of(step, {"parameters": found.parameters, "trainable": found.trainable}, found.batches),
     }
+    return kept

@@ -45,7 +45,8 @@ def speed_of(
 ) -> Speed | None:
     """The rate that a stage will compute with: given, else measured in the finished stage that is most like it.
 
-    Before any stage has finished on this machine, a product of matrices of its sizes is measured: no stage is faster.
+    Before any stage has finished on this machine, a product of matrices of its sizes is measured, and on an idle machine
+    no stage is faster.
     """
     if given is not None:
         return Speed(rate=given, source="given with `--rate`")
@@ -86,7 +87,8 @@ def _measured_here(record: Mapping[str, Any], device: Device) -> bool:
     """Whether a record has an estimate and a measurement of a kind of device of this machine."""
     machine, training = record.get("machine", {}), record.get("training") or {}
     here = machine.get("host") == platform.node() and machine.get("gpu") == has_gpu() == device.gpu
-    return here and bool(record.get("estimate")) and training.get("seconds", 0) > 0 and training.get("steps", 0) > 0
+    flops = (record.get("estimate") or {}).get("flops_of_step")
+    return here and bool(flops) and training.get("seconds", 0) > 0 and training.get("steps", 0) > 0
 
 
 def measured_training(folder: Path) -> dict[str, float] | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline import secret
 from pipeline.errors import Busy, GateClosed
+from pipeline.plan.estimate import estimated_and_measured
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts, overrides
 from pipeline.run import card
@@ -187,6 +188,7 @@ def _run_step(
             "seconds": round(before_this.seconds + time.monotonic() - clock, 3),
             "attempts": before_this.count + 1,
             "memory": before_this.most_memory(done["memory"]),
+            **estimated_and_measured(step, planned.estimates.get(step.name)),
         }
         artifact.finish(step.part, step.folder, record, hashes)
         hashes.save()
