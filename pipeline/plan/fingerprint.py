@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from pipeline.config.pipeline import StageEntry
 from stages import find
 from stages.model.references import Role
+from stages.training.sharing import Sharing
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets")
 # Settings of a trainer that change what is logged or kept, never the weights.
@@ -46,8 +48,8 @@ def settings_of(entry: StageEntry) -> dict[str, Any]:
             inner |= {path[-1]: mixture["sources"], "weights": mixture["weights"]}
     if entry.stage.trains is not None:
         found["trainer"] = _computing(found["trainer"])
-    if entry.launch.processes > 1:
-        found["processes"] = entry.launch.processes  # the order of rows and of sums depends on it
+    if (sharing := entry.launch.sharing) != Sharing():  # the order of sums depends on it
+        found["launch"] = {**asdict(sharing), "machines": entry.launch.machines}
     return {key: value for key, value in found.items() if key not in CAME_LATER or value != CAME_LATER[key]}
 
 

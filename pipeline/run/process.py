@@ -1,4 +1,4 @@
-"""The process of a stage: forked from a warm server, or started by accelerate's launcher."""
+"""The process of a stage, forked from a warm server, and how a stage is followed until it ends; see also `launch`."""
 
 import contextlib
 import json
@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -23,8 +21,7 @@ from pipeline.saves import artifact
 from pipeline.saves.artifact import SPEC
 from stages.model.device import has_gpu
 from stages.runtime.errors import DISK_FULL, OUT_OF_MEMORY, Interrupted
-from stages.runtime.events import EVENTS_FILE, LAUNCHED
-from stages.runtime.processes import end_with_parent
+from stages.runtime.events import ENDED, EVENTS_FILE
 
 # Only without a GPU: some of these modules open the GPU when they are imported, and CUDA does not survive a fork.
 PRELOAD = [
@@ -128,18 +125,23 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
     if "interrupted" in last or (asked and "error" not in last):
         how = last.get("interrupted", {}).get("text", "stopped")
         raise Interrupted(f"stage `{step.name}` {how}; run the same command again to go on")
-    if "error" in last:
+    died = last.get(ENDED, {}).get("code", 0) < 0  # then the errors of the other processes are about its silence
+    if "error" in last and not died:
         error = last["error"]
         text = error["text"] or "failed with an internal error; please report this:\n" + error["traceback"].rstrip()
         least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
         raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
     if shutil.disk_usage(folder).free < ROOM:
         raise StageFailed(f"stage `{step.name}`: {DISK_FULL}\n{log}")
+    who = ""
+    if ENDED in last:  # one of several processes
+        code = last[ENDED]["code"]
+        who = f": process {last[ENDED]['rank']} of {step.entry.launch.world}, counted from 0,"
     least = f"; {_least(step)}" if code == -signal.SIGKILL and step.needs.memory else ""
     if code == -signal.SIGKILL and step.stage.more_memory is not None:
         least += f"; if memory ran out, {step.stage.more_memory(step.entry.config)}"
     go_on = " to go on from its last checkpoint" if (folder / artifact.CHECKPOINTS).is_dir() else ""
-    raise StageFailed(f"stage `{step.name}` {_death(code)}{least}; {log}; run again{go_on}")
+    raise StageFailed(f"stage `{step.name}`{who} {_death(code)}{least}; {log}; run again{go_on}")
 
 
 def _least(step: Step) -> str:
@@ -247,51 +249,3 @@ def _warm(log: Path) -> None:
         os.dup2(kept[1], 2)
         for descriptor in (*kept, handle):
             os.close(descriptor)
-
-
-class Launched:
-    """A stage started by accelerate's launcher in several processes of one machine."""
-
-    def __init__(self, step: Step) -> None:
-        processes = step.entry.launch.processes
-        # In accelerate, `--multi_gpu` means several processes on this machine; `--cpu` would start only one.
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-        command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no", "--main_process_port", str(_free_port())]
-        command += ["-m", "pipeline.run.worker", str(step.part / SPEC)]
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
-        environment[LAUNCHED] = "1"
-        if not has_gpu():
-            environment["ACCELERATE_USE_CPU"] = "true"
-        with open(step.part / artifact.LOG, "ab") as log:
-            # A session of its own, so that Ctrl-C reaches only the runner, which then asks the first process to stop.
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
-        self.pid: int | None = None  # the launcher is never signalled: it would kill its processes at once
-
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-    def wait(self, seconds: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-
-    def exit_code(self) -> int | None:
-        return self.process.returncode
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -23,7 +23,8 @@ from pipeline.plan.estimate import estimated_and_measured
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts, overrides
 from pipeline.run import card
-from pipeline.run.process import Child, Forked, Launched, Stop, View, follow
+from pipeline.run.launch import Launched
+from pipeline.run.process import Child, Forked, Stop, View, follow
 from pipeline.run.rehearsal import Rehearsals
 from pipeline.saves import artifact
 from pipeline.saves import content as content_module
@@ -32,6 +33,7 @@ from pipeline.saves.links import claim, link, note_run
 from pipeline.saves.locks import locked, reading, unread
 from stages.model.device import has_gpu
 from stages.runtime.events import EVENTS_FILE, earlier_attempts
+from stages.training.sharing import Sharing
 
 GATES = "gates.json"  # the verdicts of the last run of a config
 
@@ -198,7 +200,8 @@ def _run_step(
 
 def _child(step: Step) -> Child:
     """The process of a stage, or the launcher of several."""
-    return Launched(step) if step.entry.launch.processes > 1 else Forked(step.part)
+    launch = step.entry.launch
+    return Launched(launch, step.part) if launch.sharing != Sharing() else Forked(step.part)
 
 
 def _record(step: Step, done: dict[str, Any], versions: dict[str, str], ignored: Sequence[str]) -> dict[str, Any]:

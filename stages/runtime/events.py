@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"
-LAUNCHED = "PIPELINE_LAUNCHED"  # set in the processes that a launcher started; only there `RANK` counts
+LAUNCHED = "PIPELINE_LAUNCHED"  # their `Sharing`, set in the processes of a launcher; only there `RANK` counts
+ENDED = "ended"  # of several processes, which one ended first before the work was done
 
 
 def main_process() -> bool:
@@ -36,7 +37,7 @@ def read_events(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def emit(out: Path, kind: str, **values: object) -> None:
-    """Append one event. `kind` is start, total, step, log, note, done, interrupted or error.
+    """Append one event. `kind` is start, total, step, log, note, done, interrupted, ended or error.
 
     Only the main process emits events, except errors: the process that fails first knows the cause.
     """

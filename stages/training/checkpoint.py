@@ -17,10 +17,10 @@ MARK = "complete.json"
 def seal(checkpoint: Path) -> None:
     """Write the hashes of a checkpoint's files, last and durably; drop the one pickle nobody needs."""
     (checkpoint / "training_args.bin").unlink(missing_ok=True)  # holds the Hub token in clear
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    for path in files:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())  # DeepSpeed has a folder in it
+    for path in [*files, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
         sync(path)  # older checkpoints are deleted once this one counts, so it must outlast a power cut
-    hashes = {path.name: sha256(path) for path in files}
+    hashes = {str(path.relative_to(checkpoint)): sha256(path) for path in files}
     part = checkpoint / f"{MARK}.part"
     with open(part, "w", encoding="utf-8") as file:
         json.dump(hashes, file)

@@ -16,10 +16,12 @@ from stages.model.probe import check_fold
 from stages.model.tokens import new_rows
 from stages.runtime.errors import Interrupted, StageError
 from stages.runtime.events import emit, main_process
+from stages.training import engine
 from stages.training.adapters import is_named
 from stages.training.checkpoint import newest_whole
 from stages.training.progress import Progress, batch_sizes, check_finite
-from stages.training.settings import TrainingConfig, saving
+from stages.training.settings import BATCH, TrainingConfig, saving
+from stages.training.sharing import Sharing, sharing, split
 
 if TYPE_CHECKING:
     from transformers import (
@@ -77,9 +79,11 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         "dataloader_pin_memory": gpu,
     }
     try:
-        return getattr(trl, kind)(**{**ours, **_given(config, defaults)})
+        made: TrainingArguments = getattr(trl, kind)(**{**ours, **_given(config, defaults)})
     except (ValueError, TypeError, ImportError) as error:
         raise StageError(f"{kind} refuses these settings: {error}") from None
+    engine.load_whole(made)
+    return made
 
 
 def row_settings(kind: str, config: TrainingConfig, **defaults: Any) -> Any:
@@ -96,10 +100,17 @@ def row_settings(kind: str, config: TrainingConfig, **defaults: Any) -> Any:
 
 
 def _given(config: TrainingConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the user that go to TRL's config, over `defaults`, and the seed."""
+    """The settings of the user that go to TRL's config, over `defaults`, and the seed.
+
+    The batch and the steps of accumulation are those of one process.
+    """
     ours = ("model_init_kwargs", "save_total_limit")
     theirs = {key: value for key, value in config.trainer.items() if key not in ours}
-    return {"seed": config.seed, **defaults, **theirs}
+    given = {"seed": config.seed, **defaults, **theirs}
+    if (processes := sharing().processes) > 1:
+        rows = given.get("per_device_train_batch_size", BATCH), given.get("gradient_accumulation_steps", 1)
+        given["per_device_train_batch_size"], given["gradient_accumulation_steps"] = split(*rows, processes)
+    return given
 
 
 def build(trainer: Any, **parts: Any) -> Any:
@@ -110,6 +121,7 @@ def build(trainer: Any, **parts: Any) -> Any:
     """
     if parts.get("peft_config") is not None:
         check_fold(type(parts["model"]), parts["model"].config, parts["peft_config"])
+    engine.shared(parts["args"])
     try:
         built = trainer(**parts)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
@@ -189,7 +201,11 @@ def train(
         emit(out, "note", text=note)
     progress = Progress(trainer, out, int(config.trainer.get("save_total_limit") or 2), config.early_stopping)
     trainer.add_callback(progress.callback())
-    before = _evaluate_before(trainer, out, resumed=checkpoint is not None)
+    alone = sharing() == Sharing()
+    if alone:
+        before = _evaluate_before(trainer, out, resumed=checkpoint is not None)
+    else:  # accelerate would not share a model among processes that evaluated before
+        trainer.args.eval_on_start = trainer.eval_dataset is not None
     if checkpoint is None:
         set_seed(trainer.args.seed)  # the held-out pass above drew random numbers
     else:
@@ -201,9 +217,16 @@ def train(
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     model = trainer.accelerator.unwrap_model(trainer.model)
     check_finite(model, trainer.state.global_step)
+    whole = engine.gathered(model) if sharing().divides_weights else None
     if main_process():
-        (save or save_trained)(model, config, inputs, out)
+        if save is not None:
+            save(model, config, inputs, out)
+        else:
+            save_trained(model, config, inputs, out, whole)
+            engine.check_whole(out, engine.shapes_of(model))
         trainer.processing_class.save_pretrained(out)
+    if not alone:
+        before = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), {})
     stopped = {"stopped_early": early} if config.early_stopping is not None else {}
     return {**_metrics(trainer, before, after), **stopped}
 
@@ -234,16 +257,18 @@ def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[st
     return dict(figures)
 
 
-def save_trained(model: Any, config: TrainingConfig, inputs: Inputs, out: Path) -> None:
+def save_trained(
+    model: Any, config: TrainingConfig, inputs: Inputs, out: Path, whole: Mapping[str, Any] | None = None
+) -> None:
     """Write an adapter and the generation config of its base, or the whole model."""
     if config.lora is None:
-        model.save_pretrained(out)
+        model.save_pretrained(out, state_dict=whole)
         return
     alone = len(inputs.model) == 1
     # An adapter on adapters must not be loaded onto the bare base: that would be another model, silently.
     base = str(Path(inputs.model[0]).resolve()) if alone else "a chain of adapters, see `model` in record.json"
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(out, save_embedding_layers=False)
+    model.save_pretrained(out, save_embedding_layers=False, **({} if whole is None else {"state_dict": whole}))
     model.get_base_model().generation_config.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime.errors import StageError
 from stages.runtime.events import emit, main_process
 from stages.training.checkpoint import rotate, seal
+from stages.training.engine import check_engine, own_part
 from stages.training.resume import ExactResume
+from stages.training.sharing import sharing
 
 if TYPE_CHECKING:
     from transformers import (
@@ -45,6 +47,7 @@ class Progress:
 
         class Callback(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                check_engine(progress.resume.trainer.model_wrapped, sharing())
                 emit(progress.out, "total", steps=state.max_steps, step=state.global_step, **batch_sizes(args))
                 progress.resume.load(progress.newest(state))
                 progress.recall(state)
@@ -161,15 +164,20 @@ def wait_for_all() -> None:
 
 
 def check_finite(model: Any, step: int) -> None:
-    """Check every trained weight before it becomes a checkpoint or a result.
+    """Check every trained weight before it becomes a checkpoint or a result; each process checks its part.
 
     Raises:
         StageError: a weight is NaN or infinite.
     """
     import torch
 
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
+    trained = ((name, own_part(weight)) for name, weight in model.named_parameters() if weight.requires_grad)
+    found = [next((name for name, part in trained if not torch.isfinite(part).all()), None)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, found[0])
+    for name in found:
+        if name is not None:
             raise StageError(
                 f"the weight `{name}` is not finite after step {step}; lower `trainer.learning_rate` and run again"
             )

@@ -1,6 +1,5 @@
 """What can fail before training, done before the first stage trains: settings, adapter, optimizer, schedule, rows."""
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from stages.runtime.events import main_process
 from stages.runtime.processes import in_fork
 from stages.training import loop
 from stages.training.settings import TrainingConfig
+from stages.training.sharing import leave_group
 
 # Optimizers that transformers builds from the layers of the real model.
 FROM_LAYERS = ("galore", "apollo", "lomo", "adalomo")
@@ -34,8 +34,7 @@ def check_libraries(kind: str, config: TrainingConfig, out: Path, **defaults: An
 
 
 def _build(kind: str, config: TrainingConfig, out: Path, defaults: Mapping[str, Any]) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # it joins no group of processes
-        os.environ.pop(name, None)
+    leave_group()
     hide_all_gpus_but_one()
     loop.adapter(config)
     _build_optimizer(config, loop.arguments(kind, config, out, **defaults))
@@ -55,7 +54,7 @@ def _check_fold(config: TrainingConfig, folder: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    check_fold(AutoModelForCausalLM.from_config, shape, loop.adapter(config))
+    check_fold(AutoModelForCausalLM.from_config, shape, loop.adapter(config), config.quantized_base)
 
 
 def _build_optimizer(config: TrainingConfig, args: Any) -> None:

@@ -1,13 +1,18 @@
 """How several processes share a training stage: which part each holds, and which part of a batch each computes."""
 
+import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from stages.runtime.errors import StageError
+from stages.runtime.events import LAUNCHED
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Offload = Literal["optimizer", "parameters"]
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", LAUNCHED)
+"""Variables of the environment by which torch, accelerate and this project know of other processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,23 @@ class Sharing:
     """
     offload: Offload | None = None
     """What is kept in main memory: moments of the optimizer, or also the weights."""
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether each process holds a part of the weights alone."""
+        return self.strategy in ("zero3", "fsdp2")
+
+
+def sharing() -> Sharing:
+    """The processes of which this one is one: of a launcher's group, or one alone."""
+    text = os.environ.get(LAUNCHED)
+    return Sharing(**json.loads(text)) if text else Sharing()
+
+
+def leave_group() -> None:
+    """Let this process forget that a launcher started it, for work that it does alone."""
+    for name in GROUP:
+        os.environ.pop(name, None)
 
 
 def split(batch: int, accumulation: int, processes: int) -> tuple[int, int]:
