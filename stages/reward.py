@@ -122,7 +122,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     return {**rows.account, **metrics, **start}
 
 
-def scorer(config: Config, inputs: Inputs, tokenizer: Any) -> Any:
+def scorer(config: TrainingConfig, inputs: Inputs, tokenizer: Any) -> Any:
     """The chain's model with a new head: hidden size → 1, normal with the model's `initializer_range`, under `seed`.
 
     Raises:
@@ -141,6 +141,8 @@ def scorer(config: Config, inputs: Inputs, tokenizer: Any) -> Any:
     except ValueError:
         raise StageError(f"{_no_scorer(shape.model_type)}; start from another model") from None
     setattr(made, made.base_model_prefix, talker.base_model)
+    if config.quantized_base is not None:
+        made.quantized_base = talker.quantized_base
     set_seed(config.seed)
     for module in made.modules():
         if any(weight.is_meta for weight in module.parameters(recurse=False)):
@@ -159,11 +161,20 @@ def _adapter(config: Config, inputs: Inputs) -> Any:
 
 
 def save(model: Any, config: TrainingConfig, inputs: Inputs, out: Path) -> None:
-    """Write the whole scorer; an adapter is folded in as `merge` does: in float32, rounded once."""
+    """Write the whole scorer; an adapter is folded in as `merge` does: in float32, rounded once.
+
+    With `quantized_base` it is folded into the starting model as it is stored, which is loaded once more.
+    """
     if config.lora is not None:
         adapter = out / "adapter"
         model.save_pretrained(adapter, save_embedding_layers=False)
         model = model.unload()
+        if config.quantized_base is not None:
+            model.quantized_base.write(adapter)
+            settings = {**(config.trainer.get("model_init_kwargs") or {}), "dtype": "auto"}
+            trainer = {**config.trainer, "model_init_kwargs": settings}
+            as_stored = config.model_copy(update={"quantized_base": None, "trainer": trainer})
+            model = scorer(as_stored, inputs, loop.tokenizer(config, inputs))
         fold_into(model, [str(adapter)])
         shutil.rmtree(adapter)
     model.save_pretrained(out)

@@ -22,10 +22,11 @@ def load_model(folders: Sequence[str], **settings: Any) -> "PreTrainedModel":
     """The model of some folders (the base, then its adapters), in evaluation mode, with the adapters folded in.
 
     `settings` go to `from_pretrained`; `dtype` is float32 unless they have another. Adapters are folded in the dtype of
-    the base, as `merge` does, and the weights are cast afterwards.
+    the base, as `merge` does, and the weights are cast afterwards. With the setting `quantized_base` the linear layers
+    are quantized between the two; the model then has the attribute `quantized_base` (`QuantizedBase`).
 
     Raises:
-        StageError: the base lacks weights, or an adapter does not fit it.
+        StageError: the base lacks weights, an adapter does not fit it, or bitsandbytes cannot be imported.
     """
     model, missing = load_with_missing(folders, **settings)
     refuse_missing(folders[0], missing)
@@ -51,23 +52,29 @@ def load_with_missing(folders: Sequence[str], **settings: Any) -> tuple["PreTrai
     import torch
     from transformers import AutoModelForCausalLM
 
-    from stages.model.lora import fold_into
+    from stages.model.lora import fold_into, one_thread
+    from stages.model.quantized import quantize
 
-    dtype = settings.pop("dtype", "float32")
+    dtype, method = settings.pop("dtype", "float32"), settings.pop("quantized_base", None)
+    as_stored = bool(folders[1:] or method)
     model, info = AutoModelForCausalLM.from_pretrained(
         folders[0],
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
-        dtype="auto" if folders[1:] else dtype,
+        dtype="auto" if as_stored else dtype,
         **settings,
     )
     fold_into(model, folders[1:])
-    if folders[1:] and dtype != "auto":
-        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    wanted = model.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if method is not None:
+        with one_thread():
+            model.quantized_base = quantize(model, method, wanted)
+    if as_stored and dtype != "auto":
         for parameter in model.parameters():  # not `model.to`: it would round buffers such as rotary frequencies
-            parameter.data = parameter.data.to(wanted)
+            if parameter.is_floating_point():  # a quantized weight is not
+                parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
     model.eval()
     return model, sorted(info["missing_keys"])

@@ -1,8 +1,9 @@
 """LoRA adapters folded into weights: W ← W + scale · B A, adapter after adapter, in float32, rounded once.
 
 Training stages start from a folded chain, and `merge` writes one shard by shard. Both call `AdapterChain.fold` on
-weights in the dtype of the base, so a stage starts from the very weights that `merge` would write. LoRA is Hu et al.
-(arXiv 2106.09685), the scale of rsLoRA Kalajdzievski (2312.03732), DoRA Liu et al. (2402.09353); files are PEFT's.
+weights in the dtype of the base, so a stage starts from the very weights that `merge` would write. An adapter that was
+trained on a quantized base is added to what the quantized weights stand for. LoRA is Hu et al. (arXiv 2106.09685), the
+scale of rsLoRA Kalajdzievski (2312.03732), DoRA Liu et al. (2402.09353); files are PEFT's.
 """
 
 import json
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.model import quantized
 from stages.runtime.errors import Problem, StageError
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ class Adapter:
     """An adapter folder in PEFT's layout, and the names of its tensors that are not folded yet.
 
     Raises:
-        StageError: the folder cannot be read, or holds a kind of adapter that cannot be folded.
+        StageError: the folder cannot be read, holds a kind of adapter that cannot be folded, or needs bitsandbytes.
     """
 
     def __init__(self, folder: str) -> None:
@@ -116,6 +118,8 @@ class Adapter:
                 f"the adapter `{folder}` was trained with `{setting}`, and cannot be folded into its base; train it "
                 "again without"
             )
+        self.base = quantized.read(folder)
+        """How the base was quantized in training; None for a base that was not."""
         self.unused = set(self.names)
         own = (name.removeprefix(PREFIX) for name in self.names)
         parts = re.compile(r"\.(lora_|token_adapter\.|base_layer\.).*|\.[^.]*$")
@@ -249,14 +253,15 @@ class AdapterChain:
         return folded.to(weight.dtype)
 
     def steps(self, name: str, weight: "torch.Tensor") -> Iterator[tuple[Adapter, "torch.Tensor", "torch.Tensor"]]:
-        """Each adapter, with a parameter before it and after it; errors as `fold`.
+        """Each adapter, with the parameter that it was trained on and that with the adapter; errors as `fold`.
 
-        The parameter is in float32 as soon as an adapter has changed it.
+        The parameter is in float32 as soon as an adapter or its quantized base has changed it.
         """
         import torch
 
         twins = self.layout.tied.get(name, ())
         for adapter in self.adapters:
+            weight = self._trained_on(adapter, name, weight)
             folded = self._fold(adapter, name, weight)
             for twin in twins:
                 other = self._fold(adapter, twin, weight)
@@ -267,6 +272,12 @@ class AdapterChain:
                     )
             yield adapter, weight, folded
             weight = folded
+
+    def _trained_on(self, adapter: Adapter, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """What the parameter was while the adapter was trained."""
+        if adapter.base is None:
+            return weight
+        return adapter.base.values(name, weight, transposed=name.removesuffix(".weight") in self.layout.transposed)
 
     def _fold(self, adapter: Adapter, name: str, weight: "torch.Tensor") -> "torch.Tensor":
         same = (name, *self.layout.tied.get(name, ()))

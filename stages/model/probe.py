@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.model.lora import PREFIX, Adapter, check_foldable
+from stages.model import quantized
+from stages.model.lora import PREFIX, Adapter, AdapterChain, Layout, check_foldable
+from stages.model.quantized import QuantizedBase
 from stages.runtime.errors import StageError
 
 if TYPE_CHECKING:
@@ -174,13 +176,14 @@ def _whole(own: str, tensors: Parameters, adapter: Adapter, before: Parameters, 
 # The proof before training
 
 
-def check_fold(make: Callable[[Any], Any], shape: Any, config: Any) -> None:
+def check_fold(make: Callable[[Any], Any], shape: Any, config: Any, method: "quantized.Method | None" = None) -> None:
     """Prove with small random layers that the fold of an adapter of this kind is what PEFT will train.
 
     Args:
         make: the class of the model that the adapter goes on, or what makes a model from its config.
         shape: the config of that model.
         config: PEFT's LoraConfig.
+        method: how the linear layers of the model are quantized.
 
     Raises:
         StageError: PEFT does not take the settings, or the fold gives other outputs than PEFT; names the layer.
@@ -189,10 +192,10 @@ def check_fold(make: Callable[[Any], Any], shape: Any, config: Any) -> None:
 
     for _, text in check_foldable(config.to_dict()):
         raise StageError(text)
-    for name, like, rank in _kinds(make, shape, config):
+    for name, like, rank, small in _kinds(make, shape, config):
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                trouble = _probe(name, like, rank, config)
+                trouble = _probe(name, like, rank, config, method if small else None)
         except (ValueError, RuntimeError, StageError) as error:
             trouble = str(error)
         if trouble:
@@ -202,8 +205,8 @@ def check_fold(make: Callable[[Any], Any], shape: Any, config: Any) -> None:
             )
 
 
-def _kinds(make: Callable[[Any], Any], shape: Any, config: Any) -> Iterator[tuple[str, Any, int]]:
-    """One target of each kind: its name, its module in the base, and its rank."""
+def _kinds(make: Callable[[Any], Any], shape: Any, config: Any) -> Iterator[tuple[str, Any, int, bool]]:
+    """One target of each kind: its name, its module in the base, its rank, and whether it can be quantized."""
     import torch
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -211,6 +214,7 @@ def _kinds(make: Callable[[Any], Any], shape: Any, config: Any) -> Iterator[tupl
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         empty = make(copy.deepcopy(shape))
+        linear = quantized.quantizable(empty)
         plain = copy.deepcopy(config)
         plain.init_lora_weights = True  # other starts read the weights
         try:
@@ -222,13 +226,13 @@ def _kinds(make: Callable[[Any], Any], shape: Any, config: Any) -> Iterator[tupl
         if not isinstance(module, LoraLayer):
             continue
         base, rank, scale = module.get_base_layer(), module.r["default"], module.scaling["default"]
-        kind = (type(base), type(module), rank, scale, getattr(base, "bias", None) is not None)
+        kind = (type(base), type(module), rank, scale, getattr(base, "bias", None) is not None, name in linear)
         if kind not in seen:
             seen.add(kind)
-            yield name, base, rank
+            yield name, base, rank, name in linear
 
 
-def _probe(name: str, like: Any, rank: int, config: Any) -> str | None:
+def _probe(name: str, like: Any, rank: int, config: Any, method: "quantized.Method | None") -> str | None:
     """Why a small layer of this kind cannot be folded; None if it can."""
     import torch
     from peft import get_peft_model_state_dict
@@ -237,16 +241,22 @@ def _probe(name: str, like: Any, rank: int, config: Any) -> str | None:
 
     torch.manual_seed(0)
     size = max(rank, 1) + 4
+    size += -size % quantized.BLOCK if method is not None else 0
     before = {"weight": torch.randn(size, size)}
     if getattr(like, "bias", None) is not None:
         before["bias"] = torch.randn(size)
     alone = layer(like, before)
     if alone is None:
         return "of this kind of layer no adapter can"
+    transposed = isinstance(like, Conv1D)
+    if method is not None:
+        weight = before["weight"].T if transposed else before["weight"]
+        alone = quantized.layer(method, weight, alone.bias, torch.float32)
     own = copy.deepcopy(config)
     own.target_modules, own.exclude_modules, own.modules_to_save, own.trainable_token_indices = [name], None, None, None
     own.layers_to_transform = own.layers_pattern = None
     root = under_peft(name, alone, own)
+    alone.train()  # in evaluation int8 also rounds the inputs
     for key, parameter in root.named_parameters():
         if ".lora_" in key or parameter.requires_grad:
             parameter += 0.1 * torch.randn_like(parameter)
@@ -255,10 +265,11 @@ def _probe(name: str, like: Any, rank: int, config: Any) -> str | None:
         tensors = {PREFIX + key: one.contiguous() for key, one in state.items()}
         save_file(tensors, Path(folder, "adapter_model.safetensors"))
         own.save_pretrained(folder)
-        adapter = Adapter(folder)
-        transposed = isinstance(like, Conv1D)
-        after = {key: adapter.fold(f"{name}.{key}", one, transposed=transposed) for key, one in before.items()}
-        if adapter.unused:
-            return f"the fold has no place for `{min(adapter.unused)}`"
+        if method is not None:
+            QuantizedBase(method, "float32", frozenset([name])).write(Path(folder))
+        chain = AdapterChain([folder], Layout(frozenset([name] if transposed else [])))
+        after = {key: next(chain.steps(f"{name}.{key}", one))[2] for key, one in before.items()}
+        if unused := chain.adapters[0].unused:
+            return f"the fold has no place for `{min(unused)}`"
         found = difference(layer(like, after), root.get_submodule(name))
     return None if found.small else f"outputs differ by up to {found.largest:.2g} of {found.outputs:.2g}"

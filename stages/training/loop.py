@@ -47,10 +47,12 @@ def start(config: TrainingConfig, inputs: Inputs, tokenizer: "PreTrainedTokenize
     """Load the model that the stage starts from, with its adapters folded in.
 
     Weights are bfloat16 for LoRA on a GPU that computes in it, and float32 elsewhere, unless `model_init_kwargs` has a
-    `dtype`.
+    `dtype`. With `quantized_base`, that is the dtype of the other weights, and the one that the layers compute in.
     """
     settings = dict(config.trainer.get("model_init_kwargs") or {})
     settings.setdefault("dtype", "bfloat16" if config.lora is not None and has_bf16() else "float32")
+    if config.quantized_base is not None:
+        settings["quantized_base"] = config.quantized_base
     model = load_model(inputs.model, **settings)
     set_stop_tokens(model, tokenizer)
     return model
@@ -120,7 +122,9 @@ def build(trainer: Any, **parts: Any) -> Any:
         StageError: TRL or PEFT refuses the settings, or the adapter could not be folded.
     """
     if parts.get("peft_config") is not None:
-        check_fold(type(parts["model"]), parts["model"].config, parts["peft_config"])
+        base = getattr(parts["model"], "quantized_base", None)
+        method = None if base is None else base.method
+        check_fold(type(parts["model"]), parts["model"].config, parts["peft_config"], method)
     engine.shared(parts["args"])
     try:
         built = trainer(**parts)
@@ -132,7 +136,7 @@ def build(trainer: Any, **parts: Any) -> Any:
 
 
 def finish_adapter(model: Any) -> None:
-    """Prepare a model on which TRL has put an adapter: trained weights are in float32, see also `_name_missing_bias`."""
+    """Prepare a model on which TRL has put an adapter: what is trained is in float32, see also `_name_missing_bias`."""
     _name_missing_bias(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # in bfloat16, as PEFT leaves `modules_to_save`, small steps get lost
@@ -260,7 +264,10 @@ def _evaluate_before(trainer: "Trainer", out: Path, *, resumed: bool) -> dict[st
 def save_trained(
     model: Any, config: TrainingConfig, inputs: Inputs, out: Path, whole: Mapping[str, Any] | None = None
 ) -> None:
-    """Write an adapter and the generation config of its base, or the whole model."""
+    """Write an adapter, the generation config of its base and how that was quantized, or the whole model.
+
+    `whole`: its weights, where no process holds them all.
+    """
     if config.lora is None:
         model.save_pretrained(out, state_dict=whole)
         return
@@ -269,6 +276,8 @@ def save_trained(
     base = str(Path(inputs.model[0]).resolve()) if alone else "a chain of adapters, see `model` in record.json"
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(out, save_embedding_layers=False, **({} if whole is None else {"state_dict": whole}))
+    if config.quantized_base is not None:
+        model.get_base_model().quantized_base.write(out)
     model.get_base_model().generation_config.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 

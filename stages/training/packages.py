@@ -31,7 +31,8 @@ ON_GPUS_ONLY = ("galore_adamw_8bit", "galore_adamw_8bit_layerwise", "adalomo")
 
 bitsandbytes has one for all of its optimizers, paged or not, since 0.50.
 """
-QUANTIZED = ("load_in_4bit", "load_in_8bit", "quantization_config")  # under `model_init_kwargs`
+QUANTIZED = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "quantization_config": "nf4"}
+"""Settings under `model_init_kwargs` → the value of `quantized_base` for them."""
 
 
 def check(trainer: Mapping[str, Any]) -> list[Problem]:
@@ -45,6 +46,8 @@ def check(trainer: Mapping[str, Any]) -> list[Problem]:
         problems += _lacking("use_liger_kernel", "use_liger_kernel", "liger_kernel", gpu="Triton kernels")
     if optimizer in ON_GPUS_ONLY:
         problems += _without_gpu("optim", optimizer)
+    if trainer.get("activation_offloading"):  # TRL asks for an accelerator, of which there is none
+        problems += _without_gpu("activation_offloading", "activation_offloading")
     if trainer.get("fp16"):
         problems += _without_gpu("fp16", "fp16", "write `bf16: true`, or remove it")
     return problems + _check_model_settings(trainer.get("model_init_kwargs") or {})
@@ -53,9 +56,9 @@ def check(trainer: Mapping[str, Any]) -> list[Problem]:
 def _check_model_settings(settings: Mapping[str, Any]) -> list[Problem]:
     """Settings with which the model is loaded."""
     problems: list[Problem] = []
-    for name in QUANTIZED:
+    for name, method in QUANTIZED.items():
         if settings.get(name):
-            text = "training on a quantized base (QLoRA) is not supported yet; remove it, and quantize after `merge`"
+            text = f"the base is quantized before it is loaded; write `quantized_base: {method}` in the stage instead"
             problems.append((f"trainer.model_init_kwargs.{name}", f"`{name}`: {text}"))
     kernel = str(settings.get("attn_implementation")).rpartition("|")[2]
     if kernel in ATTENTION:

@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from stages.data.drawing import Draw
 from stages.data.mixture import Mixture
 from stages.data.source import Source
+from stages.model import quantized
 from stages.model.facts import Facts, check_template
 from stages.model.inputs import Inputs
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, nearest
-from stages.training import adapters, effects, packages
+from stages.training import adapters, effects, packages, quantized_base
 
 LIMIT = "set `trainer.max_length`"
 SAVE_STEPS = 0.1  # a share of all steps: a killed run loses a tenth at most
@@ -76,6 +77,8 @@ class TrainingConfig(BaseModel):
     """Rows of `data` held out: a share below 1, or a number of rows."""
     lora: dict[str, Any] | None = None
     """PEFT's LoraConfig; without it the whole model is trained."""
+    quantized_base: quantized.Method | None = None
+    """QLoRA: the adapter is trained on a base whose linear layers are in 4 bits (`nf4`) or in 8 bits (`int8`)."""
     trainer: dict[str, Any] = {}
     """TRL's own settings."""
     early_stopping: int | None = Field(default=None, gt=0)
@@ -163,6 +166,8 @@ def check_training(
     problems += _check_values(config) + packages.check(config.trainer) + effects.check(config.trainer)
     if config.lora is not None:
         problems += adapters.check(config.lora, facts)
+    if config.quantized_base is not None:
+        problems += quantized_base.check(config.quantized_base, config.lora, config.trainer, facts)
     if chat or config.template:
         problems += check_template(config.template, facts)
     return problems
