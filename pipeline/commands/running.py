@@ -51,6 +51,7 @@ def run(
     from pipeline.plan.step import refuse_plan
     from pipeline.run import runner
     from pipeline.run.answers import ask_question
+    from pipeline.run.machines import leads
     from pipeline.views.progress import View
 
     options: dict[str, Any] = {"ask": Ask(), "ignore_gates": ignore_gates, "fetch": True}
@@ -65,7 +66,7 @@ def run(
     except GateClosed:
         tables.print_evaluations(out, planned, view.states)
         raise
-    answers = ask_question(planned)
+    answers = ask_question(planned) if leads(planned) else {}
     if as_json:
         return print_json(tables.run_as_json(planned, records, answers))
     tables.print_run(out, planned, view, records, answers)

@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # a file of the user such as stages.py must not take the place of a module of ours
 }
 
+INTERNAL = "failed with an internal error; please report this:"
+"""In the message of a stage whose error is no mistake of the user."""
 ROOM = 64 * 2**10
 """Bytes of a disk without which a stage cannot even write what went wrong."""
 
@@ -128,7 +130,7 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
     died = last.get(ENDED, {}).get("code", 0) < 0  # then the errors of the other processes are about its silence
     if "error" in last and not died:
         error = last["error"]
-        text = error["text"] or "failed with an internal error; please report this:\n" + error["traceback"].rstrip()
+        text = error["text"] or f"{INTERNAL}\n{error['traceback'].rstrip()}"
         least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
         raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
     if shutil.disk_usage(folder).free < ROOM:

@@ -2,7 +2,7 @@
 
 Each stage runs in a child forked from a server that has imported torch, transformers, trl and peft once, so a
 crash cannot take the runner with it, memory comes back, and the imports are paid once a run. With several
-processes a stage goes through accelerate's launcher instead.
+processes a stage goes through accelerate's launcher instead. On several machines, one leads and the others follow it.
 """
 
 import contextlib
@@ -23,7 +23,10 @@ from pipeline.plan.estimate import estimated_and_measured
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts, overrides
 from pipeline.run import card
+from pipeline.run.following import follow_leader
 from pipeline.run.launch import Launched
+from pipeline.run.leading import Group, gathered
+from pipeline.run.machines import here
 from pipeline.run.process import Child, Forked, Stop, View, follow
 from pipeline.run.rehearsal import Rehearsals
 from pipeline.saves import artifact
@@ -42,11 +45,22 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
     """Run every step that is not done, in order; returns the records of all steps.
 
     Raises:
-        StageFailed: a stage ended without a result.
-        Interrupted: a signal came; running again goes on.
+        StageFailed: a stage ended without a result, or the machines did not meet.
+        Interrupted: a signal came, or a machine was lost; running again goes on.
         Busy: another run is at work on the same stage.
         GateClosed: a gate failed, and the plan does not ignore gates.
+        ConfigError: machines plan different things, or the environment does not say which machine this is.
     """
+    place = here(planned)
+    with _signals() as stop:
+        if place is not None and place.rank > 0:
+            return follow_leader(place, planned, view, stop)
+        with gathered(place, planned, view, stop) as group:
+            return _run_steps(planned, view, stop, group)
+
+
+def _run_steps(planned: Plan, view: View, stop: Stop, group: Group | None) -> list[dict[str, Any]]:
+    """Run every step; `group` has the other machines, if there are any."""
     records: list[dict[str, Any]] = []
     gates = _Gates(planned)
     content_module.clear_torn(planned.saves)
@@ -56,7 +70,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
     for step in planned.steps:
         if step.state == "done":  # linked before the first stage starts, so that `gc` knows that they are needed
             link(step.folder, step.link)
-    with _signals() as stop, gates.written():
+    with gates.written():
         rehearsals = Rehearsals(planned, view, stop)
         for step in planned.steps:
             record = artifact.read(step.folder)
@@ -67,7 +81,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
                 there = zip(planned.steps, records, strict=False)
                 before = [card.FinishedStep(above, known.get("metrics", {})) for above, known in there]
                 rehearsals.below(step)
-                record = _run_step(step, planned, view, stop, gates, before)
+                record = _run_step(step, planned, view, stop, gates, before, group)
             link(step.folder, step.link)
             records.append(record)
             gates.judge(step)
@@ -161,9 +175,18 @@ def _leave_terminal() -> None:
 
 
 def _run_step(
-    step: Step, planned: Plan, view: View, stop: Stop, gates: _Gates, before: Sequence[card.FinishedStep]
+    step: Step,
+    planned: Plan,
+    view: View,
+    stop: Stop,
+    gates: _Gates,
+    before: Sequence[card.FinishedStep],
+    group: Group | None,
 ) -> dict[str, Any]:
     """Run one step under its lock until its folder is finished and has its final name."""
+    together = group is not None and step.entry.launch.machines > 1
+    if group is not None and not together:
+        group.tell("step", stage=step.name, state="running")
     began, clock = time.time(), time.monotonic()
     hashes = planned.hashes
     with locked(step.part, step.name), reading(step.reads()):
@@ -178,7 +201,10 @@ def _run_step(
         spec.write_text(json.dumps(begin(step, planned), ensure_ascii=False, indent=1), encoding="utf-8")
         spec.replace(step.part / SPEC)
         view.step(step, "running")
-        done = follow(step, view, stop, step.part, lambda: _child(step))
+        if group is not None and together:
+            done = group.run(step, view, stop)
+        else:
+            done = follow(step, view, stop, step.part, lambda: _child(step))
         check_unchanged(step, hashes)
         versions = installed_versions(step.use)
         if step.stage.card:
@@ -195,6 +221,8 @@ def _run_step(
         artifact.finish(step.part, step.folder, record, hashes)
         hashes.save()
     view.step(step, "ran")
+    if group is not None:
+        group.tell("step", stage=step.name, state="ran")
     return record
 
 

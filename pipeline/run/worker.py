@@ -22,17 +22,23 @@ from stages import find
 from stages.model.device import hide_all_gpus_but_one
 from stages.model.inputs import Inputs
 from stages.runtime.errors import MORE_MEMORY, Interrupted, explain
-from stages.runtime.events import LAUNCHED, emit
+from stages.runtime.events import LAUNCHED, REPORTS, emit
 from stages.runtime.processes import end_with_parent, peak_memory
 
 Hook = Literal["run", "rehearse"]
 
 
 def main(spec_file: str, hook: Hook = "run") -> None:
-    """Run or rehearse the stage of a spec file and exit with 0, 1 or 75; never returns."""
-    out = Path(spec_file).parent
+    """Run or rehearse the stage of a spec file and exit with 0, 1 or 75; never returns.
+
+    It works in the folder of the spec file, or in `out` of the spec; then the spec's folder has its log and events.
+    """
+    reports = Path(spec_file).parent
     spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
-    to_log(out / artifact.LOG)
+    out = Path(spec.get("out", reports))
+    if out != reports:
+        os.environ[REPORTS] = str(reports)
+    to_log(reports / artifact.LOG)
     end_with_parent()
     held = _hold(out)
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process of a terminal; the runner decides

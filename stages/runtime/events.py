@@ -15,6 +15,7 @@ from typing import Any
 
 EVENTS_FILE = "events.jsonl"
 LAUNCHED = "PIPELINE_LAUNCHED"  # their `Sharing`, set in the processes of a launcher; only there `RANK` counts
+REPORTS = "PIPELINE_REPORTS"  # a folder, set on a machine that follows another one: its processes report there
 ENDED = "ended"  # of several processes, which one ended first before the work was done
 
 
@@ -39,11 +40,14 @@ def read_events(out: Path) -> Iterator[dict[str, Any]]:
 def emit(out: Path, kind: str, **values: object) -> None:
     """Append one event. `kind` is start, total, step, log, note, done, interrupted, ended or error.
 
-    Only the main process emits events, except errors: the process that fails first knows the cause.
+    Only the main process emits events, except errors: the process that fails first knows the cause. On a machine that
+    follows another one its first process emits events, into a folder of that machine.
     """
-    if main_process() or kind == "error":
+    reports = os.environ.get(REPORTS)
+    first = reports is not None and os.environ.get("LOCAL_RANK", "0") == "0"
+    if main_process() or first or kind == "error":
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, ensure_ascii=False)
-        with open(out / EVENTS_FILE, "a", encoding="utf-8") as file:
+        with open(Path(reports or out) / EVENTS_FILE, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
