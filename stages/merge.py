@@ -6,7 +6,7 @@ with PEFT's own layer under the same adapter, and the weight in the file with th
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +141,7 @@ class _Fold:
         self.due = self._due() if prove else {}
         self.found: list[Difference] = []
         self.trouble: StageError | None = None
-        self._room: torch.Tensor | None = None
+        self._rooms: dict[torch.dtype, torch.Tensor] = {}
 
     def _places(self, name: str) -> tuple[str, ...]:
         """The name of a weight of the file in the model, and the other names of the same weight."""
@@ -175,16 +175,21 @@ class _Fold:
         Raises:
             StageError: an adapter does not fit.
         """
+        import torch
+
         modules = self.due.get(name)
         if modules is None or self.trouble:
-            return self.chain.fold(self.names[name], weight)
+            folded = weight
+            for _, _, after in self.chain.steps(self.names[name], weight):
+                folded = after
+            return self._copy(folded, weight.dtype)
         before = {
             part: self.source.read(part).float()
             for parts in modules.values()
             for part in parts.values()
             if part != name
         }
-        before[name] = after = self._float(weight)
+        before[name] = after = self._copy(weight, torch.float32)
         steps = (self.chain.steps(self.names[part], one) for part, one in before.items())
         for step in zip(*steps, strict=True):
             taken = dict(zip(before, step, strict=True))
@@ -192,16 +197,22 @@ class _Fold:
                 sides = ({part: taken[one][side] for part, one in parts.items()} for side in (1, 2))
                 self._prove(module, step[0][0], *sides)
             after = taken[name][2]
-        return after.to(weight.dtype)
+        return self._copy(after, weight.dtype)
 
-    def _float(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """A weight in float32, always in the same memory: the system takes longer to hand out memory than to copy."""
+    def _copy(self, weight: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+        """A weight in another dtype, always in the same memory; the weight itself if it has the dtype.
+
+        The system takes longer to hand out memory than to copy. And of the memory for one weight after the other the
+        allocator of C keeps more with each layer: it gives back what it had at the end of its heap only.
+        """
         import torch
 
-        if self._room is None or self._room.numel() < weight.numel():
-            self._room = None  # first free the memory
-            self._room = torch.empty(weight.numel())
-        return self._room[: weight.numel()].view(weight.shape).copy_(weight)
+        if weight.dtype == dtype:
+            return weight
+        if dtype not in self._rooms or self._rooms[dtype].numel() < weight.numel():
+            self._rooms.pop(dtype, None)  # first free the memory
+            self._rooms[dtype] = torch.empty(weight.numel(), dtype=dtype)
+        return self._rooms[dtype][: weight.numel()].view(weight.shape).copy_(weight)
 
     def check(self) -> None:
         """Check that every tensor of every adapter was folded, and that the fold is what PEFT would compute.
@@ -241,33 +252,6 @@ class _Fold:
 
     def _note(self, trouble: str) -> None:
         self.trouble = self.trouble or _other(trouble)
-
-
-def verify(chain: Sequence[str], merged: Path) -> Metrics:
-    """Prove a finished folder against its chain, with one weight in memory at a time; `run` proves while it writes.
-
-    Transformers finds all weights in the folder. It has the weights of the base, and no other. Each of them is, bit for
-    bit, the fold of the base's weight, rounded once. Each layer that an adapter changes gives, in float32 and before it
-    is rounded, the outputs of PEFT's own layer under that adapter, not merged, on what the adapters before left.
-
-    Args:
-        chain: the folder of the base, and those of the adapters.
-        merged: the folder to prove.
-
-    Returns:
-        `layers` and `layer_difference`, as in the metrics of the stage.
-
-    Raises:
-        StageError: the folder is not the chain; names the weight or the layer.
-    """
-    model, written = _read_folder(merged)
-    fold = _Fold(model, AdapterChain(chain[1:], layout(model)), shards.Weights(Path(chain[0])))
-    _compare_entries(fold.source, written)
-    with one_thread():
-        for name in fold.source.entries:
-            _compare_bits(name, fold.weight(name, fold.source.read(name)), written.read(name))
-    fold.check()
-    return fold.figures()
 
 
 def _read_folder(folder: Path) -> tuple["PreTrainedModel", shards.Weights]:

@@ -56,23 +56,25 @@ def line(name):
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 small, large, out = map(Path, sys.argv[1:])
-for number, folder in enumerate((small, small, large)):  # the first one imports
-    target = out / str(number)
-    target.mkdir(parents=True)
-    before = line("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    merge.run(merge.Config(model="base"), Inputs(model=[str(folder / "base"), str(folder / "adapter")]), target)
-    print("PEAK", line("VmHWM") - before)
+for verify in (True, False):
+    for number, folder in enumerate((small, small, large)):  # the first one imports
+        target = out / f"{verify}-{number}"
+        target.mkdir(parents=True)
+        before = line("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        chain = [str(folder / "base"), str(folder / "adapter")]
+        merge.run(merge.Config(model="base", verify=verify), Inputs(model=chain), target)
+        print("PEAK", line("VmHWM") - before)
 """
 
 
 def test_a_deeper_model_takes_no_more_memory(tmp_path):
-    """Files of 12 and 139 MB; what grows with the number of layers are the objects of Python."""
+    """Weights of 76 and 192 MB, of which the largest has 33 MB."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 1000}
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 32_000}
     for layers in (2, 24):
         folder = tmp_path / str(layers)
         model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=layers, **sizes), dtype=torch.bfloat16)
@@ -81,6 +83,6 @@ def test_a_deeper_model_takes_no_more_memory(tmp_path):
         get_peft_model(model, config).save_pretrained(folder / "adapter")
     folders = [str(tmp_path / name) for name in ("2", "24", "out")]
     done = subprocess.run([sys.executable, "-c", PEAK, *folders], check=True, stdout=subprocess.PIPE, text=True)
-    _, small, large = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK"))
-    more = (tmp_path / "24/base/model.safetensors").stat().st_size // 1024
-    assert large - small < more / 4, f"{small:,} and {large:,} KB"
+    peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK")]
+    for _, small, large in (peaks[:3], peaks[3:]):
+        assert abs(large - small) < small / 10, peaks
