@@ -10,7 +10,8 @@ one thread meanwhile: the mean of all scales depends on how they are added up.
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -139,6 +140,15 @@ def _dequantize(method: Method, data: "torch.Tensor", scales: Any) -> "torch.Ten
         return data.float().mul_(scales.unsqueeze(1).mul(1 / 127))  # as its layer computes
     found: torch.Tensor = functional.dequantize_4bit(data, scales)
     return found
+
+
+def size(method: Method, shape: Sequence[int]) -> int:
+    """Bytes of a quantized weight with its scales."""
+    count = math.prod(shape)
+    if method == "int8":
+        return count + 4 * shape[0]  # a scale in float32 for each output
+    blocks = math.ceil(count / BLOCK)
+    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256)
 
 
 # Layers

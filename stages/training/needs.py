@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from stages.model import quantized
 from stages.model.device import has_gpu
 from stages.model.facts import Facts, Needs
+from stages.model.tokens import HEADS, last_module
 from stages.training.adapters import is_targeted, rank_of
 from stages.training.settings import TrainingConfig, saving
 
@@ -24,7 +26,7 @@ def training_needs(config: TrainingConfig, facts: Facts, copies: int = 1) -> Nee
     """
     if not facts.weights:
         return Needs(0, 0)
-    whole = facts.parameters * _width(config, facts)
+    whole = _weights(config, facts)
     trained = whole if config.lora is None else 4 * _adapter_parameters(config.lora, facts)
     optimizer = str(config.trainer.get("optim", "adamw_torch"))
     moments = 2 * trained if optimizer.startswith("adamw") and "bit" not in optimizer else 0
@@ -38,6 +40,18 @@ def facts_after_training(config: TrainingConfig, facts: Facts) -> Facts:
     if config.lora is not None:
         return replace(facts, adapters=facts.adapters + 1)
     return replace(facts, adapters=0, stored=facts.parameters * _width(config, facts))
+
+
+def _weights(config: TrainingConfig, facts: Facts) -> int:
+    """Bytes of the weights in memory, of which `quantized_base` makes those of linear layers smaller."""
+    width, method = _width(config, facts), config.quantized_base
+    small = {
+        f"{name}.weight" for name in facts.linear_modules() if method and last_module(f"{name}.weight") not in HEADS
+    }
+    return sum(
+        quantized.size(method, shape) if method and name in small else width * math.prod(shape)
+        for name, shape in facts.weights.items()
+    )
 
 
 def _width(config: TrainingConfig, facts: Facts) -> int:
