@@ -183,6 +183,9 @@ def main(folder: str, arguments: list[str]) -> None:
     from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # A SIGTERM to every process, as Slurm and systemd send it, is for the stage: it saves a checkpoint and ends.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     sys.argv = ["accelerate launch", *arguments]
     try:
         launch.main()

@@ -124,7 +124,8 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
         return last["done"]
     last = json.loads(secret.mask(json.dumps(last, ensure_ascii=False)))
     log = f"its log is {folder / artifact.LOG}"
-    if "interrupted" in last or (asked and "error" not in last):
+    internal = last.get("error", {}).get("text", "") is None  # such as a helper that got the same signal
+    if "interrupted" in last or (asked and ("error" not in last or internal)):
         how = last.get("interrupted", {}).get("text", "stopped")
         raise Interrupted(f"stage `{step.name}` {how}; run the same command again to go on")
     died = last.get(ENDED, {}).get("code", 0) < 0  # then the errors of the other processes are about its silence
@@ -238,8 +239,10 @@ def _warm(log: Path) -> None:
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    # The server inherits this: the runner alone handles Ctrl-C and a closed terminal.
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    # The server inherits this: the runner alone handles Ctrl-C, a closed terminal, and the SIGTERM that Slurm and
+    # systemd send to every process. Without its server a stage would be killed before it has saved a checkpoint.
+    ignored = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
     try:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
