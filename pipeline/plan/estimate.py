@@ -14,9 +14,10 @@ from pipeline.plan.estimate_changes import cheapest
 from pipeline.plan.estimate_engine import Engine
 from pipeline.plan.estimate_rates import measured_training, shape_of, speed_of
 from pipeline.plan.estimate_result import Batches, StageEstimate
-from pipeline.plan.estimate_rows import Counts
+from pipeline.plan.estimate_rows import Counts, counted_rows, work_of
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Plan, Step
+from pipeline.saves import artifact
 from stages.training.adapters import is_targeted
 
 NOT_IN_MEMORY = (
@@ -62,9 +63,11 @@ class _Estimates:
     def of(self, step: Step) -> StageEstimate:
         """The estimate of one stage."""
         self.engine.compute = self.ask.compute and step.state != "done"
+        last = (artifact.read(step.link.resolve()) or {}).get("seconds") if step.link.is_symlink() else None
+        found = StageEstimate(device=self.device, disk=step.needs.disk, last=last)
         if step.entry.training is None:
-            return StageEstimate(device=self.device, least=step.needs.memory, disk=step.needs.disk)
-        found = StageEstimate(device=self.device, disk=step.needs.disk, reached=_reached(step))
+            return replace(found, least=step.needs.memory)
+        found = replace(found, reached=_reached(step))
         batches, work = self.counts.batches_and_work(step)
         if batches is None:
             return replace(found, work=work, why=self._unknown(step))
@@ -75,6 +78,7 @@ class _Estimates:
         found = replace(found, memory=answer["memory"], parameters=answer["parameters"], trainable=answer["trainable"])
         found = self._with_time(found, step, answer, batches)
         if found.verdict == "does not fit" and self.engine.compute:
+            self.engine.purpose = f"looking for settings with which stage `{step.name}` fits"
             found = replace(found, changes=self._changes(step))
         return found
 
@@ -137,17 +141,22 @@ def _reached(step: Step) -> tuple[int, int] | None:
     return sum(is_targeted(module, lora) for module in modules), len(modules)
 
 
-def estimated_and_measured(step: Step, found: StageEstimate | None) -> dict[str, Any]:
+def estimated_and_measured(step: Step, found: StageEstimate | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What the record of a training stage keeps beside its peak memory: its estimate, and how long its steps took.
 
-    `training` has the steps and the seconds of the last attempt. What is not known is left out.
+    `training` has the steps and the seconds of the last attempt, and the floating-point operations of a step with the
+    rows that the stage has counted in its `metrics`. What is not known is left out.
     """
     kept: dict[str, Any] = {}
-    if (training := measured_training(step.part)) is not None:
-        kept["training"] = training
-    if found is None or found.memory is None or found.batches is None:
+    if (measured := measured_training(step.part)) is not None:
+        kept["training"] = measured
+    training = step.entry.training
+    if training is None or found is None or found.memory is None or found.batches is None:
         return kept
-    work = found.work
+    work, rows = found.work, counted_rows(metrics, training)
+    if measured is not None and found.flops is not None and work is not None and rows is not None:
+        counted = work_of(rows, found.batches, training, vars(step.entry.config)["trainer"])
+        measured["flops_of_step"] = found.flops / work.steps * counted.padded_tokens / work.padded_tokens
     kept["estimate"] = {
         "memory": dict(found.memory),
         "total": found.total,
@@ -155,7 +164,6 @@ def estimated_and_measured(step: Step, found: StageEstimate | None) -> dict[str,
         "seconds": found.seconds,
         "steps": work.steps if work is not None else None,
         "tokens": work.tokens if work is not None else None,
-        "flops_of_step": found.flops / work.steps if found.flops is not None and work is not None else None,
         "shape": shape_of(step, {"parameters": found.parameters, "trainable": found.trainable}, found.batches),
     }
     return kept

@@ -28,7 +28,7 @@ Memory = Mapping[str, int]
 """Cause → bytes on one device."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """Settings of a stage that can be changed together."""
 
@@ -54,21 +54,23 @@ def cheapest(step: Step, plan: Plan, assignments: Sequence[str], device: Device,
     now = trial.found(())
     if now is None:
         return []
-    alone = {one: found for one in sorted(_candidates(step, device), key=_cost) if (found := trial.found([one]))}
+    alone: dict[Candidate, Found] = {}
     chosen: list[Sequence[Candidate]] = []
-    for one, found in alone.items():
-        if found.total(device) <= room and not any(_contains([one], other) for other in chosen):
-            chosen.append([one])
+    for one in sorted(_candidates(step, device), key=_cost):
+        if len(chosen) < SHOWN and not any(_contains([one], other) for other in chosen):
+            found = trial.found([one])
+            alone |= {one: found} if found is not None else {}
+            chosen += [[one]] if found is not None and found.total(device) <= room else []
     tried = 0
-    for many in sorted(_combinations(list(alone)), key=_cost_of):
-        if len(chosen) >= SHOWN or tried >= TRIED:
-            break
+    for many in sorted(_combinations(list(alone)), key=_cost_of) if len(chosen) < SHOWN else ():
         predicted = now.total(device, _predicted(now.memory, [alone[one].memory for one in many]))
         if predicted > room or any(_contains(many, other) for other in chosen):
             continue
         tried += 1
         if (together := trial.found(many)) is not None and together.total(device) <= room:
             chosen.append(many)
+        if len(chosen) >= SHOWN or tried >= TRIED:
+            break
     changes = []
     for many in sorted(chosen, key=_cost_of)[:SHOWN]:
         if (together := trial.found(many)) is not None:

@@ -18,16 +18,19 @@ ROOT = Path(__file__).parents[2]
 CHILD = "pipeline.plan.estimate_child"
 CODE = ("pipeline/plan/estimate_child.py", "stages/training/*.py", "stages/model/*.py")
 """The files that an answer depends on besides the question."""
+PURPOSE = "estimating memory and time; this takes a few seconds, and is remembered (`--no-estimate` skips it)"
 
 
 class Engine:
     """Answers questions from the cache in `saves`, or by its process, which starts with the first question.
 
-    Without `compute` no process is started. `say` is told once why it takes a few seconds.
+    Without `compute` no process is started.
     """
 
     def __init__(self, saves: Path, *, compute: bool, say: Callable[[str], None]) -> None:
         self.folder, self.compute, self.say = saves / ESTIMATES, compute, say
+        self.purpose: str | None = PURPOSE
+        """What the next questions are for; it is said when the process has to answer one."""
         self.process: subprocess.Popen[str] | None = None
         files = sorted(file for pattern in CODE for file in ROOT.glob(pattern))
         self.code = [sha256(file) for file in files]
@@ -54,6 +57,9 @@ class Engine:
         return found
 
     def _asked(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
+        if self.purpose is not None:
+            self.say(self.purpose)
+            self.purpose = None
         process = self.process or self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -69,7 +75,6 @@ class Engine:
         return None
 
     def _started(self) -> "subprocess.Popen[str]":
-        self.say("estimating memory and time; this takes a few seconds, and is remembered (`--no-estimate` skips it)")
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", CHILD],

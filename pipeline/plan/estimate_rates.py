@@ -45,8 +45,8 @@ def speed_of(
 ) -> Speed | None:
     """The rate that a stage will compute with: given, else measured in the finished stage that is most like it.
 
-    Before any stage has finished on this machine, a product of matrices of its sizes is measured, and on an idle machine
-    no stage is faster.
+    Before any stage has finished on this machine, a product of matrices of its sizes is measured; on an idle machine no
+    stage is faster.
     """
     if given is not None:
         return Speed(rate=given, source="given with `--rate`")
@@ -56,10 +56,9 @@ def speed_of(
     found = [(folder, record) for folder, record in records if _measured_here(record, device)]
     if found:
         folder, record = max(found, key=lambda one: (_likeness(one[1]["estimate"]["shape"], shape), one[1]["started"]))
-        estimate, training = record["estimate"], record["training"]
-        return Speed(
-            rate=estimate["flops_of_step"] * training["steps"] / training["seconds"], source=f"of `{folder.name}`"
-        )
+        training = record["training"]
+        rate = training["flops_of_step"] * training["steps"] / training["seconds"]
+        return Speed(rate=rate, source=f"of `{folder.name}`")
     hidden = int(step.facts.config.get("hidden_size") or step.facts.config.get("n_embd") or 1024)
     sizes = {"tokens": batches.rows * batches.row_tokens, "hidden": hidden, "wide": 4 * hidden, "gpu": device.gpu}
     machine = {"host": platform.node(), "cores": usable_cores(), "threads": os.environ.get("OMP_NUM_THREADS")}
@@ -87,8 +86,8 @@ def _measured_here(record: Mapping[str, Any], device: Device) -> bool:
     """Whether a record has an estimate and a measurement of a kind of device of this machine."""
     machine, training = record.get("machine", {}), record.get("training") or {}
     here = machine.get("host") == platform.node() and machine.get("gpu") == has_gpu() == device.gpu
-    flops = (record.get("estimate") or {}).get("flops_of_step")
-    return here and bool(flops) and training.get("seconds", 0) > 0 and training.get("steps", 0) > 0
+    known = all(training.get(name, 0) > 0 for name in ("flops_of_step", "steps", "seconds"))
+    return here and known and "shape" in record.get("estimate", {})
 
 
 def measured_training(folder: Path) -> dict[str, float] | None:

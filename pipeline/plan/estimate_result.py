@@ -57,6 +57,10 @@ class Work:
     """Optimizer steps in all."""
     counted: bool
     """Whether a finished stage has counted rows and tokens; or else they follow from the first rows."""
+    guessed: bool
+    """Whether tokens follow from bytes, as there is no tokenizer yet."""
+    fixed: bool
+    """Whether the settings say the number of steps."""
     padded_tokens: float
     """Mean tokens of a row of a batch, with padding; of a packed row all its tokens."""
 
@@ -109,6 +113,8 @@ class StageEstimate:
     """Floating-point operations of the whole training on one device."""
     seconds: float | None = None
     speed: Speed | None = None
+    last: float | None = None
+    """Seconds that the stage took when it ran last."""
     changes: Sequence[Change] = ()
     """What makes it fit, the cheapest first."""
     why: str | None = None

@@ -61,11 +61,25 @@ class Rows:
     """Packed rows, where a finished stage has counted them."""
     padding: float | None = None
     """The share of pad tokens in the batches, where a finished stage has counted it."""
+    guessed: bool = False
+    """Whether there is no tokenizer yet."""
 
     @property
     def counted(self) -> bool:
         """Whether a finished stage has counted the rows."""
         return self.padding is not None
+
+
+def counted_rows(metrics: Mapping[str, Any], training: Training) -> Rows | None:
+    """The rows that a finished stage trained on in an epoch; None where it did not count them, as of a stream."""
+    if not metrics.keys() >= {"rows", "dropped", "tokens", "longest"}:
+        return None
+    count = metrics["rows"] - metrics["dropped"]
+    pairs = any(source.format == "preference" for source in training.draw.sources)
+    mean = metrics["tokens"] // max(1, count * (2 if pairs else 1))
+    lengths = [min(mean, training.max_length or mean)]
+    packed, padding = metrics.get("packed_into"), metrics.get("padding", 0.0)
+    return Rows(count, metrics["tokens"], metrics["longest"], lengths, packed, padding)
 
 
 class Counts:
@@ -102,7 +116,7 @@ class Counts:
             longest_seen=longest is not None and room == min(longest, room),
             documents=documents,
         )
-        return batches, _work(rows, batches, trainer, packs=packs) if rows is not None else None
+        return batches, work_of(rows, batches, training, trainer) if rows is not None else None
 
     def _counted(self, step: Step, training: Training) -> Rows | None:
         """What a finished stage counted that read the same rows in the same way."""
@@ -115,13 +129,8 @@ class Counts:
                 and record["files"].get("tokenizer.json", {}).get("sha256") == tokenizer
                 and _of_rows(record.get("recipe", {})) == _of_rows(step.recipe)
             )
-            if same and metrics.keys() >= {"rows", "dropped", "tokens", "longest"}:
-                count = metrics["rows"] - metrics["dropped"]
-                pairs = any(source.format == "preference" for source in training.draw.sources)
-                mean = metrics["tokens"] // max(1, count * (2 if pairs else 1))
-                lengths = [min(mean, training.max_length or mean)]
-                packed, padding = metrics.get("packed_into"), metrics.get("padding", 0.0)
-                return Rows(count, metrics["tokens"], metrics["longest"], lengths, packed, padding)
+            if same and (rows := counted_rows(metrics, training)) is not None:
+                return rows
         return None
 
     def _sampled(self, step: Step, training: Training) -> Rows | None:
@@ -146,7 +155,7 @@ class Counts:
             lengths += cut.longest
         whole = all(sample.whole and not sample.guessed for sample in there)
         longest = max((max(sample.longest, default=0) for sample in there), default=0) if whole else None
-        return Rows(sum(drawn), round(tokens), longest, lengths)
+        return Rows(sum(drawn), round(tokens), longest, lengths, guessed=any(sample.guessed for sample in there))
 
     def _count(self, step: Step, source: Source) -> int | None:
         """The rows of a data set, bad ones included; None where they do not exist yet."""
@@ -240,7 +249,9 @@ def packed_rows(lengths: Sequence[int], room: int) -> int:
     return len(free)
 
 
-def _work(rows: Rows, batches: Batches, trainer: Mapping[str, Any], *, packs: bool) -> Work:
+def work_of(rows: Rows, batches: Batches, training: Training, trainer: Mapping[str, Any]) -> Work:
+    """Tokens and steps of a stage that trains on these rows; `trainer` are its settings of TRL."""
+    packs = bool(trainer.get("packing", training.cut))
     room, sequences = batches.row_tokens, rows.count
     padded: float = _longest_of(rows.lengths, batches.rows)
     if packs:
@@ -261,6 +272,8 @@ def _work(rows: Rows, batches: Batches, trainer: Mapping[str, Any], *, packs: bo
         steps_of_epoch=of_epoch,
         steps=steps,
         counted=rows.counted,
+        guessed=rows.guessed,
+        fixed=most > 0,
         padded_tokens=padded,
     )
 

@@ -216,7 +216,7 @@ def _run_step(
             "seconds": round(before_this.seconds + time.monotonic() - clock, 3),
             "attempts": before_this.count + 1,
             "memory": before_this.most_memory(done["memory"]),
-            **estimated_and_measured(step, planned.estimates.get(step.name)),
+            **estimated_and_measured(step, planned.estimates.get(step.name), done["metrics"]),
         }
         artifact.finish(step.part, step.folder, record, hashes)
         hashes.save()

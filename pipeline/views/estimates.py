@@ -72,15 +72,19 @@ def _rows(found: StageEstimate) -> Iterator[str]:
         yield f"{step}; how many rows there are is not known yet"
         return
     about = "" if work.counted else "about "
-    yield f"{about}{work.rows:,} rows and {about}{_count(work.tokens)} tokens an epoch; {about}{work.steps:,} steps"
+    tokens = f"{work.rows:,} rows and {about}{_count(work.tokens)} tokens an epoch"
+    tokens += " (3 bytes a token, as there is no tokenizer yet)" if work.guessed else ""
+    yield f"{tokens}; {'' if work.fixed else about}{work.steps:,} steps"
     yield f"{step}; about {work.step_tokens:,.0f} tokens a step"
 
 
 def _time(found: StageEstimate) -> Iterator[str]:
-    if found.seconds is None or found.speed is None:
-        return
-    at_least = "at least" if found.speed.at_most else "about"
-    yield f"{at_least} {duration(found.seconds)} at the {rate_text(found.speed.rate)} {found.speed.source}"
+    if found.seconds is not None and found.speed is not None:
+        time = duration(found.seconds)
+        amount = f"{time} or more" if found.speed.at_most else f"about {time}"
+        yield f"{amount}, at the {rate_text(found.speed.rate)} {found.speed.source}"
+    if found.last is not None:
+        yield f"it took {duration(found.last)} when it ran last"
 
 
 def _changes(found: StageEstimate) -> Iterator[str]:
@@ -140,11 +144,13 @@ def as_json(found: StageEstimate) -> dict[str, Any]:
             "steps": work.steps,
             "tokens_of_step": round(work.step_tokens),
             "counted": work.counted,
+            "tokens_guessed": work.guessed,
         }
         if work is not None
         else None,
         "disk_at_least": found.disk or None,
         "seconds": found.seconds,
+        "seconds_last_time": found.last,
         "flops": found.flops,
         "rate": {"flops_per_second": found.speed.rate, "source": found.speed.source, "at_most": found.speed.at_most}
         if found.speed is not None

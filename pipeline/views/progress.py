@@ -40,6 +40,8 @@ class StageProgress:
     """Why the stage will run, then what it is doing, and when it is finished its key figure."""
     expected: float | None = None
     """Seconds that it took when it ran last; None if it is done or that is not known."""
+    estimated: float | None = None
+    """Seconds that it takes by its estimate; None if that is not known."""
     state: str = "waiting"
     """A key of MARKS."""
     last_log: tuple[float, float] | None = None
@@ -71,7 +73,9 @@ class View:
     def _waiting(self, step: Step) -> StageProgress:
         task_id = self.progress.add_task(step.name, start=False, total=None, loss="", speed="")
         previous = artifact.read(step.link.resolve()) if step.state != "done" else None
-        return StageProgress(self.progress.tasks[task_id], step.why, expected=(previous or {}).get("seconds"))
+        last, estimate = (previous or {}).get("seconds"), self.plan.estimates.get(step.name)
+        seconds = estimate.seconds if estimate is not None and step.state != "done" else None
+        return StageProgress(self.progress.tasks[task_id], step.why, expected=last, estimated=seconds)
 
     def __enter__(self) -> "View":
         if self.live:
@@ -173,7 +177,8 @@ class View:
         )  # a short last line: the echo of Ctrl-C at the end of a full one would scroll
 
     def _run_left(self) -> str:
-        """How far the run is, and the time that it takes at least: that of this stage, and what later ones took before.
+        """How far the run is, and the time that it takes at least: that of this stage, and of later ones what they took
+        before, or what their estimates say at the measured speed.
 
         Empty before the first stage has started.
         """
@@ -182,7 +187,7 @@ class View:
         running = next((stage for stage in stages if stage.state == "running"), None)
         if running is None:
             return ""
-        waiting = [stage.expected for stage in stages if stage.state == "waiting"]
+        waiting = [self._expected(stage) for stage in stages if stage.state == "waiting"]
         now = running.task.time_remaining
         if now is None and running.expected is not None:
             now = max(0.0, running.expected - (running.task.elapsed or 0))
@@ -190,6 +195,20 @@ class View:
         least = "" if len(known) == 1 + len(waiting) else "at least "
         left = f", {least}{duration(sum(known))} left of the run" if known else ""
         return f"{finished} of {len(self.stages)} stages done{left}"
+
+    def _expected(self, stage: StageProgress) -> float | None:
+        """The seconds that a waiting stage takes: as when it ran last, or by its estimate.
+
+        An estimate is corrected by the last stage of this run whose real time is known: that shows how fast this
+        machine is.
+        """
+        if stage.expected is not None or stage.estimated is None:
+            return stage.expected
+        for other in reversed(self.stages.values()):
+            left = other.task.time_remaining if other.state == "running" else 0.0
+            if other.estimated and other.task.elapsed and other.state in ("ran", "running") and left is not None:
+                return stage.estimated * (other.task.elapsed + left) / other.estimated
+        return None
 
     def _progress_of(self, stage: StageProgress) -> RenderableType:
         """One line for a stage that waits or is finished; a bar and a line for one that runs, or has failed."""
