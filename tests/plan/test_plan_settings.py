@@ -4,13 +4,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from planned import INIT
+from planned import INIT, TOP
 
 from pipeline.config.checker import load_config
 from pipeline.plan import placing
 from pipeline.plan.placing import build_plan
 from stages.model import device
-from stages.training import effects, packages
+from stages.training import effects, packages, quantized_base
 
 
 def refused(*problems):
@@ -103,6 +103,7 @@ GPU_ONLY = [
     ("8:41", "optim: galore_adamw_8bit, optim_target_modules: all-linear", "galore_adamw_8bit", "remove it"),
     ("8:52", "use_liger_kernel: true", "use_liger_kernel", "remove it"),
     ("8:40", "fp16: true", "fp16", "write `bf16: true`, or remove it"),
+    ("8:57", "activation_offloading: true", "activation_offloading", "remove it"),
     (
         "8:75",
         "model_init_kwargs: {attn_implementation: flash_attention_2}",
@@ -123,11 +124,67 @@ def test_what_has_no_cpu_version_is_refused_without_a_gpu(project, installed, pl
     assert project.validate(text)[0] == 0
 
 
-@pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
-def test_a_quantized_base_is_said_to_be_not_supported_yet(project, name):
+@pytest.mark.parametrize(("name", "method"), [("load_in_4bit", "nf4"), ("load_in_8bit", "int8")])
+def test_a_quantized_base_is_a_setting_of_the_stage(project, name, method):
     _, told = project.validate(f"{INIT}  sft: {{data: consult, trainer: {{model_init_kwargs: {{{name}: true}}}}}}\n")
-    why = "training on a quantized base (QLoRA) is not supported yet; remove it, and quantize after `merge`"
+    why = f"the base is quantized before it is loaded; write `quantized_base: {method}` in the stage instead"
     assert told.endswith(f": stage `sft`: `{name}`: {why}\n")
+
+
+ADAPTER, ON_Q = "lora: {r: 4}", "lora: {target_modules: [q_proj]}"
+UNTRAINABLE = {
+    "quantized_base: nf4": (
+        "with `nf4` the weights of the model cannot be trained, only an adapter on them; add `lora: {r: 16}`, or "
+        "remove it"
+    ),
+    "quantized_base: nf4, lora: {modules_to_save: [mlp]}": (
+        "`mlp` would train whole layers, which `quantized_base` quantizes; write it in `target_modules`, or remove it"
+    ),
+    "quantized_base: nf4, lora: {init_lora_weights: orthogonal}": (
+        "PEFT starts `orthogonal` from weights in floating point, and those of the base are quantized; remove it"
+    ),
+    "quantized_base: nf4, lora: {bias: all}": (
+        "`all`: bitsandbytes rounds a bias to the dtype of its inputs, so small steps get lost; remove it"
+    ),
+    "quantized_base: int8, lora: {use_dora: true}": (
+        "PEFT loses the scales of a layer in int8 with DoRA; write `quantized_base: nf4`, or remove it"
+    ),
+    f"quantized_base: nf4, {ADAPTER}, trainer: {{model_init_kwargs: {{dtype: float64}}}}": (
+        "`float64`: bitsandbytes computes in float32, bfloat16 or float16; write one of these, or leave it out"
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", UNTRAINABLE)
+def test_what_cannot_be_trained_on_a_quantized_base_is_told(project, settings):
+    project.model(weights={f"model.layers.0.{name}.weight": [8, 8] for name in ("self_attn.q_proj", "mlp.up_proj")})
+    code, told = project.validate(f"model: m\n{TOP}stages:\n  sft: {{data: consult, {settings}}}\n")
+    assert (code, told.partition(": stage `sft`: ")[2]) == (2, f"{UNTRAINABLE[settings]}\n")
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft", "dpo", "kto", "reward"])
+def test_every_stage_with_an_adapter_can_have_a_quantized_base(project, stage):
+    project.model(weights={f"model.layers.0.{name}.weight": [8, 8] for name in ("self_attn.q_proj", "mlp.up_proj")})
+    data = {"pt": "books", "sft": "consult", "kto": "prefer"}.get(stage, "prefer")
+    settings = "quantized_base: nf4, lora: {r: 4, use_dora: true, modules_to_save: [lm_head]}"
+    _, told = project.validate(f"model: m\n{TOP}stages:\n  {stage}: {{data: {data}, {settings}}}\n")
+    assert "quantized" not in told
+    assert "lora" not in told
+
+
+def test_a_quantized_base_needs_a_package(project, monkeypatch):
+    monkeypatch.setattr(quantized_base, "find_spec", lambda name: None)
+    _, told = project.validate(f"{INIT}  sft: {{data: consult, quantized_base: nf4, {ADAPTER}}}\n")
+    assert told.endswith(": stage `sft`: `nf4` needs a package; `pip install bitsandbytes`, or remove it\n")
+
+
+def test_experts_are_not_quantized(project):
+    project.model(model_type="qwen3_moe", num_experts=4, weights={"model.layers.0.self_attn.q_proj.weight": [8, 8]})
+    _, told = project.validate(f"model: m\n{TOP}stages:\n  sft: {{data: consult, quantized_base: nf4, {ON_Q}}}\n")
+    why = (
+        "the experts of `m` are 3-D weights, which bitsandbytes leaves as they are, so it would save little; remove it"
+    )
+    assert told.endswith(f": stage `sft`: {why}\n")
 
 
 # Settings without effect
