@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.chat.labels import IGNORED
 from stages.model.inputs import Inputs
-from stages.training import live_tensors, loop, loss_head, packing
+from stages.training import bitsandbytes_ops, live_tensors, loop, loss_head, packing
 from stages.training.optimizer_state import is_of_bitsandbytes, state
 from stages.training.settings import TrainingConfig
 from stages.training.weightless import weightless
@@ -120,7 +120,9 @@ class Work:
         formula = flop_counter.flop_registry.get(packet)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
-        elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
+        else:
+            self.flops += bitsandbytes_ops.flops(operation, args)
+        if packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
             self.flops += flop_counter.sdpa_flop_count(*(part.shape for part in args[:3]))
         elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu_backward":
             self.flops += flop_counter.sdpa_backward_flop_count(*(part.shape for part in args[:4]))
@@ -202,7 +204,8 @@ def _model(kind: str, config: TrainingConfig, folder: Path, *, gpu: bool) -> Any
     if method is not None:
         from stages.model.quantized import quantize
 
-        quantize(model, method, dtype)
+        with bitsandbytes_ops.plain_weights():
+            quantize(model, method, dtype)
     return model
 
 

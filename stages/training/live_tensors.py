@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from stages.training.bitsandbytes_ops import held_inside
+
 if TYPE_CHECKING:
     from torch import Tensor, UntypedStorage
 
@@ -45,6 +47,11 @@ class Ledger:
         self.live[cause] += size
         if self.total > self.peak.total():
             self.peak = Counter(self.live)
+
+    def hold(self, size: int) -> None:
+        """Count bytes of workspace that are given back at once."""
+        if self.total + size > self.peak.total():
+            self.peak = self.live + Counter(workspace=size)
 
     def move(self, tensor: "Tensor", cause: str) -> None:
         """Count the storage of a tensor under another cause from now on."""
@@ -95,6 +102,7 @@ def follow(ledger: Ledger, seen: Callable[[Any, Any, Any, Any], None] | None = N
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             cause = ledger.cause or ("activations" if torch.is_grad_enabled() else "workspace")
+            ledger.hold(held_inside(func, args))
             if func is copy and ledger.cause_of(args[0]) in ("weights", "reference"):
                 cause = "workspace"  # a copy of a weight in another dtype
             for leaf in tree_leaves(result):

@@ -9,6 +9,8 @@ import contextlib
 import math
 from typing import Any
 
+from stages.training.bitsandbytes_ops import without_outliers
+
 LARGE = 2**22
 """Elements from which on a tensor of whole numbers has no memory either."""
 
@@ -25,7 +27,9 @@ def weightless() -> Any:
 
     aten = torch.ops.aten
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    counting = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+
+    def made(func: Any, args: Any, kwargs: Any) -> list[Any]:
+        return [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
 
     class Weightless(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -38,12 +42,15 @@ def weightless() -> Any:
                     return True
                 if func is aten.index.Tensor and (mask := _real_mask(args[1])) is not None:
                     return args[0].new_empty((int(mask.sum()), *args[0].shape[mask.ndim :]))
+                with fake:
+                    if (simple := without_outliers(func, args)) is not None:
+                        return simple
                 empty = True
             elif given:
                 empty = _broadcast_size(given) > LARGE
             else:
-                default = torch.int64 if func in counting else torch.get_default_dtype()
-                empty = (kwargs.get("dtype") or default).is_floating_point
+                with fake:  # whether it makes numbers with a fraction
+                    empty = any(leaf.is_floating_point() or leaf.numel() > LARGE for leaf in made(func, args, kwargs))
             with fake if empty else contextlib.nullcontext():
                 return func(*args, **kwargs)
 
