@@ -37,6 +37,7 @@ def push(
     from pipeline.saves.locks import reading
     from pipeline.tools import push as pushing
 
+    pushing.check_config(config)
     token = pushing.check_request(to, revision)
     planned = planned_steps(config, saves, assignments, None)
     step = pushing.finished_step(planned, stage)

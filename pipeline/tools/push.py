@@ -82,6 +82,22 @@ class Push:
         yield from (f"note: {note}" for note in self.notes)
 
 
+def check_config(config: Path) -> None:
+    """Refuse a folder: without its config nobody can say whether its files are those that the stage left.
+
+    Raises:
+        ConfigError: `config` is a folder.
+    """
+    if not config.is_dir():
+        return
+    record = artifact.read(config)
+    if record is None:
+        text = "is a folder that no stage made; `push` uploads a stage of a config, and `hf upload ORG/NAME` any folder"
+    else:
+        text = f"is a folder; name the config that made it, with `--stage {record['stage']}`"
+    raise ConfigError([f"{config}: {text}"])
+
+
 def check_request(to: str, branch: str) -> str:
     """The token for an upload.
 

@@ -10,11 +10,12 @@ import yaml
 
 from pipeline.config.checker import NAME
 from pipeline.errors import ConfigError
+from pipeline.tools.convert_hub import pinned_commit
 from stages.chat.template import template_names, template_text
 from stages.data.guess import Guess, guess
 from stages.data.source import CONVERSATIONS
 from stages.model.device import has_gpu
-from stages.model.facts import check_template, read_facts
+from stages.model.facts import check_template, is_hub_name, locate_model, read_facts
 from stages.runtime.errors import StageError
 
 LORA = "lora: {r: 16, lora_alpha: 32}             # every linear layer; without `lora` the whole model is trained"
@@ -84,7 +85,7 @@ def write(model: str | None, data: Sequence[Found], template: str | None, questi
     """The text of a config; without a model it makes a tiny one.
 
     Raises:
-        ConfigError: there is no data for a training stage.
+        ConfigError: there is no data for a training stage, no such template, or no such model.
     """
     by_stage = {
         "pt": [one.name for one in data if one.guess.source.format == "text"],
@@ -95,7 +96,10 @@ def write(model: str | None, data: Sequence[Found], template: str | None, questi
     if not any(by_stage.values()):
         raise ConfigError(["--data: name at least one file of texts, conversations or preference pairs"])
     lines = ["# `pipeline plan` shows what this would do; every key is explained in docs/config.md."]
+    if template is not None:
+        _check_template(template)
     if model is not None:
+        model = _checked_model(model)
         lines.append(f"model: {_plain(model)}")
         template = template or _needed_template(model)
     else:
@@ -133,6 +137,32 @@ def _quoted(text: str) -> str:
 def _plain(text: str) -> str:
     """A text as one line of YAML, quoted where it must be."""
     return yaml.safe_dump(text, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+
+
+def _check_template(template: str) -> None:
+    try:
+        template_text(template)
+    except StageError as error:
+        raise ConfigError([f"--template {template}: {error}"]) from None
+
+
+def _checked_model(model: str) -> str:
+    """A folder as it is named, a name on the Hub with its commit.
+
+    Raises:
+        ConfigError: there is no such folder, or the commit is not known here and the Hub does not say it.
+    """
+    if is_hub_name(model) and "@" not in model:
+        if (commit := pinned_commit("model", model)) is not None:
+            return f"{model}@{commit}"
+        look = f"`git ls-remote https://huggingface.co/{model} HEAD` shows it"
+        text = f"is no folder here; a model on the Hub is named with its commit, `{model}@COMMIT`; {look}"
+        raise ConfigError([f"--model {model}: {text}"])
+    try:
+        locate_model(model, download=False)
+    except StageError as error:
+        raise ConfigError([f"--model {model}: {error}"]) from None
+    return model
 
 
 def _needed_template(model: str) -> str | None:

@@ -25,6 +25,18 @@ JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", *BINARY)  # types in which every row has every column
 _FIELD = 64 * 1024 * 1024  # the most characters in a CSV field; a quote that is never closed makes a longer one
 # `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write these next to their .arrow files; none of them holds rows.
+OTHER_TYPES = {
+    **dict.fromkeys((".md", ".markdown", ".rst"), "`cp {file} {stem}.txt` makes it a text, with its marks"),
+    **dict.fromkeys(
+        (".docx", ".odt", ".rtf", ".html", ".htm", ".epub"),
+        "`pandoc {file} -t plain --wrap=none -o {stem}.txt` makes it a text",
+    ),
+    ".doc": "`soffice --headless --convert-to txt:Text {file}` makes it a text",
+    ".pdf": "`pdftotext -layout {file} {stem}.txt` makes it a text",
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save its sheet as `{stem}.csv`"),
+    **dict.fromkeys((".ndjson", ".jsonlines"), "rename it to `{stem}.jsonl`"),
+}
+"""Types of files that people have: how one becomes a file that is read."""
 _STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"
 
 # Paths
@@ -66,6 +78,8 @@ def find_files(path: str) -> list[Path]:
         raise StageError(f"`{path}` cannot be read ({error.strerror or error})") from None
     for file in files:
         if file_type(file) not in FILE_TYPES:
+            if (way := OTHER_TYPES.get(file.suffix.lower())) is not None:
+                raise StageError(f"`{file}` is not read as it is; {way.format(file=file, stem=file.with_suffix(''))}")
             packed = f"{', '.join(COMPRESSED[:-1])} or {COMPRESSED[-1]}"
             raise StageError(f"`{file}` must be a {_types()} file; all but the last two may be compressed as {packed}")
     return files

@@ -50,6 +50,7 @@ def finish(project, text, **content):
             for name, file in content[step.name].items():
                 project.write(f"{step.part}/{name}", file)
             record = {
+                "stage": step.name,
                 "recipe": dict(step.recipe),
                 "versions": installed_versions(step.use),
                 "started": 0.0,
@@ -382,3 +383,17 @@ def test_a_run_from_the_hub_and_its_adapter_pushed_give_the_merged_model(hub, pu
     }  # the run was made in this process: it is offline
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["trained, and the same"]), done.stderr
+
+
+def test_a_folder_is_named_by_its_config_and_stage(project, merged, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    said = {
+        merged: "is a folder; name the config that made it, with `--stage merge`",
+        plain: "is a folder that no stage made; `push` uploads a stage of a config, and `hf upload ORG/NAME` any "
+        "folder",
+    }
+    for folder, text in said.items():
+        assert main(["push", str(folder), "--to", NAME]) == 2
+        assert project.capsys.readouterr().err == f"{folder}: {text}\n"

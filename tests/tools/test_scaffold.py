@@ -86,3 +86,31 @@ def test_names_and_paths_that_yaml_reads_otherwise_are_quoted(files, project, tm
     assert [step["stage"] for step in json.loads(out)["steps"]] == ["sft", "merge"]
     text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     assert "\ntemplate: med   # " in text  # the stub's tokenizer has no template and none of ChatML's tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--template medd", "there is no template `medd` (a name, a .jinja or a .json file); did you mean `med`?"),
+        ("--template my.jinja", "the template `my.jinja` cannot be read (No such file or directory)"),
+        ("--model ./models/qwen", "the model folder `./models/qwen` does not exist; name a folder or a Hub model as "
+         "`org/name@commit`"),
+        ("--model org/name", "is no folder here; a model on the Hub is named with its commit, `org/name@COMMIT`; "
+         "`git ls-remote https://huggingface.co/org/name HEAD` shows it"),
+        ("--data notes.md", "`notes.md` is not read as it is; `cp notes.md notes.txt` makes it a text, with its marks"),
+        ("--data a.pdf", "`a.pdf` is not read as it is; `pdftotext -layout a.pdf a.txt` makes it a text"),
+    ],
+)  # fmt: skip
+def test_what_a_config_could_not_use_is_said_at_once(files, tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr("pipeline.tools.convert_hub.hub_commit", lambda kind, name: None)
+    for name in ("notes.md", "a.pdf"):
+        (tmp_path / name).write_text("text")
+    code, _, err = files("init", "mine.yaml", "--data", "qa.csv", *words.split())
+    assert (code, err) == (2, f"{words}: {said}\n")
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_a_name_on_the_hub_gets_its_commit(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.tools.convert_hub.hub_commit", lambda kind, name: "a" * 40)
+    assert files("init", "mine.yaml", "--data", "qa.csv", "--model", "org/name")[0] == 0
+    assert f"\nmodel: org/name@{'a' * 40}\n" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
