@@ -55,10 +55,14 @@ def test_the_page(served, engine, tmp_path):
         assert await browser.run("getComputedStyle(document.body).backgroundColor") != light
         await browser.run("document.getElementById('language').click()")
         assert await browser.run("document.getElementById('send').textContent") == "发送"
+        told = await browser.run("document.getElementById('talk').textContent")
+        assert all(word in told for word in ("复制", "个词元，用时", "达到长度上限"))
+        assert not any(word in told for word in ("Copy", "tokens in", "cut at the limit", "stopped"))
         await browser.send(
             "Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True
         )
         assert await browser.run("document.documentElement.scrollWidth") == 390
+        await browser.until("document.getElementById('question').placeholder === '输入问题'")
 
     with served({"dpo": engine, "base": engine}) as server:
         assert browse(tmp_path, f"{server.url}/", act) == []
