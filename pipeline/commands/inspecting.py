@@ -90,9 +90,10 @@ def report(
 ) -> int:
     """Write one HTML page of a run: data, curves, figures, answers, gates, lineage."""
     from pipeline.errors import ConfigError
+    from pipeline.plan.estimate import Ask
     from pipeline.views import report as report_view
 
-    planned = planned_steps(config, saves, assignments, until)
+    planned = planned_steps(config, saves, assignments, until, ask=Ask())
     out = out or saves / planned.pipeline.name / "report.html"
     if out.is_dir():
         raise ConfigError([f"--out {out}: is a folder; name a file, such as {out / 'report.html'}"])

@@ -144,6 +144,7 @@ class _StageReport:
             "inputs": [(self._model_name(name), identity) for name, identity in step.identities.items()],
             "shared_with": self._other_configs(),
             "memory": step.needs.memory,
+            "estimate": self._estimate(record),
             "speed": sorted(speeds)[len(speeds) // 2] if speeds else None,
             "data_summary": metrics if isinstance(metrics.get("data"), list) and metrics["data"] else None,
             "figures": [(name, value) for name, value in flatten(metrics).items() if not name.startswith("data[")],
@@ -160,6 +161,15 @@ class _StageReport:
                 *(f"stage `{step.name}`: {event['text']}" for event in events if event.get("warning")),
             ],
         }
+
+    def _estimate(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The estimated bytes of memory and seconds of a training stage: of before it ran, or else of now; or None."""
+        known = self.planned.estimates.get(self.step.name)
+        if (kept := record.get("estimate")) is not None:
+            return {"memory": kept["total"], "seconds": kept["seconds"]}
+        if known is None or known.memory is None:
+            return None
+        return {"memory": known.total, "seconds": known.seconds}
 
     def _model_name(self, name: str) -> str:
         """The model behind an input of the stage: a stage above, or the folder or Hub name in the config."""
