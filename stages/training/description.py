@@ -13,6 +13,7 @@ MAIN = (
     *("optim", "weight_decay", "neftune_noise_alpha", "metric_for_best_model"),
 )
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+QUANTIZED = {"nf4": "4 bits (NF4, double quantization)", "int8": "8 bits (LLM.int8)"}
 HELD_OUT = (
     ("eval_loss", "held-out loss"),
     ("eval_rewards/accuracies", "held-out preference accuracy"),
@@ -63,6 +64,8 @@ def describe(config: TrainingConfig) -> list[str]:
     else:
         named = [f"{key} {word(config.lora[key])}" for key in LORA if key in config.lora]
         words = [f"LoRA ({', '.join(named) or 'defaults'})"]
+    if config.quantized_base is not None:
+        words.append(f"on the base in {QUANTIZED[config.quantized_base]}")
     words += [f"{key} {word(config.trainer[key])}" for key in MAIN if key in config.trainer]
     words += [f"early_stopping {config.early_stopping}"] if config.early_stopping is not None else []
     return [*words, f"seed {config.seed}"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from stages.model.device import has_gpu
 from stages.runtime.errors import Problem, nearest
 from stages.runtime.interfaces import source
 from stages.training.packages import optimizer_arguments
@@ -104,6 +105,8 @@ def notes(trainer: Mapping[str, Any]) -> list[str]:
         found.append(
             f"`learning_rate` is {rate:g}; most runs take 1e-6 to 1e-3, and one so high makes the loss explode"
         )
+    if str(trainer.get("optim")).startswith("paged_") and not has_gpu():
+        found.append(f"`{trainer['optim']}` moves moments out of a full GPU; without a GPU the pages have no effect")
     found += [f"`{name}` has no effect {why}" for name, why in _idle(trainer).items() if trainer.get(name) is not None]
     return found
 

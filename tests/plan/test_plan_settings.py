@@ -261,6 +261,9 @@ IDLE = {
     "eval_steps: 5": "`eval_steps` has no effect without `eval_strategy: steps`",
     "save_strategy: epoch, save_steps: 5": "`save_steps` has no effect without `save_strategy: steps`",
     "metric_for_best_model: loss": "`metric_for_best_model` has no effect without `load_best_model_at_end: true`",
+    "optim: paged_adamw_8bit": (
+        "`paged_adamw_8bit` moves moments out of a full GPU; without a GPU the pages have no effect"
+    ),
     "learning_rate: 100": (
         "`learning_rate` is 100; most runs take 1e-6 to 1e-3, and one so high makes the loss explode"
     ),

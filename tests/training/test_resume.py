@@ -109,8 +109,11 @@ RUNS = {
     "DPO of the whole model": (dpo, 4, {"lora": None}),
     "DPO with a reference that moves": (dpo, 4, {"lora": None, "sync_ref_model": True, "ref_model_sync_steps": 1}),
     "DPO with a reference computed ahead": (dpo, 4, {"precompute_ref_log_probs": True}),
+    "QLoRA": (sft, 4, {"lora": LORA, "quantized_base": "nf4"}),
+    "8-bit moments in pages": (sft, 4, {"lora": None, "optim": "paged_adamw_8bit"}),
     "without a best": (sft, 6, {"eval_size": 2, "lora": None}),
 }
+OF_STAGES = ("lora", "quantized_base", "eval_size", "seed", "early_stopping")  # all other settings are TRL's
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,7 +177,7 @@ def go(small, data, train):
 
     def run(name, out, callback=None, **trainer):
         stage, count, settings = RUNS[name]
-        own = {key: settings[key] for key in ("lora", "eval_size", "seed", "early_stopping") if key in settings}
+        own = {key: settings[key] for key in OF_STAGES if key in settings}
         trainer = {"max_steps": 4, **{key: settings[key] for key in settings if key not in own}, **trainer}
         return train(stage, [small], data(stage, count), out=out, callback=callback, trainer=trainer, **own)
 
