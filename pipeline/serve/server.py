@@ -44,6 +44,7 @@ def serve(
         import uvicorn
 
         from pipeline.serve.app import build_app
+        from pipeline.serve.connections import bounded
     except ModuleNotFoundError as error:
         if error.name not in _PACKAGES:
             raise
@@ -55,6 +56,7 @@ def serve(
         app = build_app(engines, limits=Limits(**bounds), queue=queue, batch=batch, key=key)
         config = uvicorn.Config(
             app,
+            http=bounded(),
             log_config=_LOGS,
             access_log=False,
             server_header=False,

@@ -33,11 +33,13 @@ def served(engine):
     import uvicorn
 
     from pipeline.serve.app import build_app
+    from pipeline.serve.connections import bounded
 
     @contextlib.contextmanager
-    def run(engines=None, **settings):
+    def run(engines=None, head_seconds=30.0, connections=400, **settings):
         app = build_app(engines or {"tiny": engine}, **settings)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+        kind = bounded(head_seconds, connections)
+        server = uvicorn.Server(uvicorn.Config(app, http=kind, log_config=None, timeout_graceful_shutdown=2))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
