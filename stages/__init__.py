@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the rooms are imported when a stage is: `pipeline --help` n
     from stages.runtime.errors import Problem
     from stages.runtime.figures import Figure
     from stages.training.settings import Training
+    from stages.training.sharing import Strategy
 
 C = TypeVar("C", bound="BaseModel")
 Metrics = dict[str, Any]
@@ -77,6 +78,10 @@ class Parallel:
 
     not_with: tuple[str, ...] = ()
     """Settings under `trainer:` that work in one process only."""
+    strategies: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero2", "zero3")
+    """How processes can share it."""
+    not_divided: tuple[str, ...] = ()
+    """Settings under `trainer:` that work only where each process holds the whole model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,7 +196,7 @@ STAGE = Stage(
     rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.dpo_config:DPOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
-    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # not tried with several processes
+    parallel=Parallel(not_divided=("sync_ref_model", "precompute_ref_log_probs")),
     describe=description.describe,
     figures=description.figures,
 )

@@ -318,7 +318,7 @@ STAGE = Stage(
     rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.kto_config:KTOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
-    parallel=Parallel(not_with=("precompute_ref_log_probs",)),  # as in `dpo`
+    parallel=Parallel(not_divided=("sync_ref_model", "precompute_ref_log_probs")),
     describe=description.describe,
     figures=description.figures,
 )

@@ -255,7 +255,7 @@ STAGE = Stage(
     rehearse=rehearse,
     trains=lambda config: config.training(whole=True),
     settings={"trainer": "trl.trainer.reward_config:RewardConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
-    parallel=Parallel(),
+    parallel=Parallel(strategies=("ddp", "zero2")),  # its adapter is folded into the whole model at the end
     describe=description.describe,
     figures=description.figures,
 )

@@ -21,6 +21,7 @@ from stages.model.references import Role
 from stages.runtime.errors import StageError, nearest
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}\Z")  # becomes a folder name
+PARTS_OF_A_SEQUENCE = {"cp_size", "sp_size"}  # accelerate's names of context and of sequence parallelism
 ROOT = ("model", "template", "data", "stages", "launch", "seed", "question", "card")
 
 
@@ -67,7 +68,7 @@ class Checker:
         self._check_type("question", str, "text")
         self._read_data(root.get("data"))
         template = self._read_template(root.get("template"))
-        launch = problems.validated(Launch, root.get("launch") or {}, ("launch",), "`launch`") or Launch()
+        launch = self._own_launch(root.get("launch") or {}, ("launch",), "`launch`") or Launch()
         card = problems.validated(Card, root.get("card") or {}, ("card",), "`card`") or Card()
         root = place_top({**root, "model": joined(root.get("model"))}, problems)
         written = write_out(root, problems)
@@ -200,7 +201,7 @@ class Checker:
         """How the processes of a stage are started."""
         own = raw.pop("launch", None)
         if own is not None:
-            launch = self.problems.validated(Launch, own, (*key, "launch"), f"{label}: `launch`") or launch
+            launch = self._own_launch(own, (*key, "launch"), f"{label}: `launch`") or launch
             if kind.parallel is None:
                 self.problems.at_key((*key, "launch"), f"{label}: `{use}` runs in one process; remove `launch`")
         if kind.parallel is None:
@@ -212,6 +213,13 @@ class Checker:
                 text = f"`{word}` works in one process; remove it, or set `launch: {{processes: 1}}`"
                 self.problems.at_key((*key, "trainer", word), f"{label}: {text}")
         return launch
+
+    def _own_launch(self, written: Any, key: Key, label: str) -> Launch | None:
+        """A `launch` as it is written; None when it is wrong."""
+        for word in PARTS_OF_A_SEQUENCE & {*written} if isinstance(written, dict) else ():
+            text = f"{label}: `{word}` divides a sequence between processes, which is not supported"
+            self.problems.at_key((*key, word), f"{text}; remove it, and lower `trainer.max_length` if memory runs out")
+        return self.problems.validated(Launch, written, key, label, skip=PARTS_OF_A_SEQUENCE)
 
     def _check_emptied(self, kind: Stage[Any], raw: Mapping[str, Any], key: Key, label: str) -> None:
         """`lora:` with nothing behind it may mean its defaults, or none; `--set sft.lora=` takes it out."""

@@ -15,8 +15,10 @@ _TRAINER_MANAGED = _by_name(
         "has no place in a file (tokens come from the environment only); remove it": "hub_token push_to_hub_token",
         "is set by the pipeline (the stage says what runs); remove it": "do_train do_eval do_predict",
         "is set by the launcher; remove it": "local_rank",
-        "is not supported yet (`launch: {processes: N}` runs data-parallel)": "deepspeed "
-        "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
+        "is set by the pipeline (from `launch: {processes: N, strategy: zero2}`, or `zero3`); remove it": "deepspeed",
+        "is set by the pipeline (from `launch: {processes: N, strategy: fsdp2}`); remove it": "fsdp fsdp_config "
+        "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
+        "is not supported (a sequence is not divided between processes); remove it": "parallelism_config",
         "is set by the pipeline (it shows the progress itself); remove it": "disable_tqdm",
         "is set by the pipeline (each stage knows its columns); remove it": "remove_unused_columns",
         "is set by the pipeline (`sft` trains the answers, `pt` every token); remove it": "completion_only_loss "

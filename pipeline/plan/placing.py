@@ -13,6 +13,7 @@ from pipeline import secret
 from pipeline.config.document import Key
 from pipeline.config.pipeline import Pipeline, StageEntry
 from pipeline.errors import ConfigError
+from pipeline.plan import launching
 from pipeline.plan.datasets import DataSets, sources_in
 from pipeline.plan.fingerprint import digest, installed_versions, settings_of
 from pipeline.plan.history import History
@@ -26,7 +27,6 @@ from stages import Scorer
 from stages.chat.encoding import refused_rows, too_many
 from stages.chat.trial import has_clock
 from stages.data.source import ROWS_FILE
-from stages.model.device import gpus
 from stages.model.facts import NO_MODEL, Facts, Needs
 from stages.model.inputs import Inputs
 from stages.model.tokens import check_rows
@@ -277,7 +277,7 @@ class Placer:
         document = self.plan.pipeline.document
         words = [int(word) if word.isdigit() else word for word in setting.split(".") if word]
         key: Key = ("stages", entry.name, *words)
-        from_top = setting in ("template", "launch.processes")
+        from_top = setting == "template" or setting.startswith("launch.")
         from_top = from_top or (setting == "model" and not (entry.start or "").startswith("$"))
         if from_top and key not in document.keys and tuple(words) in document.keys:
             key = tuple(words)
@@ -290,7 +290,8 @@ class Placer:
             self.data.check(source)
         self.check_held_out(entry)
         self.check_unseen(entry)
-        self.check_processes(entry)
+        for setting, text in launching.problems(entry):
+            self.problem(entry, setting, text)
         if entry.leaves_rows:
             self.data.keep_shapes(f"${entry.name}", sources)
         found = entry.stage.check(entry.config)
@@ -347,14 +348,6 @@ class Placer:
             text = training.draw.too_many_held_out(sum(rows)) if all(rows) else None
             if text is not None:
                 self.problem(entry, "eval_size", text)
-
-    def check_processes(self, entry: StageEntry) -> None:
-        """Each process of a training stage takes a GPU of its own, where there are GPUs."""
-        processes, there = entry.launch.processes, gpus()
-        if processes > there > 0:
-            count = f"{there} GPU{'s' if there > 1 else ''}"
-            text = f"`processes` is {processes}, one for each GPU, and this machine has {count}"
-            self.problem(entry, "launch.processes", f"{text}; write `launch: {{processes: {there}}}`")
 
     def check_unseen(self, entry: StageEntry) -> None:
         """What models are measured on should not be what they were trained or calibrated with."""

@@ -63,7 +63,9 @@ class Launched:
             environment.pop(name, None)
         environment[LAUNCHED] = json.dumps(asdict(launch.sharing))
         if not has_gpu():
-            environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+            # With accelerate's setting for a CPU, DeepSpeed would not be used.
+            zero = launch.strategy in ("zero2", "zero3")
+            environment |= {"DS_ACCELERATOR": "cpu"} if zero else {"ACCELERATE_USE_CPU": "true"}
         with open(part / artifact.LOG, "ab") as log:
             # A session of its own, so that Ctrl-C reaches only the runner, which then asks the first process to stop.
             self.process = subprocess.Popen(
@@ -134,7 +136,7 @@ def _deepspeed(launch: Launch) -> dict[str, Any]:
             "stage3_param_persistence_threshold": "auto",
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {
         **dict.fromkeys(names, "auto"),
         "bf16": {"enabled": "auto"},

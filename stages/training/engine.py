@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.model.facts import read_header
 from stages.runtime.errors import StageError
 from stages.runtime.events import main_process
-from stages.training.sharing import Sharing
+from stages.training.sharing import Sharing, sharing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,16 @@ def _offloaded(engine: Any) -> str | None:
     return "parameters" if engine.zero_offload_param() is not None else "optimizer"
 
 
+def on_cpu() -> dict[str, Any]:
+    """The arguments of a trainer that say where it computes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    # With `use_cpu` accelerate would not use DeepSpeed, and without a backend it would see one process.
+    return {"ddp_backend": "gloo"} if sharing().strategy in ("zero2", "zero3") else {"use_cpu": True}
+
+
 def load_whole(args: Any) -> None:
     """Let transformers load whole models from now on, which it would divide with ZeRO-3 while it loads them.
 
@@ -92,11 +102,14 @@ def shared(args: Any) -> None:
 # Weights
 
 
-def gathered(model: Any) -> "dict[str, Tensor] | None":
+def gathered(model: Any, wrapped: Any) -> "dict[str, Tensor] | None":
     """The state dict of a model with whole tensors in main memory, in the first process; None in the others.
 
-    Of a model with an adapter, what is trained. Each process must call it. Tied weights are one tensor.
+    Of a model with an adapter, what is trained. Each process must call it. Tied weights are one tensor. `wrapped`: the
+    engine around the model.
     """
+    if strategy_of(wrapped) == "zero3":
+        wrapped.empty_partition_cache()  # some weights are on their way to a forward pass that does not come
     state, found = model.state_dict(keep_vars=True), dict[int, Any]()
     wanted = [name for name in state if not hasattr(model, "peft_config") or state[name].requires_grad]
     for name in wanted:

@@ -75,7 +75,7 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         "report_to": "none",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # transformers would log a NaN loss as 0
-        "use_cpu": not gpu,
+        **engine.on_cpu(),
         "bf16": has_bf16() and not config.trainer.get("fp16"),
         **saving(config.trainer),
         "dataloader_pin_memory": gpu,
@@ -221,7 +221,7 @@ def train(
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     model = trainer.accelerator.unwrap_model(trainer.model)
     check_finite(model, trainer.state.global_step)
-    whole = engine.gathered(model) if sharing().divides_weights else None
+    whole = engine.gathered(model, trainer.model_wrapped) if sharing().divides_weights else None
     if main_process():
         if save is not None:
             save(model, config, inputs, out)
