@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.tools.convert_axolotl_arguments import KNOWN, NOT_SUPPORTED, READ, SAME
+from pipeline.tools.convert_axolotl_arguments import KNOWN, READ, SAME
 from pipeline.tools.convert_datasets import FORMATS, USUAL, CommitOf, declare, is_local, pinned
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
+from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_templates import chat_template
 from pipeline.tools.convert_trainer import Trainer, adapter
 
@@ -207,16 +208,21 @@ def _adapter(take: Arguments, part: Part, book: Book) -> None:
     targets, saved = take.words("lora_target_modules"), take.words("lora_modules_to_save")
     linear = take.flag("lora_target_linear")
     flags = {"use_dora": take.flag("peft_use_dora"), "use_rslora": take.flag("peft_use_rslora")}
+    bits = [size for size in (4, 8) if take.flag(f"load_in_{size}bit")]
+    words = take.take("bnb_config_kwargs") or {}
+    given = words if isinstance(words, Mapping) else {}
+    kind, double = given.get("bnb_4bit_quant_type", "nf4"), bool(given.get("bnb_4bit_use_double_quant", True))
     if is_off(method):
         return
-    if method == "qlora" and "load_in_4bit" not in take.left:
-        book.note("not supported", take.place("adapter"), f"`adapter: qlora`: {NOT_SUPPORTED['load_in_4bit']}")
-    elif method not in ("lora", "qlora"):
+    if method not in ("lora", "qlora"):
         book.note(
             "not supported", take.place("adapter"), f"`adapter: {method}` is not supported; LoRA is written instead"
         )
     targets = [] if linear else targets
     part.settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved, **flags)
+    if bits or method == "qlora":
+        name = f"load_in_{bits[0]}bit" if bits else "adapter"
+        quantize_base(take, part, book, name, bits[0] if bits else 4, kind, double=double)
 
 
 def _trainer(take: Arguments, part: Part, book: Book, method: Any) -> None:

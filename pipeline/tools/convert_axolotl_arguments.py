@@ -34,6 +34,9 @@ MADE: Mapping[str, str] = {
     "test_datasets": "`eval_data`",
     "val_set_size": "`eval_size`",
     "adapter": "`lora:` of the stage, or nothing",
+    "load_in_4bit": "`quantized_base: nf4`",
+    "load_in_8bit": "`quantized_base: int8`",
+    "bnb_config_kwargs": "nothing; 4 bits are NF4, and the scales are quantized too",
     "lora_r": "`lora: {r: …}`",
     "lora_alpha": "`lora: {lora_alpha: …}`",
     "lora_dropout": "`lora: {lora_dropout: …}`",
@@ -118,14 +121,12 @@ NOT_NEEDED: Mapping[str, str] = by_name(
         "tokens come from the environment only": "hf_use_auth_token",
         "the tokenizer has them, and the template ends the answers": "special_tokens eot_tokens",
         "the loss of every stage is checked at every step": "loss_watchdog_threshold loss_watchdog_patience",
-        "it goes with `load_in_4bit`, which is not supported": "bnb_config_kwargs gptq gptq_disable_exllama "
-        "gptq_groupsize gptq_model_v1",
+        "it goes with `gptq`, which is not supported": "gptq_disable_exllama gptq_groupsize gptq_model_v1",
     }
 )
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
-        "a base in 4 or 8 bits (QLoRA) is not supported yet; the base is loaded in 16 bits here, which needs up to "
-        "four times the memory for weights": "load_in_4bit load_in_8bit",
+        "an adapter is not trained on a base in GPTQ; name the base as it was before": "gptq",
         "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
         "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config fsdp_version",
         "parts of one sequence on several devices are not supported": "sequence_parallel_degree context_parallel_size "

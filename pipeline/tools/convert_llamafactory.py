@@ -11,6 +11,7 @@ from pipeline.tools.convert_datasets import CommitOf, Sets, declare, read_info
 from pipeline.tools.convert_llamafactory_arguments import EARLIER, KNOWN
 from pipeline.tools.convert_llamafactory_settings import DEFAULT, Settings
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
+from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_reading import config_file
 from pipeline.tools.convert_templates import chat_template, differences
 from pipeline.tools.convert_trainer import adapter
@@ -115,6 +116,7 @@ class Command:
             self._note("not supported", "dataset", f"no data set of `{part.kind}` is left, so no stage is written")
             return []
         self._adapter()
+        self._base()
         Settings(take, part, self.book).write()
         found = [part]
         if predicts and eval_data:
@@ -187,6 +189,18 @@ class Command:
             if self.part.kind in ("dpo", "kto"):
                 text = "LLaMA-Factory's reference is the base model; here it is the base with the adapter"
             self._note("differs", "adapter_name_or_path", text)
+
+    def _base(self) -> None:
+        """`quantized_base`."""
+        take = self.arguments
+        bits, kind = take.number("quantization_bit"), take.text("quantization_type") or "nf4"
+        method, double = str(take.take("quantization_method", "bnb")).lower(), take.flag("double_quantization", True)
+        if is_off(bits):
+            return
+        if method not in ("bnb", "bitsandbytes"):
+            text = f"`quantization_method: {method}`: bitsandbytes quantizes the base here"
+            self._note("differs", "quantization_method", text)
+        quantize_base(take, self.part, self.book, "quantization_bit", bits, kind, double=double)
 
     def _template(self) -> str | None:
         """Our template, a built-in name or the path of a new file; None for the model's own."""

@@ -36,6 +36,10 @@ MADE: Mapping[str, str] = {
     "model_revision": "the commit in `model: org/name@commit`",
     "adapter_name_or_path": "`model: $stage` of the stage that wrote the adapter",
     "create_new_adapter": "always: each stage trains a new adapter, on the model of the stage above",
+    "quantization_bit": "`quantized_base: nf4` or `int8`",
+    "quantization_type": "nothing; 4 bits are NF4",
+    "quantization_method": "nothing; bitsandbytes quantizes the base",
+    "double_quantization": "nothing; the scales of NF4 are quantized too",
     "lora_rank": "`lora: {r: …}`",
     "lora_alpha": "`lora: {lora_alpha: …}`; twice the rank where it is not given",
     "lora_target": "`lora: {target_modules: […]}`; nothing for `all`",
@@ -136,8 +140,7 @@ NOT_NEEDED: Mapping[str, str] = by_name(
         "galore_update_interval galore_scale galore_proj_type galore_layerwise apollo_target apollo_rank "
         "apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise "
         "apollo_scale_front badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio "
-        "badam_mask_mode badam_verbose hyper_parallel_args asft_alpha eaft_alpha quantization_method "
-        "quantization_type double_quantization quantization_device_map fp8_backend "
+        "badam_mask_mode badam_verbose hyper_parallel_args asft_alpha eaft_alpha quantization_device_map fp8_backend "
         "fp8_enable_fsdp_float8_all_gather kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts "
         "kt_lora_expert_num kt_lora_expert_intermediate_size kt_optimize_rule kt_maxlen kt_use_cuda_graph kt_mode "
         "kt_force_think cpu_infer chunk_size mode swanlab_lark_secret ray_init_kwargs "
@@ -154,8 +157,6 @@ NOT_NEEDED: Mapping[str, str] = by_name(
 
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
-        "a base in 4 or 8 bits (QLoRA) is not supported yet; the base is loaded in 16 bits here, which needs up "
-        "to four times the memory for weights": "quantization_bit",
         "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
         "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config "
         "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config",

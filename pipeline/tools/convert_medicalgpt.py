@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.tools.convert_datasets import CommitOf, declare, pinned
 from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name
+from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_templates import chat_template
 from pipeline.tools.convert_trainer import Trainer, adapter
 
@@ -57,6 +58,9 @@ MADE: Mapping[str, str] = {
     "template_name": "`template`; `vicuna` where it is not given",
     "use_peft": "`lora:` of the stage; on where it is not given",
     "target_modules": "`lora: {target_modules: […]}`; nothing for `all`",
+    "load_in_4bit": "`quantized_base: nf4`",
+    "load_in_8bit": "`quantized_base: int8`",
+    "qlora": "nothing; 4 bits are NF4, and the scales are quantized too",
     "lora_rank": "`lora: {r: …}`; 8 where it is not given",
     "lora_alpha": "`lora: {lora_alpha: …}`; 32 where it is not given, 16 in DPO",
     "lora_dropout": "`lora: {lora_dropout: …}`; 0.05 where it is not given",
@@ -91,8 +95,6 @@ NOT_NEEDED: Mapping[str, str] = by_name(
 )
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
-        "a base in 4 or 8 bits (QLoRA) is not supported yet; the base is loaded in 16 bits here, which needs up to "
-        "four times the memory for weights": "qlora load_in_4bit load_in_8bit",
         "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
         "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config",
         "positions are not scaled here; set `rope_scaling` in the model's config.json": "rope_scaling",
@@ -123,7 +125,7 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     name = str(take.take("template_name", "vicuna"))
     if part.kind != "pt":
         part.template = _template(name, book, take.place("template_name"))
-    _adapter(take, part)
+    _adapter(take, part, book)
     _trainer(take, part, book)
     take.report_rest(KNOWN)
     return [part]
@@ -181,15 +183,21 @@ def _template(name: str, book: Book, place: str) -> str | None:
     return file
 
 
-def _adapter(take: Arguments, part: Part) -> None:
-    """`lora:` with the scripts' own defaults."""
+def _adapter(take: Arguments, part: Part, book: Book) -> None:
+    """`lora:` with the scripts' own defaults, and `quantized_base`; without `qlora` their 4 bits are FP4."""
     wanted = take.flag("use_peft", True)
     rank, dropout = take.number("lora_rank", 8), take.number("lora_dropout", 0.05)
     alpha = take.number("lora_alpha", 16 if part.kind == "dpo" else 32)
     targets, saved = take.words("target_modules"), take.words("modules_to_save")
-    if not wanted:
-        return
-    part.settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved)
+    bits, qlora = [size for size in (8, 4) if take.flag(f"load_in_{size}bit")], take.flag("qlora")
+    if wanted:
+        part.settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved)
+    for size in bits[:1]:
+        quantize_base(take, part, book, f"load_in_{size}bit", size, "nf4" if qlora else "fp4", double=qlora)
+    if qlora and not bits:
+        book.note(
+            "not needed", take.place("qlora"), "`qlora`: the scripts load no base in 4 bits without `load_in_4bit`"
+        )
 
 
 def _trainer(take: Arguments, part: Part, book: Book) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.tools.convert_datasets import FORMATS, CommitOf, declare, is_local, pinned
 from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name, is_off, shown
+from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_trainer import Trainer, adapter
 
 VERBS = {"sft": "sft", "cpt": "pt", "dpo": "dpo", "kto": "kto", "reward": "reward"}
@@ -31,6 +32,10 @@ MADE: Mapping[str, str] = {
     "model_revision": "the commit in `model: org/name@commit`",
     "use_peft": "`lora:` of the stage, or nothing",
     "lora_r": "`lora: {r: …}`; 16 where it is not given",
+    "load_in_4bit": "`quantized_base: nf4`",
+    "load_in_8bit": "`quantized_base: int8`",
+    "bnb_4bit_quant_type": "nothing; 4 bits are NF4",
+    "use_bnb_nested_quant": "nothing; the scales of NF4 are quantized too",
     "lora_alpha": "`lora: {lora_alpha: …}`; 32 where it is not given",
     "lora_target_modules": "`lora: {target_modules: […]}`",
     "lora_modules_to_save": "`lora: {modules_to_save: […]}`",
@@ -72,18 +77,15 @@ NOT_NEEDED: Mapping[str, str] = by_name(
         "truncation_side auto_insert_empty_system_msg chat_template_path",
         "the pipeline shows the progress itself": "verbose log_level disable_tqdm",
         "the library chooses it, and the result is the same": "gradient_checkpointing_use_reentrant "
-        "ignore_bias_buffers model_code_revision lora_task_type use_bnb_nested_quant remove_unused_columns "
+        "ignore_bias_buffers model_code_revision lora_task_type remove_unused_columns "
         "save_safetensors generate_during_eval dataset_batch_size num_of_sequences "
         "precompute_ref_batch_size env benchmarks callbacks system_prompt wandb_entity "
         "wandb_project wandb_log_unique_prompts",
-        "it goes with `load_in_4bit`, which is not supported": "bnb_4bit_quant_type bnb_4bit_quant_storage "
-        "bnb_4bit_compute_dtype",
+        "a quantized base computes in the dtype of the other weights": "bnb_4bit_compute_dtype bnb_4bit_quant_storage",
     }
 )
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
-        "a base in 4 or 8 bits (QLoRA) is not supported yet; the base is loaded in 16 bits here, which needs up to "
-        "four times the memory for weights": "load_in_4bit load_in_8bit",
         "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
         "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config",
         "the reference is always the model that the stage starts from": "ref_model model_init_kwargs_ref "
@@ -120,7 +122,7 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
     if part.kind == "sft" and not take.flag("assistant_only_loss"):
         text = "TRL trains every token of a conversation without `assistant_only_loss`; `sft` trains the answers alone"
         book.note("differs", job.place, text)
-    _adapter(take, part)
+    _adapter(take, part, book)
     _trainer(take, part, book)
     take.report_rest(KNOWN)
     return [part]
@@ -221,18 +223,20 @@ class Data:
         return {name: share for name, share in shares.items() if not is_off(share)}
 
 
-def _adapter(take: Arguments, part: Part) -> None:
-    """`lora:` with TRL's own defaults, where `use_peft` asks for it."""
-    quantized = {"load_in_4bit", "load_in_8bit"} & take.left.keys()
+def _adapter(take: Arguments, part: Part, book: Book) -> None:
+    """`lora:` with TRL's own defaults, where `use_peft` asks for it, and `quantized_base`."""
+    bits = [size for size in (4, 8) if take.flag(f"load_in_{size}bit")]
+    kind, double = take.text("bnb_4bit_quant_type") or "nf4", take.flag("use_bnb_nested_quant")
     wanted = take.flag("use_peft")
     rank, alpha = take.number("lora_r"), take.number("lora_alpha")
     dropout = take.number("lora_dropout", 0.05)
     targets, saved = take.words("lora_target_modules"), take.words("lora_modules_to_save")
     flags = {name: take.flag(name) for name in ("use_rslora", "use_dora")}
-    if not (wanted or (quantized and rank)):
-        return
-    rank, alpha = 16 if rank is None else rank, 32 if alpha is None else alpha
-    part.settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved, **flags)
+    if wanted or (bits and rank):
+        rank, alpha = 16 if rank is None else rank, 32 if alpha is None else alpha
+        part.settings["lora"] = adapter(rank, alpha, dropout=dropout, targets=targets, saved=saved, **flags)
+    for size in bits[:1]:
+        quantize_base(take, part, book, f"load_in_{size}bit", size, kind, double=double)
 
 
 def _trainer(take: Arguments, part: Part, book: Book) -> None:

@@ -126,7 +126,6 @@ export_quantization_dataset: data/c4_demo.jsonl
 """
 )
 RAY = "ray_run_name: x\nray_storage_path: ./saves\nplacement_strategy: PACK\nresources_per_worker:\n  GPU: 1\n"
-QLORA = "a base in 4 or 8 bits (QLoRA) is not supported yet"
 SHAPES = {  # a config → the stages, and the beginnings of what is said not to be supported
     **{f"{kind}_lora": (config(**more), [kind], []) for kind, more in
        {"pt": PT, "sft": {}, "dpo": DPO, "kto": KTO, "reward": RM}.items()},
@@ -141,9 +140,9 @@ SHAPES = {  # a config → the stages, and the beginnings of what is said not to
     "dpo_ftx": (config(**DPO, pref_ftx=0.5), ["dpo"], []),
     "dpo_hinge": (config(**DPO | {"pref_loss": "hinge"}), ["dpo"], []),
     "dpo_ref": (config(**DPO, ref_model="org/other"), ["dpo"], ["`ref_model: org/other`: the reference is always"]),
-    "sft_bnb": (config(quantization_bit=4, quantization_method="bnb", double_quantization=False), ["sft"],
-                [f"`quantization_bit: 4`: {QLORA}"]),
-    "sft_8bit": (config(quantization_bit=8), ["sft"], [f"`quantization_bit: 8`: {QLORA}"]),
+    "sft_bnb": (config(quantization_bit=4, quantization_method="bnb", double_quantization=False), ["sft"], []),
+    "sft_8bit": (config(quantization_bit=8), ["sft"], []),
+    "sft_3bit": (config(quantization_bit=3, quantization_method="hqq"), ["sft"], ["`quantization_bit: 3`: a base is"]),
     "sft_no_bit": (config("quantization_bit: null"), ["sft"], []),
     "sft_gptq": (config(model_name_or_path="TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ"), ["sft"], []),
     "sft_ray": (config(RAY, dataset_dir="REMOTE:llamafactory/demo_data", ray_num_workers=4), ["sft"],

@@ -133,10 +133,10 @@ def test_types_of_axolotl(datasets, more, kind, source):
 def test_what_axolotl_has_and_this_has_not():
     more = "load_in_4bit: true\ndeepspeed: z3.json\nplugins: [axolotl.integrations.liger.LigerPlugin]\nsample_pack: 1\n"
     found, _, stage = made(AXOLOTL.replace("adapter: lora", "adapter: qlora") + more)
-    assert stage.config.lora["r"] == 32
+    assert (stage.config.lora["r"], stage.config.quantized_base) == (32, "nf4")
     said = notes(found, "not supported")
     assert [text.partition("`: ")[0] for text in said] == [
-        *("`load_in_4bit: true", "`deepspeed: z3.json", "`plugins: ['axolotl.integrations.liger.LigerPlugin']"),
+        *("`deepspeed: z3.json", "`plugins: ['axolotl.integrations.liger.LigerPlugin']"),
     ]
     assert notes(found, "unknown") == ["`sample_pack` is no argument of this program; did you mean `sample_packing`?"]
     with pytest.raises(ConfigError, match="`rl: orpo` is not supported; no stage is written for it"):
@@ -198,7 +198,7 @@ warmup_ratio: 0.1
 
 def test_a_recipe_of_alignment_handbook():
     found, pipeline, stage = made(ZEPHYR, "recipes/zephyr/dpo/config_qlora.yaml")
-    assert stage.use == "dpo"
+    assert (stage.use, stage.config.quantized_base) == ("dpo", "nf4")
     assert stage.config.lora == {
         **{"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj"]}
     }
@@ -213,7 +213,7 @@ def test_a_recipe_of_alignment_handbook():
     ]
     assert [source.split for source in stage.config.eval_data] == ["test_prefs"]
     assert [text.partition(":")[0] for text in notes(found, "not supported")] == [
-        *("`load_in_4bit", "`hub_model_id", "`push_to_hub"),
+        *("`hub_model_id", "`push_to_hub"),
     ]
 
 
