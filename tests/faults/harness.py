@@ -13,6 +13,9 @@ So all runs here have one order of sets; tests/run/test_runner.py tests that the
 """
 
 import argparse
+import contextlib
+import gc
+import io
 import json
 import multiprocessing
 import os
@@ -23,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, pairwise
 from multiprocessing.connection import Connection
@@ -339,8 +342,11 @@ def import_everything() -> None:
         "pipeline.cli",
         "pipeline.views.progress",
         *(f"stages.{name}" for name in {name for names in STAGES.values() for name in names}),
+        "tests.warm",
+        *("nltk", "rouge_chinese", "jieba"),
     ):
         importlib.import_module(name)
+    sys.modules["jieba"].initialize()  # reads its dictionary
 
     class Forked(process.Forked):
         """A stage forked from the runner itself, with the fresh process that `quantize` asks forked before it."""
@@ -365,9 +371,22 @@ def import_everything() -> None:
         module.Forked = Forked
 
 
+def plan_once(configs: Iterable[Path]) -> None:
+    """Read the settings of the libraries once, which every runner would read again."""
+    from pipeline import cli
+
+    for config in configs:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            code = cli.main(["validate", str(config)])
+        if code:
+            raise RuntimeError(said.getvalue())
+    gc.collect()
+    gc.freeze()
+
+
 def _be_fresh(channel: Connection, other: Connection) -> None:
     """The process that nothing of the stage can help: it reads a folder and changes no file."""
-    from stages.model import generation
+    from stages.measuring import quality
 
     end_with_parent()
     other.close()
@@ -375,24 +394,24 @@ def _be_fresh(channel: Connection, other: Connection) -> None:
         request = channel.recv()
     except EOFError:
         os.kill(os.getpid(), signal.SIGKILL)  # as what a killed runner leaves behind ends
-    os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
     output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    channel.send(generation.respond(request))
+    channel.send(quality.respond(request))
 
 
 def _be_stage(spec: str, hook: Any, channel: Connection, other: Connection) -> None:
     from pipeline.run import worker
-    from stages.model import generation
+    from stages.measuring import quality
 
     other.close()
 
-    def ask(model: Any, messages: Any = (), *, max_new_tokens: int = 128, texts: Any = ()) -> Any:
-        channel.send({"model": model, "messages": messages, "max_new_tokens": max_new_tokens, "texts": texts})
+    def ask(module: str, request: Mapping[str, Any]) -> Any:
+        assert module == quality.__name__
+        channel.send(json.loads(json.dumps(request)))
         return channel.recv()
 
-    generation.ask = ask
+    quality.in_fresh_process = ask
     worker.main(spec, hook)
 
 
@@ -486,6 +505,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         # The names are not in ASCII, so that files with paths in them are also cut inside of characters.
         slots = [Slot(Path(folder, f"试验-{number}").resolve()) for number in range(arguments.jobs)]
+        plan_once(slots[0].configs.values())
         ready = make_bases(slots, stages)
         found = Tasks(slots).map(stages, lambda slot, stage: [asdict(call) for call in slot.trace(stage)])
         by_stage = {stage: [Call(**call) for call in trace] for stage, trace in found}

@@ -74,12 +74,13 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
     assert 180 <= covered <= 198  # 95 % of 200, give or take
 
 
-def test_an_interval_is_that_of_resamples_drawn_with_numpys_generator_and_the_seed():
+@pytest.mark.parametrize("count", [2, 7, 50, 4097])
+def test_an_interval_is_that_of_resamples_drawn_with_numpys_generator_and_the_seed(count):
     import numpy as np
 
-    values = np.random.default_rng(3).gamma(2.0, 30.0, 50)
+    values = np.random.default_rng(3).gamma(2.0, 30.0, count)
     random = np.random.default_rng(7)
-    means = [values[random.integers(0, 50, 50)].mean() for _ in range(2000)]
+    means = [values[random.integers(0, count, count)].mean() for _ in range(2000)]
     found = figure_of("bleu-4", rows(*values.tolist()), 7)
     assert found["ci"] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), rel=1e-12)
 
