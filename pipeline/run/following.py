@@ -44,7 +44,10 @@ def follow_leader(place: Here, planned: Plan, view: View, stop: Stop) -> list[di
             be reached, is lost, or does not share `saves`.
     """
     line = _reached(place, planned, view, stop)
-    if line is not None:
+    if line is None:
+        for step in planned.steps:
+            view.step(step, "done")
+    else:
         with contextlib.closing(line):
             _Following(place, planned, view, stop, line).until_the_end()
     return [artifact.read(step.folder) or {} for step in planned.steps]
@@ -162,9 +165,8 @@ class _Following:
         self.see(step)
         spec = begin(step, self.planned) | {"out": str(step.part)}
         (self.reports / artifact.SPEC).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        self.view.step(step, "running")
         place = Place(self.place.rank, self.place.host, port)
-        child = Watched(Launched(step.entry.launch, self.reports, place), self.leader_ended)
+        child = Watched(Launched(step.entry.launch, self.reports, place), self.patience)
         try:
             follow(step, self.view, self.stop, self.reports, lambda: child)
         except (StageFailed, Interrupted) as error:
@@ -187,6 +189,12 @@ class _Following:
                 raise StageFailed(text)
             time.sleep(0.5)
             os.listdir(self.planned.saves)  # lets NFS ask the server again
+
+    def patience(self) -> float | None:
+        """Seconds that the processes of this machine have when machine 0 has ended; none if it is lost."""
+        if not self.leader_ended():
+            return None
+        return PATIENCE if self.waiting else 0.0
 
     def leader_ended(self) -> bool:
         self.waiting += self.line.new()

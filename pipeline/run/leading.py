@@ -126,6 +126,13 @@ class Group:
     def some_ended(self) -> bool:
         return any(follower.ended() for follower in self.followers.values())
 
+    def patience(self) -> float | None:
+        """Seconds that the processes of this machine have when another one has ended; none if that one is lost."""
+        if not self.some_ended():
+            return None
+        lost = [one for one in self.followers.values() if one.ending is not None and one.ending.kind == "lost"]
+        return 0.0 if lost else PATIENCE
+
     def run(self, step: Step, view: View, stop: Stop) -> dict[str, Any]:
         """Run a stage on all machines; returns the `done` event of this one.
 
@@ -137,7 +144,7 @@ class Group:
         port = free_port()
         self.tell("launch", stage=step.name, port=port)
         place = Place(0, self.place.host, port)
-        child = Watched(Launched(step.entry.launch, step.part, place), self.some_ended)
+        child = Watched(Launched(step.entry.launch, step.part, place), self.patience)
         try:
             return follow(step, view, stop, step.part, lambda: child)
         except (StageFailed, Interrupted) as error:
@@ -158,6 +165,20 @@ class Group:
         if ending.kind == "lost":
             raise Interrupted(f"{name} ended without a word at stage `{step.name}`; {AGAIN}")
         raise (Interrupted if ending.kind == "stopped" else StageFailed)(f"{name}: {ending.text}")
+
+
+class Shown:
+    """A view that the other machines have, too: each learns which step runs or has ended."""
+
+    def __init__(self, view: View, group: Group) -> None:
+        self.view, self.group = view, group
+
+    def step(self, step: Step, state: str) -> None:
+        self.view.step(step, state)
+        self.group.tell("step", stage=step.name, state=state)
+
+    def event(self, step: Step, event: dict[str, Any]) -> None:
+        self.view.event(step, event)
 
 
 @contextlib.contextmanager

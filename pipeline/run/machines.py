@@ -178,8 +178,9 @@ def use_interface(line: Line) -> None:
 class Watched:
     """Processes of a stage that are killed when other machines have ended and they do not end by themselves."""
 
-    def __init__(self, child: Child, others_ended: Callable[[], bool]) -> None:
-        self.child, self.others_ended = child, others_ended
+    def __init__(self, child: Child, patience: Callable[[], float | None]) -> None:
+        """`patience`: seconds that the processes have after another machine has ended; None while none has."""
+        self.child, self.patience = child, patience
         self.pid = child.pid
         self.since: float | None = None
         self.killed = False
@@ -195,9 +196,10 @@ class Watched:
 
     def wait(self, seconds: float) -> None:
         self.child.wait(seconds)
-        if self.others_ended():
+        patience = self.patience()
+        if patience is not None:
             self.since = self.since or time.monotonic()
-            if time.monotonic() - self.since > PATIENCE and self.child.is_alive():
+            if time.monotonic() - self.since >= patience and self.child.is_alive():
                 self.killed = True
                 self.child.kill()
 

@@ -25,7 +25,7 @@ from pipeline.plan.step import Plan, Step, begin, check_unchanged, gate_verdicts
 from pipeline.run import card
 from pipeline.run.following import follow_leader
 from pipeline.run.launch import Launched
-from pipeline.run.leading import Group, gathered
+from pipeline.run.leading import Group, Shown, gathered
 from pipeline.run.machines import here
 from pipeline.run.process import Child, Forked, Stop, View, follow
 from pipeline.run.rehearsal import Rehearsals
@@ -56,7 +56,7 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
         if place is not None and place.rank > 0:
             return follow_leader(place, planned, view, stop)
         with gathered(place, planned, view, stop) as group:
-            return _run_steps(planned, view, stop, group)
+            return _run_steps(planned, view if group is None else Shown(view, group), stop, group)
 
 
 def _run_steps(planned: Plan, view: View, stop: Stop, group: Group | None) -> list[dict[str, Any]]:
@@ -184,9 +184,6 @@ def _run_step(
     group: Group | None,
 ) -> dict[str, Any]:
     """Run one step under its lock until its folder is finished and has its final name."""
-    together = group is not None and step.entry.launch.machines > 1
-    if group is not None and not together:
-        group.tell("step", stage=step.name, state="running")
     began, clock = time.time(), time.monotonic()
     hashes = planned.hashes
     with locked(step.part, step.name), reading(step.reads()):
@@ -201,7 +198,7 @@ def _run_step(
         spec.write_text(json.dumps(begin(step, planned), ensure_ascii=False, indent=1), encoding="utf-8")
         spec.replace(step.part / SPEC)
         view.step(step, "running")
-        if group is not None and together:
+        if group is not None and step.entry.launch.machines > 1:
             done = group.run(step, view, stop)
         else:
             done = follow(step, view, stop, step.part, lambda: _child(step))
@@ -221,8 +218,6 @@ def _run_step(
         artifact.finish(step.part, step.folder, record, hashes)
         hashes.save()
     view.step(step, "ran")
-    if group is not None:
-        group.tell("step", stage=step.name, state="ran")
     return record
 
 
