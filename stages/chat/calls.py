@@ -1,6 +1,7 @@
 """Tool calls in the text of an answer, read back in the form in which the chat template writes them."""
 
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,12 @@ def call_form(tokenizer: "PreTrainedTokenizerBase") -> CallForm | None:
     called = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
     whole = rendered(tokenizer, [_QUESTION, called], tools)
     plain = rendered(tokenizer, [_QUESTION, {"role": "assistant", "content": "@"}], tools)
-    if not whole.startswith(prompt) or not plain.startswith(prompt):
+    # A prompt may open a thought, which history leaves out.
+    common = os.path.commonprefix([prompt, whole, plain])  # noqa: RUF071  texts, not paths
+    if _QUESTION["content"] not in common:
         return None
-    ending = plain[len(prompt) :].partition("@")[2]
-    written = whole[len(prompt) :]
+    opening, _, ending = plain[len(common) :].partition("@")
+    written = whole[len(common) :].removeprefix(opening)  # an empty thought is no part of the call
     written = written[: -len(ending)] if ending and written.endswith(ending) else written
     start = written.find("{")
     call, end = _decoded(written, start) if start >= 0 else (None, 0)
