@@ -62,10 +62,11 @@ def split(batch: int, accumulation: int, processes: int) -> tuple[int, int]:
     rows = batch * accumulation
     shared = [count for count in range(1, rows + 1) if rows % count == 0]
     fewer = max(count for count in shared if count < processes)
-    counts = [str(fewer), *[str(count) for count in shared if count > processes][:1]]
+    counts = [f"{fewer}}}", *[str(count) for count in shared if count > processes][:1]]
     batches = [str(size) for size in (batch // parts * parts, (batch // parts + 1) * parts) if size]
+    said = f"{rows} row{'s' if rows > 1 else ''}"
     raise StageError(
-        f"{processes} processes cannot share the {rows} rows of a step equally (`per_device_train_batch_size: {batch}` "
-        f"× `gradient_accumulation_steps: {accumulation}`); write `trainer.per_device_train_batch_size: "
-        f"{' or '.join(batches)}`, or start {' or '.join(counts)} processes"
+        f"{processes} processes cannot share the {said} of a step equally (`per_device_train_batch_size: {batch}` × "
+        f"`gradient_accumulation_steps: {accumulation}`); write `per_device_train_batch_size: {'` or `'.join(batches)}`"
+        f", or `launch: {{processes: {'` or `'.join(counts)}`"
     )

@@ -7,7 +7,7 @@ import pytest
 from planned import INIT, TOP
 
 from pipeline.config.checker import load_config
-from pipeline.plan import placing
+from pipeline.plan import launching, placing
 from pipeline.plan.placing import build_plan
 from stages.model import device
 from stages.training import effects, packages, quantized_base
@@ -30,14 +30,14 @@ def refused(*problems):
     ],
 )
 def test_more_processes_than_gpus_are_refused(project, monkeypatch, text, place):
-    monkeypatch.setattr(placing, "gpus", lambda: 2)
+    monkeypatch.setattr(launching, "gpus", lambda: 2)
     why = "`processes` is 4, one for each GPU, and this machine has 2 GPUs; write `launch: {processes: 2}`"
     assert project.validate(text) == refused(f"{place}: stage `sft`: {why}")
 
 
 @pytest.mark.parametrize("there", [0, 4, 8])
 def test_processes_without_a_gpu_or_with_enough_of_them_are_let_through(project, monkeypatch, there):
-    monkeypatch.setattr(placing, "gpus", lambda: there)
+    monkeypatch.setattr(launching, "gpus", lambda: there)
     assert project.validate(f"{INIT}  sft: {{data: consult, launch: {{processes: 4}}}}\n")[0] == 0
 
 
