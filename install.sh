@@ -9,6 +9,22 @@ python=${1:-python3}
     echo "Python 3.11 or newer is needed; \`$python\` is $("$python" --version 2>&1 || echo missing). Name one: make PYTHON=python3.12" >&2
     exit 2
 }
+# A dependency of GPTQModel (pypcre) has no wheel for some systems, and is then built from source.
+failed() {
+    include="$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+    if ! command -v "${CC:-cc}" >/dev/null; then
+        missing="there is no C compiler"
+    elif ! printf '#include <Python.h>\n' | "${CC:-cc}" -I"$include" -E - >/dev/null 2>&1; then
+        missing="the headers of Python are missing"
+    elif ! printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <pcre2.h>\n' | "${CC:-cc}" -E - >/dev/null 2>&1; then
+        missing="the headers of PCRE2 are missing"
+    else
+        exit 1
+    fi
+    echo "The installation failed, and $missing, which packages without a wheel need;" \
+        "on Debian and Ubuntu: apt install build-essential python3-dev libpcre2-dev" >&2
+    exit 1
+}
 torch=$(grep '^torch==' constraints.txt)
 gpu=no
 command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && gpu=yes
@@ -25,7 +41,7 @@ if command -v uv >/dev/null; then
     else
         uv pip install --quiet "$torch"
     fi
-    uv pip install --quiet ${links[@]+"${links[@]}"} --constraint constraints.txt --editable '.[dev]'
+    uv pip install --quiet ${links[@]+"${links[@]}"} --constraint constraints.txt --editable '.[dev]' || failed
     deepspeed=(uv pip install --quiet ${links[@]+"${links[@]}"})
 else
     [ -x .venv/bin/pip ] || "$python" -m venv .venv
@@ -34,7 +50,7 @@ else
     else
         .venv/bin/pip install --quiet "$torch"
     fi
-    .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+    .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]' || failed
     deepspeed=(.venv/bin/pip install --quiet)
 fi
 
