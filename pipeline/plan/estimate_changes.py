@@ -11,6 +11,7 @@ from pipeline.config import settings as library
 from pipeline.config.checker import load_config
 from pipeline.config.pipeline import StageEntry
 from pipeline.errors import ConfigError
+from pipeline.plan import launching
 from pipeline.plan.estimate_result import Change, Device
 from pipeline.plan.step import Plan, Step
 from stages.model.device import gpus
@@ -112,7 +113,7 @@ class _Trial:
             return None
         entry = next(entry for entry in pipeline.stages if entry.name == name)
         problems = entry.stage.check(entry.config) + entry.stage.check_model(entry.config, self.step.facts)
-        return None if problems else entry
+        return None if [*problems, *launching.problems(entry)] else entry
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,15 @@ SECONDS = 0.3
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer to a question; `{"why": …}` where it cannot be answered."""
+    """The answer to a question; `{"why": …}` where there is none, with `passing` where there may be one later."""
     try:
         return _measured(**question["measure"]) if "measure" in question else _estimated(question["estimate"])
     except StageError as error:
         return {"why": str(error)}
     except Exception as error:
         lines = (explain(error) or str(error)).splitlines()
-        return {"why": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__}
+        why = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return {"why": why, "passing": isinstance(error, OSError | MemoryError)}
 
 
 def _estimated(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stages.runtime.hashes import write_cache
 
 ROOT = Path(__file__).parents[2]
 CHILD = "pipeline.plan.estimate_child"
-CODE = ("pipeline/plan/estimate_child.py", "stages/training/*.py", "stages/model/*.py")
+CODE = ("pipeline/plan/estimate_child.py", "stages/*.py", "stages/training/*.py", "stages/model/*.py")
 """The files that an answer depends on besides the question."""
 PURPOSE = "estimating memory and time; this takes a few seconds, and is remembered (`--no-estimate` skips it)"
 
@@ -51,8 +51,10 @@ class Engine:
         if not self.compute:
             return None
         found = self._asked(question)
-        if found is None:  # killed, as the kernel does when memory runs out: another time it may live
+        if found is None:
             return {"why": "the process that estimates has ended without an answer"}
+        if found.pop("passing", False):
+            return found
         write_cache(file, json.dumps(found, ensure_ascii=False).encode())
         return found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.plan.estimate_result import Batches, Work
 from pipeline.plan.fingerprint import digest
-from pipeline.plan.lengths import row_tokens
+from pipeline.plan.lengths import BYTES, row_tokens
 from pipeline.plan.step import Plan, Step
 from pipeline.saves import artifact
 from pipeline.saves.content import ESTIMATES
@@ -45,6 +45,11 @@ class Sample:
     """Whether the data set has no other rows."""
     guessed: bool
     """Whether there is no tokenizer yet."""
+
+    @property
+    def most(self) -> int:
+        """The tokens that no row has more of: a token that is not known yet has at least one byte."""
+        return max(self.longest, default=0) * (BYTES if self.guessed else 1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class Counts:
             accumulation=accumulation,
             processes=processes,
             row_tokens=room,
-            longest_seen=longest is not None and room == min(longest, room),
+            longest_seen=longest is not None and rows is not None and not rows.guessed,
             documents=documents,
         )
         return batches, work_of(rows, batches, training, trainer) if rows is not None else None
@@ -153,8 +158,8 @@ class Counts:
             cut = _cut(sample, limit, training)
             tokens += count * sum(cut.tokens) / max(1, len(sample.tokens))
             lengths += cut.longest
-        whole = all(sample.whole and not sample.guessed for sample in there)
-        longest = max((max(sample.longest, default=0) for sample in there), default=0) if whole else None
+        whole = all(sample.whole for sample in there)
+        longest = max((sample.most for sample in there), default=0) if whole else None
         return Rows(sum(drawn), round(tokens), longest, lengths, guessed=any(sample.guessed for sample in there))
 
     def _count(self, step: Step, source: Source) -> int | None:

@@ -64,7 +64,7 @@ def _rows(found: StageEstimate) -> Iterator[str]:
     if found.batches is None:
         return
     batches, work = found.batches, found.work
-    packed = "packed rows" if batches.documents else "rows"
+    packed = ("packed row" if batches.documents else "row") + ("s" if batches.of_step > 1 else "")
     longest = f"{batches.row_tokens:,} tokens" if batches.longest_seen else f"up to {batches.row_tokens:,} tokens"
     step = f"{batches.of_step:,} {packed} a step ({batches.rows} × {batches.accumulation} accumulation × "
     step += f"{batches.processes} process{'es' if batches.processes > 1 else ''}), each of {longest}"
@@ -72,9 +72,9 @@ def _rows(found: StageEstimate) -> Iterator[str]:
         yield f"{step}; how many rows there are is not known yet"
         return
     about = "" if work.counted else "about "
-    tokens = f"{work.rows:,} rows and {about}{_count(work.tokens)} tokens an epoch"
+    tokens = f"{work.rows:,} row{'s' if work.rows != 1 else ''} and {about}{_count(work.tokens)} tokens an epoch"
     tokens += " (3 bytes a token, as there is no tokenizer yet)" if work.guessed else ""
-    yield f"{tokens}; {'' if work.fixed else about}{work.steps:,} steps"
+    yield f"{tokens}; {'' if work.fixed else about}{work.steps:,} step{'s' if work.steps != 1 else ''}"
     yield f"{step}; about {work.step_tokens:,.0f} tokens a step"
 
 
@@ -93,7 +93,8 @@ def _changes(found: StageEstimate) -> Iterator[str]:
         return
     yield "it fits with one of these, the cheapest first (`--fit` writes the first one):"
     for change in found.changes:
-        yield f"  {settings_text(change)}: {size_of(change.memory)}"
+        where = " on each GPU" if "launch" in change.settings else ""
+        yield f"  {settings_text(change)}: {size_of(change.memory)}{where}"
 
 
 def settings_text(change: Change) -> str:
