@@ -491,6 +491,17 @@ def test_a_mistake_ends_every_command_with_exit_code_2_and_no_traceback(project,
     assert project(command, *words) == (2, "", expected)
 
 
+def test_yaml_files_that_are_no_configs_are_not_offered(project):
+    for name in (".pre-commit-config.yaml", "mkdocs.yml"):
+        Path(name).write_text("repos: {stages: 1}\n")
+    assert project("plan", "nothere.yaml")[
+        2
+    ] == "nothere.yaml: cannot be read (No such file or directory); there is " + ("`x.yaml`\n")
+    assert (
+        project("plan", "mkdoc.yml")[2] == "mkdoc.yml: cannot be read (No such file or directory); there is `x.yaml`\n"
+    )
+
+
 def test_a_folder_without_yaml_files_offers_none(project, tmp_path):
     expected = "no/x.yaml: cannot be read (No such file or directory)\n"
     assert project("plan", "no/x.yaml") == (2, "", expected)

@@ -156,7 +156,7 @@ def _yaml_near(path: Path) -> str:
     meant = [folder / name for folder in (path.parent, path.parent / "configs") for name in names]
     if (found_there := next(filter(Path.is_file, meant), None)) is not None:
         return f"; did you mean `{found_there}`?"
-    found = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    found = sorted(map(str, filter(_is_config, path.parent.glob("[!.]*.y*ml")))) if path.parent.is_dir() else []
     stems = {Path(name).stem: name for name in found}
     near = nearest(path.stem, stems)
     if near.startswith("; did you mean"):
@@ -164,6 +164,15 @@ def _yaml_near(path: Path) -> str:
     if not found:
         return ""
     return "; there is " + ", ".join(f"`{name}`" for name in found[:8])
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a YAML file has `stages:` at its top, as a config has and other YAML files have not."""
+    try:
+        with open(path, "rb") as file:
+            return re.search(rb"^(stages|[\"']stages[\"'])\s*:", file.read(MAX_BYTES), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 def parse(text: str, name: str, *, wants_mapping: bool = True) -> Document:

@@ -23,6 +23,7 @@ FILE_TYPES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 BINARY = (".parquet", ".arrow")  # read by pyarrow; all other types are text, which may be compressed
 JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", *BINARY)  # types in which every row has every column
+SHOWN = 6  # data files that are named where the one that was meant is not known
 _FIELD = 64 * 1024 * 1024  # the most characters in a CSV field; a quote that is never closed makes a longer one
 # `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write these next to their .arrow files; none of them holds rows.
 OTHER_TYPES = {
@@ -70,10 +71,9 @@ def find_files(path: str) -> list[Path]:
         else:
             files = [place]
             if not place.is_file():
-                neighbours = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
                 if "\\" in path:
                     raise StageError(f"`{path}` does not exist; write folders with `/`: `{path.replace(chr(92), '/')}`")
-                raise StageError(f"`{path}` does not exist{did_you_mean(place.name, neighbours)}")
+                raise StageError(f"`{path}` does not exist{_data_near(place)}")
     except OSError as error:
         raise StageError(f"`{path}` cannot be read ({error.strerror or error})") from None
     for file in files:
@@ -121,6 +121,21 @@ def is_data(path: Path) -> bool:
 
 def _types() -> str:
     return f"{', '.join(FILE_TYPES[:-1])} or {FILE_TYPES[-1]}"
+
+
+def _data_near(place: Path) -> str:
+    """The data file or folder that was meant, as a clause; the first data files in the folder where none is near."""
+    if not place.parent.is_dir():
+        return f"; there is no folder `{place.parent}`"
+    entries = sorted(entry for entry in place.parent.iterdir() if not entry.name.startswith("."))
+    files = [entry.name for entry in entries if is_data(entry)]
+    known = files if file_type(place) in FILE_TYPES else [entry.name for entry in entries if entry.is_dir()] + files
+    by_stem = {name.partition(".")[0]: name for name in reversed(known)}
+    near = did_you_mean(place.name.partition(".")[0], by_stem)
+    if near:
+        return f"; did you mean `{by_stem[near.split('`')[1]]}`?"
+    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    return f"; there is {listed(files[:SHOWN])}{more}" if files else "; its folder has no data files"
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -142,14 +142,11 @@ def data_files(source: Source, *, download: bool = False) -> list[Path]:
     """
     if hub.is_name(source.path):
         return hub.locate(source.path, source.subset, source.split or "train", download=download)
-    try:
-        return find_files(source.path)
-    except StageError as error:
-        is_file = Path(source.path).suffix in FILE_TYPES or not str(error).endswith("does not exist")
-        if is_file or not hub.UNPINNED.match(source.path):
-            raise
+    place = Path(source.path)
+    if hub.UNPINNED.match(source.path) and place.suffix not in FILE_TYPES and not place.parent.is_dir():
         pin = f"for a data set on the Hub pin its commit (40 hex digits), as `{source.path.split('@')[0]}@COMMIT`"
-        raise StageError(f"{error}; {pin}") from None
+        raise StageError(f"`{source.path}` does not exist; {pin}")
+    return find_files(source.path)
 
 
 def file_types(files: list[Path]) -> str:

@@ -76,7 +76,7 @@ def test_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write("home/x.txt", "家")
     assert texts("~/x.txt") == ["家"]
-    assert refusal("~/y.txt") == "`~/y.txt` does not exist; did you mean `x.txt`?"
+    assert refusal("~/y.txt") == "`~/y.txt` does not exist; there is `x.txt`"
 
 
 def test_places_name_the_file():
@@ -103,9 +103,9 @@ def test_plain_text_among_rows_is_not_passed_over():
 
 def test_a_pattern_that_matches_other_files():
     write("d/a.txt", "a")
-    write("d/b.pdf", "b")
+    write("d/b.log", "b")
     assert refusal("d/*") == (
-        "`d/b.pdf` must be a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file; "
+        "`d/b.log` must be a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file; "
         "all but the last two may be compressed as .gz, .bz2, .xz, .zst or .zip"
     )
 

@@ -542,10 +542,15 @@ def test_not_parquet():
 def test_missing_files(tmp_path):
     write("train.jsonl", [{"text": "a"}])
     (tmp_path / "data").mkdir()
+    (tmp_path / "doc").mkdir()
     for path, message in [
         ("trian.jsonl", "`trian.jsonl` does not exist; did you mean `train.jsonl`?"),
-        ("nope.csv", "`nope.csv` does not exist"),
-        ("no/x.csv", "`no/x.csv` does not exist"),
+        ("trian.csv", "`trian.csv` does not exist; did you mean `train.jsonl`?"),
+        ("no.csv", "`no.csv` does not exist; there is `train.jsonl`"),
+        ("dato", "`dato` does not exist; did you mean `data`?"),
+        ("docs.txt", "`docs.txt` does not exist; there is `train.jsonl`"),
+        ("data/x.csv", "`data/x.csv` does not exist; its folder has no data files"),
+        ("no/x.csv", "`no/x.csv` does not exist; there is no folder `no`"),
         (
             "data",
             "`data` is a folder without data files; .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow files are read",

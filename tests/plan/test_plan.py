@@ -468,7 +468,7 @@ def test_data_that_is_not_there_is_refused_and_a_near_name_told(project):
         "x.yaml:3:3: data `books`: `bookz.jsonl` does not exist; did you mean `books.jsonl`?"
     )
     assert project.validate(text.replace("bookz.jsonl", "no/books.jsonl")) == refused(
-        "x.yaml:3:3: data `books`: `no/books.jsonl` does not exist"
+        "x.yaml:3:3: data `books`: `no/books.jsonl` does not exist; there is no folder `no`"
     )
 
 
