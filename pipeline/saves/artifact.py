@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from stages.runtime.hashes import Hashes
 
 RECORD = "record.json"
 SCHEMA = 1
+NOT_FINITE = "not_finite"
+"""The key for the places of null in a record where a figure is `nan`, `inf` or `-inf`; `read` puts them back."""
 NOT_CONTENT = {RECORD, "log.txt", "events.jsonl"}  # about the stage itself; later stages do not read these
 SPEC = "spec.json"  # settings and inputs that a stage was begun with
 CHECKPOINTS = "checkpoints"
@@ -34,7 +39,10 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         schema, files = record["schema"], record["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        for path, word in record.pop(NOT_FINITE, []):
+            *above, last = path
+            reduce(getitem, above, record)[last] = float(word)
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     if isinstance(schema, int) and schema > SCHEMA:
         raise NewerRecord(
@@ -84,13 +92,27 @@ def finish(part: Path, folder: Path, record: dict[str, Any], hashes: Hashes) -> 
             str(path.relative_to(part)): {"sha256": digest, "size": path.stat().st_size}
             for path, digest in zip(files, hashes.of(files, clock=clock, read=True), strict=True)
         }
-        json.dump({"schema": SCHEMA, **record}, file, ensure_ascii=False, indent=1)
+        lost: list[tuple[list[str | int], str]] = []
+        written = _finite({"schema": SCHEMA, **record}, [], lost) | ({NOT_FINITE: lost} if lost else {})
+        json.dump(written, file, ensure_ascii=False, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     sync(part)
     part.rename(folder)
     sync(folder.parent)
     clear_leftovers(folder)
+
+
+def _finite(value: Any, path: list[str | int], lost: list[tuple[list[str | int], str]]) -> Any:
+    """The value with null for each NaN and infinity, which JSON does not have; `lost` gets their places and words."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner, [*path, key], lost) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner, [*path, index], lost) for index, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append((path, str(value)))
+        return None
+    return value
 
 
 def _clock(handle: int, newest: int) -> int:

@@ -24,6 +24,7 @@ HUB = "https://huggingface.co"
 _INSTALL = "`pip install -c constraints.txt -e .` in the project's folder"
 _DISK = 20 * 2**30  # a 7B model and its 4-bit copy take more; less is worth a note
 _MEMORY = 4 * 2**30
+_WAIT = 300  # seconds for torch to start and to ask the driver
 _OTHERS = {
     "auto-gptq": "it does not load with transformers 5, and GPTQModel takes its place: `pip uninstall auto-gptq`",
     "unsloth": "it patches transformers and TRL when it is imported: use an environment without it",
@@ -135,7 +136,12 @@ def _gpu() -> Iterator[Finding]:
         "[print(torch.cuda.get_device_name(i), torch.cuda.get_device_properties(i).total_memory, "
         "torch.cuda.is_bf16_supported()) for i in range(n)]"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_WAIT, check=False)
+    except subprocess.TimeoutExpired:
+        cure = "look at `nvidia-smi` or `rocm-smi`; a driver that hangs needs a restart of the machine"
+        yield Finding("GPU", "wrong", f"the driver has one, and torch does not answer within {_WAIT} s", cure)
+        return
     lines = done.stdout.splitlines()
     if done.returncode or len(lines) < 2:
         build = _version("torch") or ""
@@ -202,6 +208,7 @@ def _hub() -> Iterator[Finding]:
 
 def _unreachable(address: str) -> str | None:
     """Why an address cannot be reached; None if it answers, whatever it says."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -211,4 +218,6 @@ def _unreachable(address: str) -> str | None:
         return None
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
+    except http.client.HTTPException as error:
+        return f"its answer is not HTTP: {type(error).__name__}"
     return None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 
 import pytest
@@ -49,6 +50,28 @@ def test_a_finished_folder_has_a_record_of_every_file_that_is_content(part, fold
             "deep/b.json": {"sha256": sha256(b"{}"), "size": 2},
         },
     }
+
+
+def test_a_record_is_valid_json_with_every_figure_and_is_read_as_it_was(part):
+    """NaN and Infinity are words that Python writes and no standard reader takes."""
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    metrics = {"eval_loss": math.nan, "loss": 1.5, "curve": [1.0, math.inf, {"low": -math.inf}], "none": None}
+    finished = part.with_name("sft-1")
+    finish(part, finished, {"metrics": metrics}, Hashes(None))
+    written = json.loads((finished / "record.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert written["metrics"] == {"eval_loss": None, "loss": 1.5, "curve": [1.0, None, {"low": None}], "none": None}
+    assert written["not_finite"] == [
+        [["metrics", "eval_loss"], "nan"],
+        [["metrics", "curve", 1], "inf"],
+        [["metrics", "curve", 2, "low"], "-inf"],
+    ]
+    record = read(finished)
+    assert math.isnan(record["metrics"].pop("eval_loss"))
+    assert record["metrics"] == {"loss": 1.5, "curve": [1.0, math.inf, {"low": -math.inf}], "none": None}
+    assert "not_finite" not in record
 
 
 def test_the_record_is_written_after_every_file_is_hashed_and_before_the_folder_gets_its_name(part, monkeypatch):

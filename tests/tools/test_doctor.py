@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -77,6 +78,33 @@ def test_a_hub_that_cannot_be_reached_is_a_note(project, monkeypatch, tmp_path):
     assert finding.state == "note"
     assert finding.text.startswith("http://127.0.0.1:9 cannot be reached (")
     assert finding.cure == "name folders in place of Hub names, or a mirror in HF_ENDPOINT"
+
+
+def test_what_answers_and_is_no_hub_is_a_note(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", address := f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail.example.org ESMTP\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        finding = found(tmp_path)["Hub"]
+    assert (finding.state, finding.text) == (
+        "note",
+        f"{address} cannot be reached (its answer is not HTTP: BadStatusLine)",
+    )
+
+
+def test_a_driver_that_hangs_is_wrong_and_no_traceback(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(doctor, "has_gpu", lambda: True)
+    monkeypatch.setattr(doctor, "_WAIT", 0.01)
+    finding = found(tmp_path)["GPU"]
+    assert (finding.state, finding.text) == ("wrong", "the driver has one, and torch does not answer within 0.01 s")
 
 
 def test_a_folder_that_cannot_be_written_is_wrong(monkeypatch, tmp_path):
