@@ -9,6 +9,7 @@ pairs on the same rows. Formulas and sources are in docs/evaluate.md.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages import Metrics, Report, Stage
 from stages.data.row import Row
-from stages.data.source import CONVERSATIONS, Reading, Source, rows_of
+from stages.data.source import CONVERSATIONS, Reading, Source
+from stages.data.spool import Spooled
 from stages.measuring.gates import Gate, Verdict, gate_problems, judge_gate
 from stages.measuring.losses import Margins, Subject, answer_match, perplexity, preference
 from stages.measuring.metrics import Figures, Measured, figure_of, metric_names
@@ -195,9 +197,18 @@ class _Progress:
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Measure every model, compare them, and leave `evaluation.json` and `answers.jsonl` in `out`."""
+    with ExitStack() as stack:
+        data: dict[str, Sequence[Row]] = {}
+        for name, source in config.data.items():
+            rows = (row for _, row in Reading(inputs.read(source)).kept())
+            data[name] = stack.enter_context(Spooled(rows, out))
+        return _evaluate(config, inputs, data, out)
+
+
+def _evaluate(config: Config, inputs: Inputs, data: Mapping[str, Sequence[Row]], out: Path) -> Metrics:
+    """As `run`, of rows that were read."""
     import torch
 
-    data = {name: rows_of(inputs.read(source)) for name, source in config.data.items()}
     prompts = _prompts(config, inputs)
     progress = _Progress(out, len(inputs.compared) * (len(data) + bool(prompts) + bool(config.tasks)))
     found: dict[str, Figures] = {}
@@ -205,7 +216,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     threads = torch.get_num_threads()
     try:
         for name, folders in inputs.compared.items():
-            subject = _loaded(name, folders, config, threads)
+            subject = _loaded(name, folders, config, threads, out)
             found[name] = _measure(config, subject, data, prompts, margins, progress)
             del subject
             free_memory()
@@ -236,7 +247,7 @@ def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     return found[: config.max_prompts]
 
 
-def _loaded(name: str, folders: Sequence[str], config: Config, threads: int) -> Subject:
+def _loaded(name: str, folders: Sequence[str], config: Config, threads: int, scratch: Path) -> Subject:
     """A model as it is served, with the template of the run.
 
     Raises:
@@ -248,7 +259,7 @@ def _loaded(name: str, folders: Sequence[str], config: Config, threads: int) -> 
     refuse_missing(folders[0], engine.missing)
     small = sum(weight.numel() for weight in engine.model.parameters()) < SMALL
     torch.set_num_threads(1 if small else threads)
-    return Subject(name, engine, config.max_length, config.batch_tokens, config.seed)
+    return Subject(name, engine, config.max_length, config.batch_tokens, config.seed, scratch)
 
 
 def _measure(

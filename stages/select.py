@@ -21,7 +21,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages import Metrics, Rows, Stage
-from stages.data.source import CONVERSATIONS, ROWS_FILE, Format, Source, rows_of
+from stages.data.row import Row
+from stages.data.source import CONVERSATIONS, ROWS_FILE, Format, Reading, Source
+from stages.data.spool import Spooled
 from stages.measuring.choosing import choose
 from stages.model.facts import Facts, check_template, is_hub_name
 from stages.model.inputs import Inputs
@@ -190,17 +192,27 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Score every row, choose, and leave rows and scores in `out`."""
-    sources = [inputs.read(source) for source in config.data]
-    rows = [(source.path, number, row) for source in sources for number, row in enumerate(rows_of(source), 1)]
-    scored = [row for _, _, row in rows]
-    choice = choose(config, inputs, scored, out)
+    with Spooled[Row](folder=out) as rows:
+        places: list[tuple[str, int]] = []
+        for source in map(inputs.read, config.data):
+            for number, (_, row) in enumerate(Reading(source).kept(), 1):
+                rows.append(row)
+                places.append((source.path, number))
+        return _select(config, inputs, rows, places, out)
+
+
+def _select(
+    config: Config, inputs: Inputs, rows: Sequence[Row], places: Sequence[tuple[str, int]], out: Path
+) -> Metrics:
+    """As `run`, of rows that were read; `places` are the data set and the number of each row."""
+    choice = choose(config, inputs, rows, out)
     kept = [reason is None for reason in choice.reasons]
     if not any(kept):
         raise StageError(f"no row of {len(rows)} is kept: {_counted(choice.reasons)}; loosen the limit or add data")
     with open(out / ROWS_FILE, "w", encoding="utf-8") as file:
-        file.writelines(_line(row) for row, good in zip(scored, kept, strict=True) if good)
+        file.writelines(_line(row) for row, good in zip(rows, kept, strict=True) if good)
     with open(out / "scores.jsonl", "w", encoding="utf-8") as file:
-        for index, (path, number, _) in enumerate(rows):
+        for index, (path, number) in enumerate(places):
             values = {name: _finite(scores[index]) for name, scores in choice.scores.items()}
             line = {"data": path, "row": number, **values, "kept": kept[index], "why": choice.reasons[index]}
             file.write(_line(line))

@@ -15,7 +15,7 @@ from stages.chat.writing import Refused
 from stages.data.mixture import Mixture
 from stages.data.row import Row
 from stages.data.source import Reading, Source
-from stages.data.spool import SpooledRows
+from stages.data.spool import Spooled
 from stages.model.folder import load_tokenizer
 from stages.runtime.errors import StageError
 
@@ -51,13 +51,13 @@ def calibration_rows(
     queues = []
     with ExitStack() as stack:
         for number, source in enumerate(wanted.data.sources):
-            rows = stack.enter_context(SpooledRows((row for _, row in Reading(read(source)).kept()), scratch))
+            rows = stack.enter_context(Spooled((row for _, row in Reading(read(source)).kept()), scratch))
             shuffled = _shuffled(rows, f"{seed}:{number}")
             queues.append(_different(shuffled, tokenizer, folder, wanted.max_length, seen))
         return _drawn(wanted, queues)
 
 
-def _shuffled(rows: SpooledRows, seed: str) -> Iterator[Row]:
+def _shuffled(rows: Spooled[Row], seed: str) -> Iterator[Row]:
     order = array("L", range(len(rows)))
     random.Random(seed).shuffle(order)
     return (rows[index] for index in order)

@@ -63,6 +63,11 @@ class Choice:
         """The indices of the rows that are not dropped."""
         return [index for index, reason in enumerate(self.reasons) if reason is None]
 
+    def drop_for(self, reasons: Mapping[int, str]) -> None:
+        """Drop rows, each for its own reason."""
+        for index, reason in reasons.items():
+            self.reasons[index] = reason
+
     def drop_unscored(self) -> None:
         """Drop the rows whose `measure` is NaN or infinite."""
         scores = self.scores[self.measure or ""]
@@ -94,10 +99,10 @@ def choose(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> 
 def _ifd(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
     """Rows with an IFD of at most 1, and of them those with the highest; above 1 the question does not help."""
     choice = Choice(len(rows), "ifd")
-    given, alone = answer_losses(config, inputs, rows, out)
+    given, alone, unscored = answer_losses(config, inputs, rows, out)
     choice.scores = {"ifd": ifd(given, alone), "loss_given_question": given, "loss_alone": alone}
     scores = choice.scores["ifd"]
-    choice.drop([index for index, loss in enumerate(given) if loss is None], "longer than `max_length`")
+    choice.drop_for(unscored)
     choice.drop_unscored()
     choice.drop([index for index in choice.remaining() if scores[index] > 1], "with an IFD above 1")
     choice.keep_highest(scores, config.keep)
@@ -126,15 +131,15 @@ def _quality(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -
 def _necessity(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> Choice:
     """Rows whose question the model answers with a reward below `below`, and of them the lowest (MoDS, step 3)."""
     choice = Choice(len(rows), "necessity")
-    answers = own_answers(config, inputs, rows, out)
+    answers, unscored = own_answers(config, inputs, rows, out)
     answered = [index for index, answer in enumerate(answers) if answer is not None]
-    own = [with_answer(rows[index], answers[index] or "") for index in answered]
+    own = (with_answer(rows[index], answers[index] or "") for index in answered)
     found, choice.metrics["cut"] = rewards(config, inputs, own, out)
     scores = [math.nan] * len(rows)
     for index, score in zip(answered, found, strict=True):
         scores[index] = score
     choice.scores = {"necessity": scores, "answer": answers}
-    choice.drop([index for index, answer in enumerate(answers) if answer is None], "longer than `max_length`")
+    choice.drop_for(unscored)
     choice.drop_unscored()
     if config.below is not None:
         good = [index for index in choice.remaining() if not scores[index] < config.below]

@@ -1,20 +1,24 @@
 """Metrics of one model that are computed from losses: perplexity, answer match, and preference pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 from stages.chat import encoding
 from stages.chat.labels import IGNORED, encode_chat
 from stages.chat.writing import Refused
 from stages.data.row import Row
+from stages.data.spool import Spooled
 from stages.measuring.metrics import Measured, metric_names
 from stages.model import inference
 from stages.model.generation import Engine
 from stages.runtime.errors import StageError
 
 Ids = list[int]
-Texts = list[tuple[Ids, Ids]]
-"""Token ids and labels of each text."""
+Text = tuple[Ids, Ids]
+"""Token ids and labels."""
+PART = 256  # rows that are in memory at once
 Margins = list[float | None]
 """log π of the chosen answer less that of the rejected one, by row; None where a row has none."""
 
@@ -30,13 +34,15 @@ class Subject:
     batch_tokens: int
     """Tokens in memory at once, padding included."""
     seed: int
+    scratch: Path | None = None
+    """The folder for temporary files: tokens of all rows are on the disk. None: that of the system."""
 
     @property
     def limit(self) -> int:
         """Tokens of a row that are measured: `max_length`, or the positions of the model if it has fewer."""
         return min(self.max_length, inference.positions(self.engine.model))
 
-    def losses(self, texts: Texts) -> list[float]:
+    def losses(self, texts: Sequence[Text]) -> list[float]:
         """The loss of each text: the sum over its labelled tokens, in nats."""
         return inference.losses(self.engine.model, texts, self.batch_tokens)
 
@@ -51,21 +57,21 @@ class Subject:
 
 def perplexity(subject: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
     """Metric → for each row its negative log-likelihood in nats, over its tokens in the loss or their UTF-8 bytes."""
-    texts: Texts = []
     owners: list[int] = []
-    size = [0] * len(rows)
+    size, total, count = [0] * len(rows), [0.0] * len(rows), [0] * len(rows)
     why = "no row has a token in the loss within `max_length`"
-    for index, row in enumerate(rows):
-        try:
-            pieces, size[index] = _text(subject, row["text"]) if "text" in row else _conversation(subject, row)
-        except Refused as error:  # a bad row, which no model of this template could be trained on
-            pieces, why = [], str(error)
-        texts += pieces
-        owners += [index] * len(pieces)
-    total, count = [0.0] * len(rows), [0] * len(rows)
-    for index, (_, labels), loss in zip(owners, texts, subject.losses(texts), strict=True):
-        total[index] += loss
-        count[index] += sum(label != IGNORED for label in labels[1:])
+    with Spooled[Text](folder=subject.scratch) as texts:
+        for index, row in enumerate(rows):
+            try:
+                pieces, size[index] = _text(subject, row["text"]) if "text" in row else _conversation(subject, row)
+            except Refused as error:  # a bad row, which no model of this template could be trained on
+                pieces, why = [], str(error)
+            for ids, labels in pieces:
+                texts.append((ids, labels))
+                owners.append(index)
+                count[index] += sum(label != IGNORED for label in labels[1:])
+        for index, loss in zip(owners, subject.losses(texts), strict=True):
+            total[index] += loss
     by_token = [(loss, float(tokens)) if tokens else None for loss, tokens in zip(total, count, strict=True)]
     by_byte = [
         (loss, float(size)) if size and tokens else None for loss, size, tokens in zip(total, size, count, strict=True)
@@ -76,7 +82,7 @@ def perplexity(subject: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
     }
 
 
-def _text(subject: Subject, text: str) -> tuple[Texts, int]:
+def _text(subject: Subject, text: str) -> tuple[list[Text], int]:
     """A text in pieces, and its bytes. Each piece is after the start-of-text token, so all its tokens are predicted."""
     tokenizer = subject.engine.tokenizer
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -85,7 +91,7 @@ def _text(subject: Subject, text: str) -> tuple[Texts, int]:
     return [([first, *piece], [IGNORED, *piece]) for piece in pieces], len(text.encode())
 
 
-def _conversation(subject: Subject, row: Row) -> tuple[Texts, int]:
+def _conversation(subject: Subject, row: Row) -> tuple[list[Text], int]:
     """A conversation with the labels of training, and the bytes of the text whose tokens are labels."""
     subject.check_chat()
     ids, labels = encode_chat(subject.engine.encoder, row["messages"], row.get("tools"))
@@ -109,25 +115,33 @@ def answer_match(subject: Subject, rows: Sequence[Row]) -> dict[str, Measured]:
     if len(rows) < 2:
         why = Measured(why="one row has no other question to compare with")
         return dict.fromkeys(metric_names("match"), why)
-    tools = [{"tools": row["tools"]} if "tools" in row else {} for row in rows]
-    asked = [
-        {"prompt": row["messages"][:-1], "completion": row["messages"][-1:], **its}
-        for row, its in zip(rows, tools, strict=True)
-    ]
-    swapped = [{**asked[place - len(rows) + 1], "completion": row["completion"]} for place, row in enumerate(asked)]
-    texts: Texts = []
+    own = (_answer_after(row, row) for row in rows)
+    swapped = (_answer_after(row, row_after) for row, row_after in zip(rows, _from_second(rows), strict=True))
     counts = []
-    for (own,), (other,) in zip(_completions(subject, asked), _completions(subject, swapped), strict=True):
-        both = [own, other]
-        counts.append(min(sum(label != IGNORED for label in labels) for _, labels in both))
-        texts += [_with_labels(*text, counts[-1]) for text in both]  # a long question leaves less of the answer
-    losses = subject.losses(texts)
+    with Spooled[Text](folder=subject.scratch) as texts:
+        for both in zip(_completions(subject, own), _completions(subject, swapped), strict=True):
+            sides = [side for (side,) in both]
+            counts.append(min(sum(label != IGNORED for label in labels) for _, labels in sides))
+            for side in sides:
+                texts.append(_with_labels(*side, counts[-1]))  # a long question leaves less of the answer
+        losses = subject.losses(texts)
     margins = [losses[2 * n + 1] - losses[2 * n] if count else None for n, count in enumerate(counts)]
     per_token = [None if sums is None else (sums, float(n)) for sums, n in zip(margins, counts, strict=True)]
     return {"answer_match": _shares(margins), "answer_margin": Measured(per_token)}
 
 
-def _with_labels(ids: Ids, labels: Ids, count: int) -> tuple[Ids, Ids]:
+def _answer_after(row: Row, asked: Row) -> Row:
+    """The last answer of a row after the question of another, and that one's tools."""
+    tools = {"tools": asked["tools"]} if "tools" in asked else {}
+    return {"prompt": asked["messages"][:-1], "completion": row["messages"][-1:], **tools}
+
+
+def _from_second(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows from the second one on, and then the first one."""
+    return (rows[(index + 1) % len(rows)] for index in range(len(rows)))
+
+
+def _with_labels(ids: Ids, labels: Ids, count: int) -> Text:
     """The sequence up to its label number `count`."""
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     end = places[count - 1] + 1 if count else 1
@@ -144,12 +158,15 @@ def preference(subject: Subject, rows: Sequence[Row], reference: Margins | None)
         Metric → its values, and the margin of each row.
     """
     subject.check_chat()
-    texts = [side for pair in _completions(subject, rows) for side in pair]
-    log_probs = [-loss for loss in subject.losses(texts)]
-    counts = [sum(label != IGNORED for label in labels) for _, labels in texts]
+    counts = []
+    with Spooled[Text](folder=subject.scratch) as texts:
+        for side in (side for pair in _completions(subject, rows) for side in pair):
+            texts.append(side)
+            counts.append(sum(label != IGNORED for label in side[1]))
+        log_probs = [-loss for loss in subject.losses(texts)]
     whole: list[tuple[float, float] | None] = []
     means: list[tuple[float, float] | None] = []
-    for place in range(0, len(texts), 2):
+    for place in range(0, len(counts), 2):
         both, tokens = (log_probs[place], log_probs[place + 1]), (counts[place], counts[place + 1])
         whole.append(both if all(tokens) else None)
         means.append((both[0] / tokens[0], both[1] / tokens[1]) if all(tokens) else None)
@@ -179,22 +196,23 @@ def _shares(margins: Sequence[float | None]) -> Measured:
     return _values([margin if margin is None or margin != margin else float(margin > 0) for margin in margins])
 
 
-def _completions(subject: Subject, rows: Sequence[Row]) -> list[Texts]:
+def _completions(subject: Subject, rows: Iterable[Row]) -> Iterator[list[Text]]:
     """Of each row the sequences of its answers, one or two, each after the prompt; only an answer has labels.
 
     A bad row, which the template cannot be used for, has no labels.
 
     Raises:
-        Refused: the template cannot be used for any row.
+        Refused: after the last row, the template cannot be used for any row.
     """
-    found = encoding.encode(subject.engine.encoder, rows)
-    refusals = [row for row in found if isinstance(row, Refused)]
-    if refusals and len(refusals) == len(found):
-        raise refusals[0]
+    left, refusal, some = iter(rows), None, False
     nothing = ([0], [IGNORED])
-    return [
-        [nothing] * (2 if "chosen" in rows[number] else 1)
-        if isinstance(row, Refused)
-        else [(one.ids[: subject.limit], one.labels[: subject.limit]) for one in row]
-        for number, row in enumerate(found)
-    ]
+    while part := list(islice(left, PART)):
+        for row, found in zip(part, encoding.encode(subject.engine.encoder, part), strict=True):
+            if isinstance(found, Refused):
+                refusal = refusal or found
+                yield [nothing] * (2 if "chosen" in row else 1)
+            else:
+                some = True
+                yield [(one.ids[: subject.limit], one.labels[: subject.limit]) for one in found]
+    if refusal and not some:
+        raise refusal

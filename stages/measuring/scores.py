@@ -4,7 +4,8 @@ Rows go through in batches of at most `batch_tokens` tokens (see stages/model/in
 """
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,7 @@ from stages.chat.rendering import render
 from stages.chat.template import install_template
 from stages.chat.writing import Refused
 from stages.data.row import Row, message_texts
+from stages.data.spool import Spooled
 from stages.model.device import compute_dtype, torch_device
 from stages.model.folder import load_model, load_tokenizer, refuse_missing, set_stop_tokens
 from stages.model.generation import Engine
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
+Unscored = dict[int, str]
+"""Index of a row that has no score → why, as the end of "3 rows …"."""
+TOO_LONG, REFUSED = "longer than `max_length`", "for which the template cannot be used"
 PROBE = "A question."  # rendered to find what the template writes around it
 
 
@@ -64,7 +69,7 @@ def _own(config: Settings, inputs: Inputs) -> Engine:
 
 def answer_losses(
     config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path
-) -> tuple[list[float | None], list[float | None]]:
+) -> tuple[list[float | None], list[float | None], Unscored]:
     """Mean cross-entropy in nats over the tokens of each row's answers: given the question, and alone.
 
     These are the two means of IFD (Li et al., arXiv 2308.12032). Both are over the same tokens: those that training
@@ -73,38 +78,41 @@ def answer_losses(
     after everything before it, and each alone.
 
     Returns:
-        Two lists with one value for each row; None for a row that is longer than `max_length` or the model's positions,
-        or that the template cannot be used for.
+        Two lists with one value for each row, and the rows that have none: they are longer than `max_length` or the
+        model's positions, or the template cannot be used for them.
     """
     engine = _own(config, inputs)
     tokenizer, limit = engine.tokenizer, min(config.max_length, positions(engine.model))
     start = opening(tokenizer)
-    texts: list[tuple[Ids, Ids]] = []
     owners: list[tuple[int, int]] = []  # the row of each text, and 1 if the answer is alone in it
     tokens = [0] * len(rows)
-    for index, row in enumerate(rows):
-        try:
-            ids, labels = encode_chat(engine.encoder, row["messages"], row.get("tools"))
-        except Refused:
-            continue
-        if len(ids) > limit:
-            continue
-        answers = _answers(labels)
-        tokens[index] = sum(map(len, answers))
-        whole = [IGNORED] * len(ids)
-        for places in answers:
-            whole[places.start : places.stop] = ids[places.start : places.stop]
-            answer = ids[places.start : places.stop]
-            texts.append((start + answer, [IGNORED] * len(start) + answer))
-            owners.append((index, 1))
-        texts.append((ids, whole))
-        owners.append((index, 0))
-    found = losses(engine.model, texts, config.batch_tokens, _progress(out, "scored texts:", len(texts)))
+    unscored: Unscored = {}
+    with Spooled[tuple[Ids, Ids]](folder=out) as texts:
+        for index, row in enumerate(rows):
+            try:
+                ids, labels = encode_chat(engine.encoder, row["messages"], row.get("tools"))
+            except Refused:
+                unscored[index] = REFUSED
+                continue
+            if len(ids) > limit:
+                unscored[index] = TOO_LONG
+                continue
+            answers = _answers(labels)
+            tokens[index] = sum(map(len, answers))
+            whole = [IGNORED] * len(ids)
+            for places in answers:
+                whole[places.start : places.stop] = ids[places.start : places.stop]
+                answer = ids[places.start : places.stop]
+                texts.append((start + answer, [IGNORED] * len(start) + answer))
+                owners.append((index, 1))
+            texts.append((ids, whole))
+            owners.append((index, 0))
+        found = losses(engine.model, texts, config.batch_tokens, _progress(out, "scored texts:", len(texts)))
     sums = [[0.0] * len(rows), [0.0] * len(rows)]
     for (index, alone), loss in zip(owners, found, strict=True):
         sums[alone][index] += loss
     given, by_itself = ([total / n if n else None for total, n in zip(part, tokens, strict=True)] for part in sums)
-    return given, by_itself
+    return given, by_itself, unscored
 
 
 def opening(tokenizer: "PreTrainedTokenizerBase") -> Ids:
@@ -141,23 +149,35 @@ def _answers(labels: Sequence[int]) -> list[range]:
 # Answers of the model itself
 
 
-def own_answers(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> list[str | None]:
-    """The likeliest answer (greedy) to each conversation up to its last answer; None where the prompt is too long."""
+def own_answers(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> tuple[list[str | None], Unscored]:
+    """The likeliest answer (greedy) to each conversation up to its last answer, and the rows that have none."""
     engine = _own(config, inputs)
     set_stop_tokens(engine.model, engine.tokenizer)
     limit = min(config.max_length, positions(engine.model) - 1)
-    prompts = [engine.prompt(row["messages"][:-1], row.get("tools")) for row in rows]
-    asked = [index for index, prompt in enumerate(prompts) if len(prompt) <= limit]
-    answers = engine.generate(
-        [prompts[index] for index in asked],
-        {"max_new_tokens": config.max_new_tokens},
-        tokens=config.batch_tokens,
-        report=_progress(out, "answered questions:", len(asked)),
-    )
+    asked: list[int] = []
+    unscored: Unscored = {}
+    with Spooled[Ids](folder=out) as prompts:
+        for index, row in enumerate(rows):
+            try:
+                prompt = engine.prompt(row["messages"][:-1], row.get("tools"))
+            except Refused:
+                unscored[index] = REFUSED
+                continue
+            if len(prompt) > limit:
+                unscored[index] = TOO_LONG
+                continue
+            prompts.append(prompt)
+            asked.append(index)
+        answers = engine.generate(
+            prompts,
+            {"max_new_tokens": config.max_new_tokens},
+            tokens=config.batch_tokens,
+            report=_progress(out, "answered questions:", len(asked)),
+        )
     found: list[str | None] = [None] * len(rows)
     for index, ids in zip(asked, answers, strict=True):
         found[index] = engine.text(ids)
-    return found
+    return found, unscored
 
 
 def with_answer(row: Row, answer: str) -> Row:
@@ -168,11 +188,11 @@ def with_answer(row: Row, answer: str) -> Row:
 # Rewards
 
 
-def rewards(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) -> tuple[list[float], int]:
+def rewards(config: Settings, inputs: Inputs, rows: Iterable[Row], out: Path) -> tuple[list[float], int]:
     """The scorer's single logit for each row, and the number of rows that were cut.
 
-    A scorer with a chat template reads the rendered conversation. A scorer without one reads question and answer as a
-    pair of texts.
+    A scorer with a chat template reads the rendered conversation; NaN for a row that the template cannot be used for. A
+    scorer without one reads question and answer as a pair of texts.
 
     Raises:
         StageError: the scorer lacks weights, or has more than one label.
@@ -181,28 +201,31 @@ def rewards(config: Settings, inputs: Inputs, rows: Sequence[Row], out: Path) ->
 
     model, tokenizer = _classifier(inputs.others["scorer"])
     limit = min(config.max_length, _longest_input(model, tokenizer))
-    encoded, cut = [], 0
-    for row in rows:
-        whole = _for_scorer(tokenizer, row)
-        if len(whole["input_ids"]) > limit:
-            whole, cut = _for_scorer(tokenizer, row, limit), cut + 1
-        encoded.append(whole)
-    found = [0.0] * len(rows)
+    found: list[float] = []
+    scored: list[int] = []
+    lengths: list[int] = []
+    cut = 0
+    with Spooled[dict[str, Ids]](folder=out) as encoded:
+        for index, row in enumerate(rows):
+            found.append(math.nan)
+            try:
+                whole = _for_scorer(tokenizer, row)
+            except Refused:
+                continue
+            if len(whole["input_ids"]) > limit:
+                whole, cut = _for_scorer(tokenizer, row, limit), cut + 1
+            encoded.append(whole)
+            scored.append(index)
+            lengths.append(len(whole["input_ids"]))
 
-    def act(batch: list[int]) -> None:
-        given = tokenizer.pad([encoded[index] for index in batch], return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            logits = model(**given).logits[:, 0].double().tolist()
-        for index, score in zip(batch, logits, strict=True):
-            found[index] = score
+        def act(batch: list[int]) -> None:
+            given = tokenizer.pad([encoded[place] for place in batch], return_tensors="pt").to(model.device)
+            with torch.inference_mode():
+                logits = model(**given).logits[:, 0].double().tolist()
+            for place, score in zip(batch, logits, strict=True):
+                found[scored[place]] = score
 
-    if rows:
-        for_each_batch(
-            [len(one["input_ids"]) for one in encoded],
-            config.batch_tokens,
-            act,
-            _progress(out, "scored rows:", len(rows)),
-        )
+        for_each_batch(lengths, config.batch_tokens, act, _progress(out, "scored rows:", len(lengths)))
     return found, cut
 
 
@@ -268,25 +291,26 @@ def embeddings(
 
     model, tokenizer = _encoder(config, inputs)
     limit = min(config.max_length, _longest_input(model, tokenizer))
-    encoded, cut = [], 0
-    for row in rows:
-        text = written(row, answer=answer)
-        one = tokenizer(text, truncation=True, max_length=limit)
-        cut += len(one["input_ids"]) == limit and len(tokenizer(text)["input_ids"]) > limit
-        encoded.append(dict(one))
+    lengths: list[int] = []
+    cut = 0
     points = np.zeros((len(rows), model.config.hidden_size), dtype=np.float32)
+    with Spooled[dict[str, Ids]](folder=out) as encoded:
+        for row in rows:
+            text = written(row, answer=answer)
+            one = tokenizer(text, truncation=True, max_length=limit)
+            cut += len(one["input_ids"]) == limit and len(tokenizer(text)["input_ids"]) > limit
+            encoded.append(dict(one))
+            lengths.append(len(one["input_ids"]))
 
-    def act(batch: list[int]) -> None:
-        given = tokenizer.pad([encoded[index] for index in batch], return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            hidden = model(**given).last_hidden_state.float()
-        mask = given["attention_mask"].unsqueeze(-1)
-        means = hidden.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        points[batch] = means.cpu().numpy()
+        def act(batch: list[int]) -> None:
+            given = tokenizer.pad([encoded[index] for index in batch], return_tensors="pt").to(model.device)
+            with torch.inference_mode():
+                hidden = model(**given).last_hidden_state.float()
+            mask = given["attention_mask"].unsqueeze(-1)
+            means = hidden.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            points[batch] = means.cpu().numpy()
 
-    for_each_batch(
-        [len(one["input_ids"]) for one in encoded], config.batch_tokens, act, _progress(out, "placed rows:", len(rows))
-    )
+        for_each_batch(lengths, config.batch_tokens, act, _progress(out, "placed rows:", len(rows)))
     return points, cut
 
 

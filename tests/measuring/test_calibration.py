@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stages.data.spool import SpooledRows
+from stages.data.spool import Spooled
 from stages.measuring.calibration import Calibration, _shuffled, calibration_rows, split
 from stages.model.folder import load_tokenizer
 
@@ -60,7 +60,7 @@ def test_rows_that_are_not_drawn_are_not_in_memory(tmp_path):
     random.Random("7:0").shuffle(expected)
     made = (dict(row) for row in rows)
     tracemalloc.start()
-    with SpooledRows(made, tmp_path) as spooled:
+    with Spooled(made, tmp_path) as spooled:
         drawn = [row for row, _ in zip(_shuffled(spooled, "7:0"), range(300), strict=False)]
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

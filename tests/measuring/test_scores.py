@@ -10,11 +10,14 @@ from known_scorer import save_scorer, talk
 
 from stages.chat.labels import IGNORED
 from stages.chat.template import install_template, template_text
+from stages.data import spool
 from stages.data.source import rows_of
-from stages.measuring import choosing
+from stages.data.spool import Spooled
+from stages.measuring import choosing, losses
 from stages.measuring.scores import answer_losses, embeddings, opening, own_answers, rewards
 from stages.model import inference
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
+from stages.model.generation import load_engine
 from stages.model.inputs import Inputs
 from stages.runtime.errors import StageError
 
@@ -65,7 +68,7 @@ def test_every_answer_of_a_conversation_counts_and_its_end_of_turn_does_not(tiny
     real = inference.summed_losses
     monkeypatch.setattr(inference, "summed_losses", lambda model, texts: (seen.extend(texts), real(model, texts))[1])
     row = talk("头疼怎么办？", "多休息。", "还疼呢？", "去看医生。")
-    given, alone = answer_losses(settings(), own(folder), [row], tmp_path)
+    given, alone, _ = answer_losses(settings(), own(folder), [row], tmp_path)
     shown = [
         (tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != IGNORED]))
         for ids, labels in seen
@@ -95,8 +98,9 @@ def test_what_opens_an_answer_alone(tiny, template, expected):
 
 def test_rows_longer_than_the_limit_are_dropped_and_counted(tiny, tmp_path):
     rows = [talk("问", "答" * 300), talk("头疼怎么办？", "多休息，多喝水。")]
-    given, alone = answer_losses(settings(max_length=100), own(tiny("llama")), rows, tmp_path)
+    given, alone, unscored = answer_losses(settings(max_length=100), own(tiny("llama")), rows, tmp_path)
     assert (given[0], alone[0]) == (None, None)
+    assert unscored == {0: "longer than `max_length`"}
     assert given[1] > 0 < alone[1]
 
 
@@ -121,10 +125,11 @@ def test_a_scorer_reads_texts_pairs_and_its_own_chat_template(scorer, tmp_path):
 @pytest.mark.parametrize("architecture", ["llama", "bloom"])
 def test_answers_in_batches_are_those_of_each_question_alone(tiny, rows, tmp_path, architecture):
     folder, asked = tiny(architecture), rows_of(rows("alpaca", 6))
-    found = own_answers(settings(max_new_tokens=12, batch_tokens=700), own(folder), asked, tmp_path)
+    found, unscored = own_answers(settings(max_new_tokens=12, batch_tokens=700), own(folder), asked, tmp_path)
     model = load_model([str(folder)])
     set_stop_tokens(model, load_tokenizer([str(folder)]))
     assert found == [plain.answer(model, folder, row["messages"][:-1], 12) for row in asked]
+    assert unscored == {}
 
 
 def test_embeddings_are_means_of_hidden_states(scorer, tiny, rows, tmp_path):
@@ -171,3 +176,38 @@ def test_an_embedder_that_lacks_weights_is_refused_and_one_without_a_pooler_is_n
     assert placed("pooler").shape == (1, 8)
     with pytest.raises(StageError, match=r"lacks weights, which would be random: `encoder\.layer\.0\.intermediate"):
         placed("intermediate")
+
+
+def test_scores_hold_no_tokens_of_rows_in_memory(tiny, tmp_path, monkeypatch):
+    """Rows of 600 kB, which are several times as much as tokens: only a batch of them is in memory."""
+    import tracemalloc
+
+    monkeypatch.setattr(spool, "_IN_MEMORY", 2**16)
+    monkeypatch.setattr(inference, "summed_losses", lambda model, texts: [1.0] * len(texts))
+    engine = load_engine([str(tiny("llama"))], settings().template)
+    subject = losses.Subject("base", engine, 1024, 4096, 42, tmp_path)
+    with Spooled(({"text": f"{number} " + "多休息，多喝水。" * 125} for number in range(200)), tmp_path) as rows:
+        losses.perplexity(subject, rows[:2])  # what is made once
+        tracemalloc.start()
+        found = losses.perplexity(subject, rows)["perplexity"].rows
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert len(found) == 200
+    assert peak < 800_000
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_the_template_refuses_is_dropped_for_that_reason(tiny, scorer, tmp_path):
+    """It was counted as longer than `max_length`, or stopped the stage."""
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    template += "{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    good = talk("头疼怎么办？", "多休息。")
+    bad = {"messages": [{"role": "system", "content": "你是医生。"}, *good["messages"]]}
+    given, refused = settings(template=template, max_new_tokens=2), {0: "for which the template cannot be used"}
+    assert answer_losses(given, own(tiny("llama")), [bad, good], tmp_path)[2] == refused
+    answers, unscored = own_answers(given, own(tiny("llama")), [bad, good], tmp_path)
+    assert (answers[0], unscored) == (None, refused)
+    shutil.copytree(scorer, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template, encoding="utf-8")
+    scores, cut = rewards(settings(), other(scorer=tmp_path / "chat"), [bad, good], tmp_path)
+    assert (math.isnan(scores[0]), math.isnan(scores[1]), cut) == (True, False, 0)

@@ -196,7 +196,10 @@ def given(monkeypatch):
 
 def test_ifd_keeps_the_hardest_answers_that_the_question_helps_with(given, tmp_path):
     # By hand: 1/2, 3/2 (dropped), too long, 3/4, 2/2 = 1 (kept: only above 1 is dropped), 0/0 (no score).
-    given("answer_losses", ([1.0, 3.0, None, 1.5, 2.0, 0.0], [2.0, 2.0, None, 2.0, 2.0, 0.0]))
+    given(
+        "answer_losses",
+        ([1.0, 3.0, None, 1.5, 2.0, 0.0], [2.0, 2.0, None, 2.0, 2.0, 0.0], {2: "longer than `max_length`"}),
+    )
     metrics, kept, scores = chosen(tmp_path, 6, method="ifd", keep=2)
     assert kept == [3, 4]
     assert [score["ifd"] for score in scores] == [0.5, 1.5, None, 0.75, 1.0, None]
@@ -214,17 +217,17 @@ def test_ifd_keeps_the_hardest_answers_that_the_question_helps_with(given, tmp_p
 
 
 def test_a_share_is_taken_of_the_rows_that_are_left(given, tmp_path):
-    given("answer_losses", ([1.0, 1.1, 1.2, 9.0, 9.0, 9.0, 1.3], [2.0] * 7))
+    given("answer_losses", ([1.0, 1.1, 1.2, 9.0, 9.0, 9.0, 1.3], [2.0] * 7, {}))
     assert chosen(tmp_path, 7, method="ifd", keep=0.5)[1] == [2, 6]
 
 
 def test_of_equal_scores_the_first_rows_are_kept(given, tmp_path):
-    given("answer_losses", ([1.0] * 4, [2.0] * 4))
+    given("answer_losses", ([1.0] * 4, [2.0] * 4, {}))
     assert chosen(tmp_path, 4, method="ifd", keep=2)[1] == [0, 1]
 
 
 def test_when_nothing_is_left_the_stage_says_why(given, tmp_path):
-    given("answer_losses", ([3.0, 3.0, None], [2.0, 2.0, None]))
+    given("answer_losses", ([3.0, 3.0, None], [2.0, 2.0, None], {2: "longer than `max_length`"}))
     with pytest.raises(StageError, match=r"^no row of 3 is kept: 2 with an IFD above 1, 1 longer than `max_length`; "):
         chosen(tmp_path, 3, method="ifd", keep=2)
 
@@ -237,7 +240,7 @@ def test_quality_is_above_alpha(given, tmp_path):
 
 
 def test_necessity_is_below_beta_and_keeps_the_rows_own_answers(given, tmp_path):
-    given("own_answers", ["坏", "好", None, "坏"])
+    given("own_answers", (["坏", "好", None, "坏"], {2: "longer than `max_length`"}))
     given("rewards", ([-2.0, 1.0, -1.0], 0))
     _, kept, scores = chosen(tmp_path, 4, method="necessity", scorer="s", below=0.0)
     assert kept == [0, 3]

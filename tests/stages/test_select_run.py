@@ -102,7 +102,7 @@ def test_rows_that_a_scorer_cannot_take_whole_are_cut_and_counted(scorer, tmp_pa
 def test_necessity_scores_the_models_own_answers(tiny, scorer, tmp_path, monkeypatch):
     said = {"甲": "坏", "乙": "好", "丙": "上"}
     source = source_of(tmp_path, *(talk(question, "答" + question) for question in said))
-    monkeypatch.setattr(choosing, "own_answers", lambda *_: list(said.values()))
+    monkeypatch.setattr(choosing, "own_answers", lambda *_: (list(said.values()), {}))
     made = settings(tiny("llama"), source, method="necessity", keep=None, below=0.0, scorer=str(scorer))
     run(made, tmp_path)
     assert kept(tmp_path) == ["答甲"]
