@@ -17,11 +17,12 @@ def held_inside(operation: Any, args: Sequence[Any]) -> int:
     if operation.namespace != LIBRARY:
         return 0
     name = operation._opname
+    size: int = 0
     if name == "gemm_4bit":  # the weight in the dtype of the inputs
-        return math.prod(args[2]) * args[0].element_size()
+        size = math.prod(args[2]) * args[0].element_size()
     if name == "int8_mixed_scaled_mm":  # the result in int32
-        return 4 * len(args[1]) * len(args[2])
-    return 0
+        size = 4 * len(args[1]) * len(args[2])
+    return size
 
 
 def flops(operation: Any, args: Sequence[Any]) -> float:
@@ -29,9 +30,9 @@ def flops(operation: Any, args: Sequence[Any]) -> float:
     if operation.namespace != LIBRARY:
         return 0
     if operation._opname == "gemm_4bit":
-        return 2.0 * args[0].numel() * args[2][0]
+        return 2.0 * float(args[0].numel() * args[2][0])
     if operation._opname == "int8_mixed_scaled_mm":
-        return 2.0 * args[1].numel() * len(args[2])
+        return 2.0 * float(args[1].numel() * len(args[2]))
     return 0
 
 
@@ -44,6 +45,25 @@ def without_outliers(operation: Any, args: Sequence[Any]) -> Any:
     if operation._opname == "int8_mixed_scaled_mm":
         return args[0].new_empty((*args[0].shape[:-1], len(args[2]))), args[0].new_empty((len(args[0]), 0))
     return None
+
+
+def numbers(weight: Any) -> int:
+    """How many weights a parameter holds: in NF4 two in a byte."""
+    state = getattr(weight, "quant_state", None)
+    return int(weight.numel() if state is None else math.prod(state.shape))
+
+
+def scales(model: Any) -> list[Any]:
+    """The tensors of a quantized model that are neither parameters nor buffers: scales and tables of values."""
+    import torch
+
+    held: list[Any] = []
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        states = [state, getattr(state, "state2", None), getattr(module, "state", None)]
+        held += [getattr(one, name, None) for one in states for name in ("absmax", "code", "offset", "SCB")]
+        held.append(getattr(getattr(module, "weight", None), "SCB", None))
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ The model is built from its config.json without memory for its weights. Run it i
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from stages.training.footprint import Batch, footprint
+from stages.training.footprint import footprint
 from stages.training.settings import TrainingConfig
 from stages.training.sharing import Sharing
+from stages.training.weightless_trainer import Batch
 
 __all__ = ["Batch", "Estimate", "Memory", "estimate"]
 
@@ -63,7 +64,7 @@ def estimate(kind: str, config: TrainingConfig, folder: Path, batch: Batch, shar
     Raises:
         StageError: the settings are refused, as they would be in the stage.
     """
-    found = footprint(kind, config, folder, batch, gpu=gpu)
+    found = footprint(kind, config, folder, batch, sharing, gpu=gpu)
     return Estimate(
         memory=Memory(**found.peak), parameters=found.parameters, trainable=found.trainable, flops=found.flops
     )

@@ -1,84 +1,42 @@
 """One step of the real trainer on a model without memory: what its tensors take at the peak, and what it computes."""
 
+import contextlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stages.chat.labels import IGNORED
-from stages.model.inputs import Inputs
-from stages.training import bitsandbytes_ops, live_tensors, loop, loss_head, packing
+from stages.training import bitsandbytes_ops, live_tensors, weightless_trainer
+from stages.training.division import Weights, divide
+from stages.training.like_gpu import KERNELS, like_gpu
+from stages.training.offloaded import offloaded
 from stages.training.optimizer_state import is_of_bitsandbytes, state
 from stages.training.settings import TrainingConfig
+from stages.training.sharing import Sharing
 from stages.training.weightless import weightless
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+from stages.training.weightless_trainer import Batch
 
 BLOCK = 512  # bytes: CUDA's allocator gives multiples of it
-PAD, END, ANY = range(3)  # ids of tokens
-# What a step without memory does not do, or does on the CPU.
-QUIET = {
-    "use_cpu": True,
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "logging_strategy": "no",
-    "load_best_model_at_end": False,
-    "max_steps": 1,
-    "dataloader_num_workers": 0,
-    "torch_compile": False,
-}
-# Settings that need a GPU, other packages or files, and that change nothing of the memory or are counted apart.
-LEFT_OUT = (
-    *("tf32", "fp16", "fp16_full_eval", "bf16_full_eval", "use_liger_kernel", "activation_offloading", "deepspeed"),
-    *(
-        "precompute_ref_log_probs",
-        "precompute_ref_batch_size",
-        "fsdp",
-        "fsdp_config",
-        "resume_from_checkpoint",
-        "optim_args",
-        "sync_ref_model",
-        "use_cpu",
-        "no_cuda",
-    ),
-)
-WITH_REFERENCE = ("DPOConfig", "KTOConfig")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What one forward pass reads on one device."""
-
-    rows: int
-    """Sequences; of a preference pair or of a packed row one."""
-    tokens: int
-    """Tokens of a row with its padding, or of a packed row."""
-    documents: tuple[int, ...] = ()
-    """Lengths of the documents in a packed row; empty for rows that are padded."""
-    labelled: float = 1.0
-    """The share of the tokens that are in the loss."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one step takes on one device that holds everything."""
+    """What one step takes on one device."""
 
     peak: Mapping[str, int]
     """Cause → bytes, as in `live_tensors.CAUSES`."""
     parameters: int
+    """Of the whole model, adapters included."""
     trainable: int
-    largest_layer: int
-    """Parameters of the largest module of a list of modules: a layer."""
-    apart: int
-    """Parameters outside of layers: embeddings and the head."""
     flops: float
     """Of one batch, forward and backward."""
 
 
-def footprint(kind: str, config: TrainingConfig, folder: Path, batch: Batch, *, gpu: bool) -> Footprint:
-    """Train one step of the stage on a model without memory.
+def footprint(
+    kind: str, config: TrainingConfig, folder: Path, batch: Batch, sharing: Sharing, *, gpu: bool
+) -> Footprint:
+    """Train one step of the stage on a model without memory, as `estimate` asks for.
 
     Raises:
         StageError: TRL or PEFT refuses the settings.
@@ -86,24 +44,27 @@ def footprint(kind: str, config: TrainingConfig, folder: Path, batch: Batch, *, 
     passes = min(2, int(config.trainer.get("gradient_accumulation_steps") or 1))
     ledger, work = live_tensors.Ledger(BLOCK if gpu else 1), Work()
     with tempfile.TemporaryDirectory() as out, weightless():
-        args = _arguments(kind, config, Path(out), batch, passes, gpu=gpu)
-        trainer = _trainer(kind, config, folder, batch, args, gpu=gpu)
-        model = trainer.model
-        with live_tensors.follow(ledger, work.add), live_tensors.head_apart(ledger):
-            trainer.add_callback(live_tensors.callback(ledger, trainer, ahead=True))
+        args = weightless_trainer.arguments(kind, config, Path(out), batch, passes, gpu=gpu)
+        half = args.bf16 and sharing.strategy != "ddp"  # these engines compute with weights in 16 bits
+        trainer = weightless_trainer.trainer(kind, config, folder, batch, args, gpu=gpu, half=half)
+        model, optim = trainer.model, str(config.trainer.get("optim"))
+        weights = Weights.of(model, bool(args.bf16))
+        division = divide(weights, sharing)
+        ledger.shares = division.shares
+        if config.trainer.get("activation_offloading") and gpu:
+            trainer.maybe_activation_offload_context = offloaded(model)
+        trainer.add_callback(live_tensors.callback(ledger, trainer, ahead=True, step=division.step, foreach=gpu))
+        with contextlib.ExitStack() as stack:
+            if gpu:
+                stack.enter_context(like_gpu(work.count))
+            stack.enter_context(live_tensors.head_apart(ledger))
+            stack.enter_context(live_tensors.follow(ledger, work.add))
             trainer.train()
-    layers, apart = _parts(model)
-    peak, optim = dict(ledger.peak), str(config.trainer.get("optim"))
+    peak = {cause: round(size) + division.more.get(cause, 0) for cause, size in ledger.peak.items()}
+    peak["workspace"] += KERNELS if gpu else 0
     if is_of_bitsandbytes(optim):
-        peak["optimizer"] += state(optim, model)
-    return Footprint(
-        peak=peak,
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        trainable=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        largest_layer=max(layers, default=0),
-        apart=apart,
-        flops=work.flops / passes,
-    )
+        peak["optimizer"] += round(division.shares.get("optimizer", 1) * state(optim, model))
+    return Footprint(peak, weights.trainable + weights.frozen, weights.trainable, work.flops / passes)
 
 
 class Work:
@@ -111,6 +72,10 @@ class Work:
 
     def __init__(self) -> None:
         self.flops = 0.0
+
+    def count(self, flops: float) -> None:
+        """Count operations."""
+        self.flops += flops
 
     def add(self, operation: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Count an operation."""
@@ -126,139 +91,3 @@ class Work:
             self.flops += flop_counter.sdpa_flop_count(*(part.shape for part in args[:3]))
         elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu_backward":
             self.flops += flop_counter.sdpa_backward_flop_count(*(part.shape for part in args[:4]))
-
-
-def _arguments(
-    kind: str, config: TrainingConfig, out: Path, batch: Batch, passes: int, *, gpu: bool
-) -> "TrainingArguments":
-    """TRL's settings of the stage, for one quiet step on the CPU that computes in the dtypes of the device."""
-    given = config.trainer
-    ours = {
-        **QUIET,
-        "bf16": bool(given.get("bf16", gpu) or given.get("fp16")),
-        "per_device_train_batch_size": batch.rows,
-        "gradient_accumulation_steps": passes,
-    }
-    if kind == "SFTConfig":
-        packs = bool(batch.documents) or given.get("packing_strategy") == "wrapped"
-        ours |= {"packing": packs, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    if kind == "KTOConfig":
-        ours["train_sampling_strategy"] = "sequential"
-    if is_of_bitsandbytes(str(given.get("optim"))):
-        ours["optim"] = "sgd"  # has no state
-    theirs = {key: value for key, value in given.items() if key not in LEFT_OUT}
-    return loop.arguments(kind, config.model_copy(update={"trainer": {**theirs, **ours}}), out)
-
-
-def _trainer(
-    kind: str, config: TrainingConfig, folder: Path, batch: Batch, args: "TrainingArguments", *, gpu: bool
-) -> Any:
-    """TRL's trainer of the stage, on a model without memory and a batch of this shape."""
-    import trl
-    from datasets import Dataset
-    from transformers import PrinterCallback
-
-    precomputed = bool(config.trainer.get("precompute_ref_log_probs"))
-    rows = _rows(kind, batch, precomputed=precomputed) * args.gradient_accumulation_steps
-    model = _model(kind, config, folder, gpu=gpu)
-    if kind == "SFTConfig":
-        packing.prepare(model, args)
-    parts: dict[str, Any] = {"model": model, "args": args, "train_dataset": Dataset.from_list(rows)}
-    if kind in WITH_REFERENCE and config.lora is None:
-        parts["ref_model"] = _model(kind, config, folder, gpu=gpu)
-    base: Any = getattr(trl, kind.removesuffix("Config") + "Trainer")
-
-    class Trainer(base):  # type: ignore[misc, unused-ignore]
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
-
-    parts |= {"processing_class": _tokenizer(), "peft_config": _adapter(kind, config, folder)}
-    trainer: Any = Trainer(**parts)
-    if precomputed:
-        trainer.precompute_ref_logps, trainer.ref_model = True, None
-    if config.lora is not None:
-        loop.finish_adapter(trainer.model)
-    if kind != "RewardConfig":
-        loss_head.install(trainer, every_step=True)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _model(kind: str, config: TrainingConfig, folder: Path, *, gpu: bool) -> Any:
-    """The model of a folder as `loop.start` loads it, without memory."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    settings = dict(config.trainer.get("model_init_kwargs") or {})
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    dtype = settings.get("dtype") or ("bfloat16" if config.lora is not None and gpu else "float32")
-    dtype = (shape.dtype or "float32") if dtype == "auto" else dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    attention = {} if settings.get("attn_implementation") != "eager" else {"attn_implementation": "eager"}
-    auto = AutoModelForCausalLM
-    if kind == "RewardConfig":
-        auto, shape.num_labels = AutoModelForSequenceClassification, 1
-        shape.get_text_config().pad_token_id = PAD
-    model = auto.from_config(shape, dtype=dtype, **attention)
-    method = getattr(config, "quantized_base", None)
-    if method is not None:
-        from stages.model.quantized import quantize
-
-        with bitsandbytes_ops.plain_weights():
-            quantize(model, method, dtype)
-    return model
-
-
-def _adapter(kind: str, config: TrainingConfig, folder: Path) -> Any:
-    """PEFT's config, as the stage builds it."""
-    if kind == "RewardConfig" and config.lora is not None:
-        config = config.model_copy(update={"lora": {**config.lora, "task_type": "SEQ_CLS"}})
-    return loop.adapter(config, Inputs(model=[str(folder)]), head=kind != "RewardConfig")
-
-
-def _tokenizer() -> Any:
-    """A tokenizer of three tokens; rows are token ids already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"pad": PAD, "end": END, "any": ANY}, "any"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="pad", eos_token="end", unk_token="any")
-
-
-def _rows(kind: str, batch: Batch, *, precomputed: bool) -> list[dict[str, Any]]:
-    """Rows in the columns that TRL's collator reads. Of rows that are padded, the first has the full width."""
-    documents = list(batch.documents)
-    if documents:
-        length, lengths = sum(documents), [sum(documents)] * batch.rows
-    else:
-        length, lengths = batch.tokens, [batch.tokens] + [max(1, batch.tokens - 1)] * (batch.rows - 1)
-    answer = max(1, round(batch.labelled * length))
-    found: list[dict[str, Any]] = []
-    for row in lengths:
-        prompt, rest = [ANY] * (row - min(row, answer)), [ANY] * min(row, answer)
-        if kind == "SFTConfig":
-            found.append({"input_ids": prompt + rest, "labels": [IGNORED] * len(prompt) + rest})
-            found[-1] |= {"seq_lengths": documents} if documents else {}
-        elif kind == "DPOConfig":
-            found.append({"prompt_ids": prompt, "chosen_ids": rest, "rejected_ids": rest})
-            found[-1] |= {f"ref_{name}_logps": 0.0 for name in ("chosen", "rejected")} if precomputed else {}
-        elif kind == "KTOConfig":
-            label = len(found) % 2 == 0
-            found.append({"prompt_ids": prompt, "completion_ids": rest, "KL_completion_ids": rest, "label": label})
-            found[-1] |= {"ref_logps": 0.0, "ref_KL_logps": 0.0} if precomputed else {}
-        else:
-            found.append({"chosen_ids": prompt + rest, "rejected_ids": prompt + rest})
-    return found
-
-
-def _parts(model: Any) -> tuple[list[int], int]:
-    """The parameters of each layer, and those outside of layers."""
-    import torch
-
-    layers = [
-        sum(weight.numel() for weight in layer.parameters())
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList) and module is not None
-        for layer in module
-    ]
-    return layers, 0

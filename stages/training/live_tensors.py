@@ -6,12 +6,11 @@ operation is not seen.
 
 import contextlib
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stages.training.bitsandbytes_ops import held_inside
+from stages.training.bitsandbytes_ops import held_inside, scales
 
 if TYPE_CHECKING:
     from torch import Tensor, UntypedStorage
@@ -25,16 +24,18 @@ class Ledger:
     def __init__(self, block: int = 1) -> None:
         self.block = block
         """Each storage is rounded up to a multiple of it, in bytes: 512 for CUDA's allocator."""
-        self.live: Counter[str] = Counter(dict.fromkeys(CAUSES, 0))
-        self.peak: Counter[str] = Counter(self.live)
+        self.live: dict[str, float] = dict.fromkeys(CAUSES, 0)
+        self.peak = dict(self.live)
+        self.shares: Mapping[str, float] = {}
+        """Cause → the share of its bytes that counts; 1 for other causes. Set it before anything is counted."""
         self.cause: str | None = None
         """The cause of new tensors; None: activations where gradients are recorded, workspace elsewhere."""
         self._held: dict[int, tuple[weakref.ref[UntypedStorage], int, str]] = {}
 
     @property
-    def total(self) -> int:
-        """Live bytes."""
-        return self.live.total()
+    def total(self) -> float:
+        """Live bytes that count."""
+        return sum(self.live.values())
 
     def add(self, tensor: "Tensor", cause: str) -> None:
         """Count the storage of a tensor, unless it is counted already."""
@@ -44,14 +45,12 @@ class Ledger:
             return
         size = -(-storage.nbytes() // self.block) * self.block
         self._held[key] = weakref.ref(storage, partial(self._remove, key)), size, cause
-        self.live[cause] += size
-        if self.total > self.peak.total():
-            self.peak = Counter(self.live)
+        self._change(cause, size)
 
     def hold(self, size: int) -> None:
         """Count bytes of workspace that are given back at once."""
-        if self.total + size > self.peak.total():
-            self.peak = self.live + Counter(workspace=size)
+        self._change("workspace", size)
+        self._change("workspace", -size)
 
     def move(self, tensor: "Tensor", cause: str) -> None:
         """Count the storage of a tensor under another cause from now on."""
@@ -61,8 +60,8 @@ class Ledger:
             return
         reference, size, before = self._held[key]
         self._held[key] = reference, size, cause
-        self.live[before] -= size
-        self.live[cause] += size
+        self._change(before, -size)
+        self._change(cause, size)
 
     def cause_of(self, tensor: "Tensor") -> str | None:
         """What the storage of a tensor is counted under."""
@@ -71,7 +70,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Forget the peak: from now on it is the largest sum since this call."""
-        self.peak = Counter(self.live)
+        self.peak = dict(self.live)
 
     @contextlib.contextmanager
     def new_are(self, cause: str | None) -> Iterator[None]:
@@ -84,7 +83,12 @@ class Ledger:
 
     def _remove(self, key: int, _: Any) -> None:
         _, size, cause = self._held.pop(key)
-        self.live[cause] -= size
+        self._change(cause, -size)
+
+    def _change(self, cause: str, size: int) -> None:
+        self.live[cause] += size * self.shares.get(cause, 1)
+        if size > 0 and self.total > sum(self.peak.values()):
+            self.peak = dict(self.live)
 
 
 def follow(ledger: Ledger, seen: Callable[[Any, Any, Any, Any], None] | None = None) -> Any:
@@ -115,10 +119,11 @@ def follow(ledger: Ledger, seen: Callable[[Any, Any, Any, Any], None] | None = N
     return Follow()
 
 
-def callback(ledger: Ledger, trainer: Any, *, ahead: bool) -> Any:
+def callback(ledger: Ledger, trainer: Any, *, ahead: bool, step: int = 0, foreach: bool = False) -> Any:
     """A callback of transformers that gives the tensors of a trainer their causes.
 
-    `ahead`: the optimizer makes its state before the first step, which is then like any later one.
+    `ahead`: the optimizer makes its state before the first step, which is then like any later one. `step`: bytes that
+    are taken besides while the optimizer steps. `foreach`: the optimizer updates all weights at once, as on a GPU.
     """
     from transformers import TrainerCallback
 
@@ -127,7 +132,10 @@ def callback(ledger: Ledger, trainer: Any, *, ahead: bool) -> Any:
             optimizer = kwargs["optimizer"]
             optimizer = getattr(optimizer, "optimizer", optimizer)
             _name_weights(ledger, trainer)
-            _name_state(ledger, optimizer)
+            _name_state(ledger, optimizer, step)
+            for group in optimizer.param_groups if foreach else ():
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True
             if ahead:
                 _make_state(optimizer)
             ledger.begin()
@@ -138,7 +146,7 @@ def callback(ledger: Ledger, trainer: Any, *, ahead: bool) -> Any:
 def _name_weights(ledger: Ledger, trainer: Any) -> None:
     """Count weights and buffers of the model and of the reference, and gradients as soon as they are whole."""
     for cause, model in (("weights", trainer.model), ("reference", getattr(trainer, "ref_model", None))):
-        for tensor in [] if model is None else [*model.parameters(), *model.buffers()]:
+        for tensor in [] if model is None else [*model.parameters(), *model.buffers(), *scales(model)]:
             if ledger.cause_of(tensor) != "weights":  # a reference can share weights
                 ledger.move(tensor, cause)
     for parameter in trainer.model.parameters():
@@ -146,11 +154,12 @@ def _name_weights(ledger: Ledger, trainer: Any) -> None:
             parameter.register_post_accumulate_grad_hook(lambda weight: ledger.move(weight.grad, "gradients"))
 
 
-def _name_state(ledger: Ledger, optimizer: Any) -> None:
+def _name_state(ledger: Ledger, optimizer: Any, step: int) -> None:
     """Count as the optimizer's what its first step makes; later steps make temporary tensors."""
     import torch
 
     def before(*_: Any) -> None:
+        ledger.hold(step)
         ledger.cause = "workspace" if optimizer.state else "optimizer"
 
     def after(*_: Any) -> None:
