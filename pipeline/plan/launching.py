@@ -31,12 +31,13 @@ def problems(entry: StageEntry) -> Iterator[Problem]:
         if trainer.get(word):
             text = f"`{word}` needs the whole model in each process, which `{launch.strategy}` divides"
             yield f"trainer.{word}", f"{text}; remove it, or set `strategy: ddp` or `zero2`"
-    rows = trainer.get("per_device_train_batch_size", BATCH), trainer.get("gradient_accumulation_steps", 1)
+    size = "per_device_train_batch_size"
+    rows = trainer.get(size, BATCH), trainer.get("gradient_accumulation_steps", 1)
     if all(type(count) is int and count > 0 for count in rows):
         try:
             split(*rows, launch.world)
         except StageError as error:
-            yield "trainer.per_device_train_batch_size", str(error)
+            yield (f"trainer.{size}" if size in trainer else "launch.processes"), str(error)
 
 
 def _engine(entry: StageEntry) -> Iterator[Problem]:

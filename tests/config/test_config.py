@@ -362,6 +362,52 @@ def test_only_training_stages_run_in_several_processes(project):
     assert processes == {"init": 1, "sft": 2, "dpo": 1, "merge": 1}
 
 
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        ("{strategy: zero4}", "1:20: `launch`: `strategy` is `zero4`; did you mean `zero3`?"),
+        (
+            "{processes: 2, offload: optimizer}",
+            "1:24: `launch`: `offload: optimizer` needs another strategy than `ddp`; set `strategy: zero2`",
+        ),
+        (
+            "{processes: 2, strategy: zero2, offload: parameters}",
+            "1:41: `launch`: `zero2` can offload the optimizer alone; write `offload: optimizer` or `strategy: zero3`",
+        ),
+        (
+            "{processes: 2, strategy: fsdp2, offload: optimizer}",
+            "1:41: `launch`: `fsdp2` offloads weights and optimizer together; write `offload: parameters`",
+        ),
+        (
+            "{strategy: zero3}",
+            "1:1: `launch`: `zero3` divides the training between processes, and there is one; set `processes: 2` or "
+            "more, or add `offload`",
+        ),
+        (
+            "{machines: 2, rank: 2}",
+            "1:23: `launch`: `rank` is `2`; with 2 machines it is `env` or a number from 0 to 1",
+        ),
+        (
+            "{machines: 2, rendezvous: node0}",
+            "1:23: `launch`: `rendezvous` is `node0`; it wants HOST:PORT of machine 0, such as `10.0.0.1:29500`, or "
+            "`env`",
+        ),
+        (
+            "{machines: 2, timeout: 10}",
+            "1:23: `launch`: `timeout` is `10`; it wants a number of seconds, minutes or hours, such as `10m`",
+        ),
+        ("{timeout: 1h}", "1:10: `launch`: `timeout` is for several machines; set `machines`, or remove `timeout`"),
+        (
+            "{processes: 2, sp_size: 2}",
+            "1:24: `launch`: `sp_size` divides a sequence between processes, which is not supported; remove it, and "
+            "lower `trainer.max_length` if memory runs out",
+        ),
+    ],
+)
+def test_a_launch_that_means_nothing_is_refused(project, launch, said):
+    assert project(f"launch: {launch}\n{TOP}  sft: {{data: consult}}\n") == refused(f"x.yaml:{said}")
+
+
 def test_seed_and_template_at_the_top_hold_for_every_stage_that_does_not_say_otherwise(project):
     stages = "  pt: {data: books}\n  sft: {data: consult, seed: 3, template: chatml}\n  merge:\n"
     assert project("seed: 7\n" + TOP + stages)[0] == 0
