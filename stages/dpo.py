@@ -47,6 +47,8 @@ SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # the losses of TRL th
 class Config(TrainingConfig):
     """Settings of `dpo`; `trainer:` takes TRL's DPOConfig."""
 
+    sequences_of_row = 2
+
 
 def check(config: Config) -> list[Problem]:
     """A setting of the loss without effect."""
@@ -90,7 +92,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     """Train on the pairs and leave the artifact in `out`."""
     tokenizer = loop.tokenizer(config, inputs)
     rows = _prepare(config, tokenizer, inputs, out)
-    args = loop.arguments("DPOConfig", config, out)
+    args = loop.arguments("DPOConfig", config, out, **loop.checkpointing(config, inputs, out))
     trainer = loop.build(
         _trainer_class(),
         model=loop.start(config, inputs, tokenizer),

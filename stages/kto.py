@@ -50,6 +50,8 @@ Ids = list[int]
 class Config(TrainingConfig):
     """Settings of `kto`; `trainer:` takes TRL's KTOConfig."""
 
+    sequences_of_row = 2
+
     @property
     def estimates_kl(self) -> bool:
         """Whether the loss has the term z."""
@@ -190,7 +192,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     kind = _trainer_class()
     tokenizer = loop.tokenizer(config, inputs)
     rows, labels = _prepare(config, tokenizer, inputs, out)
-    args = loop.arguments("KTOConfig", config, out, **DEFAULTS)
+    args = loop.arguments("KTOConfig", config, out, **DEFAULTS, **loop.checkpointing(config, inputs, out))
     train, held = rows.train, rows.held
     counts = {"good": sum(labels), "bad": len(labels) - sum(labels)}
     if (text := balance(config, **counts)) is not None:

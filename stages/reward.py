@@ -40,6 +40,8 @@ HEADS = ("lm_head", "embed_out")  # of language models; a scorer has none
 class Config(TrainingConfig):
     """Settings of `reward`; `trainer:` takes TRL's RewardConfig. A LoRA adapter is folded in before it is saved."""
 
+    sequences_of_row = 2
+
 
 # What is known before the first stage starts
 
@@ -107,7 +109,7 @@ def run(config: Config, inputs: Inputs, out: Path) -> Metrics:
     kind = _trainer_class()
     tokenizer = loop.tokenizer(config, inputs)
     rows = _prepare(config, tokenizer, inputs, out)
-    args = loop.arguments("RewardConfig", config, out)
+    args = loop.arguments("RewardConfig", config, out, **loop.checkpointing(config, inputs, out))
     trainer = loop.build(
         kind,
         model=scorer(config, inputs, tokenizer),

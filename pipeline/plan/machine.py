@@ -1,17 +1,11 @@
 """Whether this machine, or a GPU that is asked for, has what the stages of a plan take."""
 
-import os
 from collections.abc import Iterator
 
 from pipeline.plan.estimate_result import Device
 from pipeline.plan.step import Plan
 from pipeline.saves import artifact
-from stages.model.device import gpu_memory, gpus
-
-
-def main_memory() -> int:
-    """The bytes of main memory, whatever is free of it."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+from stages.model.device import gpu_memory, gpus, main_memory
 
 
 def device(gpu: int | None = None) -> Device:

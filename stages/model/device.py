@@ -78,6 +78,16 @@ def _amd_gpus() -> int:
     return count
 
 
+def device_memory() -> int | None:
+    """The bytes of memory of the device that models compute on, whatever is free of it; None if that is not known."""
+    return gpu_memory() if gpus() else main_memory()
+
+
+def main_memory() -> int:
+    """The bytes of main memory, whatever is free of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def has_gpu() -> bool:
     """Whether the installed torch can use a GPU, found without opening it."""
     return gpus() > 0

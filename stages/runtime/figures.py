@@ -23,6 +23,15 @@ def count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
+def size_of(count: float) -> str:
+    """A size in bytes as text, such as `12.3 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def word(value: Any) -> str:
     """A setting as in YAML, but a list without brackets."""
     if isinstance(value, list):

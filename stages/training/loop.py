@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.chat.template import install_template
 from stages.model.device import has_bf16
+from stages.model.facts import read_json
 from stages.model.folder import load_model, load_tokenizer, set_stop_tokens
 from stages.model.inputs import Inputs
 from stages.model.probe import check_fold
@@ -19,6 +20,7 @@ from stages.runtime.events import emit, main_process
 from stages.training import engine
 from stages.training.adapters import is_named
 from stages.training.checkpoint import newest_whole
+from stages.training.checkpointing import note as without_checkpointing
 from stages.training.progress import Progress, batch_sizes, check_finite
 from stages.training.settings import BATCH, TrainingConfig, saving
 from stages.training.sharing import Sharing, sharing, split
@@ -86,6 +88,18 @@ def arguments(kind: str, config: TrainingConfig, out: Path, **defaults: Any) -> 
         raise StageError(f"{kind} refuses these settings: {error}") from None
     engine.load_whole(made)
     return made
+
+
+def checkpointing(config: TrainingConfig, inputs: Inputs, out: Path) -> dict[str, bool]:
+    """`activation_checkpointing: false` where the stage does not need it and its settings do not name it; else nothing.
+
+    The events of the stage say so. It is transformers' newer name of `gradient_checkpointing`.
+    """
+    room = config.room_for_layers(read_json(Path(inputs.model[0], "config.json"), ""))
+    if room is None:
+        return {}
+    emit(out, "note", text=without_checkpointing(*room))
+    return {"activation_checkpointing": False}
 
 
 def row_settings(kind: str, config: TrainingConfig, **defaults: Any) -> Any:

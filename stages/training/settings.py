@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,7 +14,7 @@ from stages.model.facts import Facts, check_template
 from stages.model.inputs import Inputs
 from stages.model.references import ModelRef
 from stages.runtime.errors import Problem, nearest
-from stages.training import adapters, effects, packages, quantized_base
+from stages.training import adapters, checkpointing, effects, packages, quantized_base
 
 LIMIT = "set `trainer.max_length`"
 SAVE_STEPS = 0.1  # a share of all steps: a killed run loses a tenth at most
@@ -64,6 +64,8 @@ class TrainingConfig(BaseModel):
     """The settings that `pt`, `sft` and `dpo` share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    sequences_of_row: ClassVar[int] = 1
+    """How many sequences the model reads for a row of data."""
 
     model: ModelRef
     """A folder, a Hub name with its revision, or an earlier stage as `$name`."""
@@ -98,6 +100,15 @@ class TrainingConfig(BaseModel):
         """Tokens of a sequence; None for no limit."""
         length: int | None = self.trainer.get("max_length", MAX_LENGTH)
         return length
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the model reads at once on one device."""
+        return self.sequences_of_row * int(self.trainer.get("per_device_train_batch_size", BATCH))
+
+    def room_for_layers(self, model: Mapping[str, Any], memory: int | None = None) -> tuple[int, int] | None:
+        """Where the stage needs no gradient checkpointing, the bytes of `checkpointing.room`; else None."""
+        return checkpointing.room(self.trainer, model, self.sequences, self.max_length, memory)
 
     def draw(self, inputs: Inputs | None = None) -> Draw:
         """Which rows are trained on; with `inputs`, each `$stage` is the file of its rows."""

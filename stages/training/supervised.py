@@ -63,7 +63,7 @@ def run(config: Config, inputs: Inputs, out: Path, *, cut: bool = False, **defau
     tokenizer = loop.tokenizer(config, inputs)
     check_libraries("SFTConfig", config, out, **defaults)
     rows = _prepare(config, tokenizer, inputs, out, cut=cut, **defaults)
-    args = arguments(config, out, **defaults)
+    args = arguments(config, out, **loop.checkpointing(config, inputs, out), **defaults)
     seen, account = encoding.Tokens(), dict[str, Any]()
     if config.streaming:
         train: Any = streaming_module.rows(config.draw(inputs), tokenizer, args, seen, cut)

@@ -12,8 +12,9 @@ from stages.chat.encoder import Encoder
 from stages.chat.labels import IGNORED, encode_chat
 from stages.data.source import Source, rows_of
 from stages.model.generation import load_engine
+from stages.model.inputs import Inputs
 from stages.runtime.errors import Interrupted, StageError
-from stages.training import progress
+from stages.training import loop, progress
 from stages.training.checkpoint import newest_whole, rotate, seal
 
 pytestmark = pytest.mark.train
@@ -180,6 +181,28 @@ def test_rows_without_room_for_their_answer_are_dropped_and_counted(tiny, train,
         f"1 of 3 rows (33%) are longer than `max_length` {room} and lose their end, so the model would not learn to "
         "stop after them; raise `max_length`",
     ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_without_gradient_checkpointing_the_weights_are_the_same(tiny, train, rows, kind):
+    lora, made = {**LORA, "lora_dropout": 0.1}, []
+    for chosen in (True, False):
+        asked = {"max_steps": 3, "activation_checkpointing": chosen}
+        done = train(sft, [tiny(kind)], rows("alpaca", 8), lora=lora, trainer=asked)
+        assert done.trainer.args.gradient_checkpointing is chosen
+        made.append(sha256(done.out / "adapter_model.safetensors"))
+    assert made[0] == made[1]
+
+
+def test_gradient_checkpointing_is_off_where_the_layers_fit(tiny, rows, tmp_path):
+    config, inputs = sft.Config(model="base", data=[rows("alpaca", 8)]), Inputs(model=[str(tiny("llama"))])
+    chosen = loop.checkpointing(config, inputs, tmp_path)
+    assert not loop.arguments("SFTConfig", config, tmp_path, **chosen).gradient_checkpointing
+    (said,) = notes(tmp_path)
+    assert said.startswith("gradient checkpointing is off: the layers keep ")
+    asked = config.model_copy(update={"trainer": {"gradient_checkpointing": True}})
+    chosen = loop.checkpointing(asked, inputs, tmp_path)
+    assert loop.arguments("SFTConfig", asked, tmp_path, **chosen).gradient_checkpointing
 
 
 def tokenizer_of(folder):
