@@ -1,15 +1,22 @@
 """Tiny models made on the spot and rows of this project's own data: no network, no GPU, no luck."""
 
+import gc
+import multiprocessing
+import os
 import shutil
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import planned
 import pytest
+import typer.main
 from fake_hub import FakeHub
 
+from pipeline.run import process
 from stages import init
 from stages.chat.template import template_text
 from stages.data.source import Source
@@ -21,6 +28,9 @@ from stages.training import loop
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+process.PRELOAD.append("warm")  # so that each stage of a run in a test takes a second less
+typer.main.get_command = cache(typer.main.get_command)  # the commands are the same each time
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = {"alpaca": "med_qa.json", "text": "med_book.jsonl", "preference": "med_prefer.jsonl"}
@@ -46,6 +56,49 @@ def _without_estimates(request, monkeypatch):
 @pytest.fixture(scope="module")
 def estimates_computed():
     """Plans are made with estimates."""
+
+
+# Files that take minutes: they come first, so that none of two processes waits for the other at the end.
+LONG = (
+    "run/test_faults.py",
+    "training/test_resume.py",
+    "run/test_launch.py",
+    "training/test_sharing.py",
+    "run/test_run.py",
+    "stages/test_quantize.py",
+    "training/test_kto.py",
+    "training/test_reward.py",
+    "training/test_needs.py",
+    "stages/test_gates_run.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    names = {item.path: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
+    items.sort(key=lambda item: LONG.index(names[item.path]) if names[item.path] in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(request, monkeypatch):
+    """Files of tests without torch need not outlast a power cut; a descriptor that is not open is still an error."""
+    if "train" not in request.keywords:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect():
+    """The garbage collector leaves alone what was imported before a module: a trainer collects when it ends."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """Call a function in a process like the one that a stage runs in; GPTQModel patches what it imports."""
+    process._warm(tmp_path_factory.mktemp("server") / "log.txt")
+    forked = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, mp_context=forked, initializer=fresh.fresh_quality) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 @pytest.fixture
@@ -102,8 +155,15 @@ def tiny(tmp_path_factory, rows):
 def train(tmp_path_factory, tiny):
     """Run a training stage in this process; hands out its folder, its metrics and the trainer that it built.
 
-    LoRA of rank 4 unless `lora=None`; `trainer` comes over a few quick steps; `callback` sees every step.
+    LoRA of rank 4 unless `lora=None`; `trainer` comes over a few quick steps; `callback` sees every step. Looking for
+    installed packages, and writing model cards that no stage keeps, would take a third of such a run.
     """
+    from accelerate.utils import imports
+    from peft import PeftModel
+    from trl.trainer.base_trainer import _BaseTrainer
+
+    is_available = cache(imports._is_package_available)
+    gc.freeze()
 
     def run(stage, model, data, *, out=None, callback=None, trainer=None, **settings):
         folder = out or tmp_path_factory.mktemp("saves") / stage.__name__.rpartition(".")[2]
@@ -120,6 +180,9 @@ def train(tmp_path_factory, tiny):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "train", train)
+            patch.setattr(imports, "_is_package_available", is_available)
+            patch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
+            patch.setattr(_BaseTrainer, "create_model_card", lambda *_, **__: None)
             try:
                 metrics = stage.run(config, Inputs(model=list(map(str, model))), folder)
             finally:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 
@@ -12,13 +10,6 @@ from stages.model.facts import read_facts
 from stages.model.generation import load_engine
 from stages.runtime.errors import StageError
 from stages.runtime.events import read_events
-
-
-@pytest.fixture(scope="module")
-def worker():
-    """A process like the one a stage runs in; GPTQModel patches what it imports."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 @pytest.fixture
@@ -76,9 +67,9 @@ def plain(first, second, texts):
 
 
 @pytest.mark.train
-def test_what_quantization_cost_is_what_plain_torch_says(tiny, adapt, quantized, worker, tmp_path):
+def test_what_quantization_cost_is_what_plain_torch_says(tiny, adapt, quantized, apart, tmp_path):
     folder = tiny("llama", tied=False)
-    losses, (same, changed), (sums, kl, agreed, errors), gap = worker(
+    losses, (same, changed), (sums, kl, agreed, errors), gap = apart(
         measure, str(folder), str(adapt([folder])), quantized, tmp_path
     )
     assert [loss for loss, _ in losses] == pytest.approx(sums, abs=1e-4)
@@ -97,8 +88,8 @@ def rounded_of(folder, made):
 
 
 @pytest.mark.train
-def test_what_cannot_be_rounded_says_why(tiny, quantized, worker):
-    assert worker(rounded_of, tiny("bloom"), quantized) == "the original has no module `model.layers.0.mlp.down_proj`"
+def test_what_cannot_be_rounded_says_why(tiny, quantized, apart):
+    assert apart(rounded_of, tiny("bloom"), quantized) == "the original has no module `model.layers.0.mlp.down_proj`"
 
 
 def test_positions_are_spread_over_all_texts(monkeypatch):

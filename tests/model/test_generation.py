@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -216,12 +214,11 @@ def answers_without_compiling(folder, rows):
     return kernels, list(engine.missing), logits, engine.generate([engine.prompt(ASKED)], SHORT)
 
 
-def test_a_folder_of_4_bits_loads_on_a_cpu_without_compiling(lively, tmp_path):
+def test_a_folder_of_4_bits_loads_on_a_cpu_without_compiling(lively, apart, tmp_path):
     import torch
 
     plain, small = quantized(lively("llama"), tmp_path)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        kernels, missing, logits, answers = pool.submit(answers_without_compiling, str(small), ASKED).result()
+    kernels, missing, logits, answers = apart(answers_without_compiling, str(small), ASKED)
     assert (kernels, missing) == ({"TorchLinear"}, [])
     engine = load_engine([str(plain)])
     with torch.no_grad():

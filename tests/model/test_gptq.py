@@ -1,11 +1,9 @@
 """The interfaces of GPTQModel: that they are there, what happens where one is not, and rounding on its grid."""
 
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -71,11 +69,10 @@ def test_how_the_log_says_that_a_module_was_only_rounded():
 
 
 @pytest.mark.train
-def test_rounding_is_to_the_nearest_of_the_grid():
+def test_rounding_is_to_the_nearest_of_the_grid(apart):
     cases = ({"sym": False}, 4), ({"sym": True}, 8), ({"sym": True}, -1), ({"sym": False, "bits": 2}, 5)
     settings = [{"bits": 4, "group_size": size, "meta": {}, **changes} for changes, size in cases]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # GPTQModel patches what it imports
-        made = pool.submit(near, settings).result()
+    made = apart(near, settings)
     for chosen, (matrix, found) in zip(settings, made, strict=True):
         size = chosen["group_size"] if chosen["group_size"] > 0 else 12
         for row, rounded in zip(matrix, found, strict=True):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,13 +164,12 @@ def judge(folder, models):
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """`judge` in a process of its own: GPTQModel patches what it imports."""
+def chain(tmp_path_factory, apart):
+    """`judge` in a process of its own."""
     folder = tmp_path_factory.mktemp("chain")
     write(folder)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(build, folder).result()
-        yield lambda **models: pool.submit(judge, folder, models).result()
+    apart(build, folder)
+    return lambda **models: apart(judge, folder, models)
 
 
 def test_a_healthy_chain_passes(chain):

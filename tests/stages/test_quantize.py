@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -131,31 +129,24 @@ def encode(asked, folder):
 
 
 @pytest.fixture(scope="module")
-def worker():
-    """A process like the one a stage runs in; GPTQModel patches what it imports."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 120)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, worker):
+def models(tmp_path_factory, apart):
     made = {}
 
     def model(kind, *steps):
         if kind not in made:
-            made[kind] = worker(build, kind, tmp_path_factory.mktemp(kind), *steps)
+            made[kind] = apart(build, kind, tmp_path_factory.mktemp(kind), *steps)
         return made[kind]
 
     return model
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, worker, models, data):
+def done(tmp_path_factory, apart, models, data):
     """The result of a whole run of a kind of model, made once."""
     made = {}
 
@@ -163,7 +154,7 @@ def done(tmp_path_factory, worker, models, data):
         if kind not in made:
             out = tmp_path_factory.mktemp(f"{kind}-out")
             asked = config(models(kind), data)
-            made[kind] = SimpleNamespace(config=asked, out=out, metrics=worker(run, asked, out))
+            made[kind] = SimpleNamespace(config=asked, out=out, metrics=apart(run, asked, out))
         return made[kind]
 
     return quantized
@@ -253,18 +244,18 @@ def same_weights(asked, folder, out):
 
 
 @pytest.mark.train
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models, worker, data, tmp_path):
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(done, models, apart, data, tmp_path):
     first, folder = done("tied"), models("tied")
-    again = worker(same_weights, first.config, folder, tmp_path / "again")
-    other = worker(same_weights, config(folder, data, seed=8), folder, tmp_path / "other")
+    again = apart(same_weights, first.config, folder, tmp_path / "again")
+    other = apart(same_weights, config(folder, data, seed=8), folder, tmp_path / "other")
     assert again == sha256(first.out)
     assert other != again
 
 
 @pytest.mark.train
-def test_memory_or_disk_gives_the_same_weights(done, models, worker, data, tmp_path):
+def test_memory_or_disk_gives_the_same_weights(done, models, apart, data, tmp_path):
     asked = config(models("bloom"), data, offload_to_disk=True)
-    assert worker(same_weights, asked, models("bloom"), tmp_path / "disk") == sha256(done("bloom").out)
+    assert apart(same_weights, asked, models("bloom"), tmp_path / "disk") == sha256(done("bloom").out)
 
 
 def losses(asked, folder, work, out):
@@ -273,9 +264,9 @@ def losses(asked, folder, work, out):
 
 
 @pytest.mark.train
-def test_modules_that_were_only_rounded_are_named(models, worker, data, tmp_path):
+def test_modules_that_were_only_rounded_are_named(models, apart, data, tmp_path):
     asked = config(models("bloom"), data, fallback={"threshold": 10**6})
-    found = worker(losses, asked, models("bloom"), tmp_path / "work", tmp_path)
+    found = apart(losses, asked, models("bloom"), tmp_path / "work", tmp_path)
     parts = [
         "mlp.dense_4h_to_h",
         "mlp.dense_h_to_4h",
@@ -290,15 +281,15 @@ def test_modules_that_were_only_rounded_are_named(models, worker, data, tmp_path
 
 
 @pytest.mark.train
-def test_a_whole_row_as_one_group(models, worker, data, tmp_path):
+def test_a_whole_row_as_one_group(models, apart, data, tmp_path):
     asked = config(models("bloom"), data, group_size=-1)
-    assert worker(losses, asked, models("bloom"), tmp_path / "work", tmp_path)["fallback"] == []
+    assert apart(losses, asked, models("bloom"), tmp_path / "work", tmp_path)["fallback"] == []
 
 
 @pytest.mark.train
-def test_float16_stays_float16(models, worker, data, tmp_path):
-    folder = worker(halve, models("tied"), tmp_path / "half")
-    worker(losses, config(folder, data), folder, tmp_path / "work", tmp_path)
+def test_float16_stays_float16(models, apart, data, tmp_path):
+    folder = apart(halve, models("tied"), tmp_path / "half")
+    apart(losses, config(folder, data), folder, tmp_path / "work", tmp_path)
     written = json.loads((tmp_path / "work" / "model" / "config.json").read_text(encoding="utf-8"))
     assert written["dtype"] == "float16"
 
@@ -326,17 +317,17 @@ def poison(folder, out):
 
 
 @pytest.mark.train
-def test_broken_weights_are_refused_before_anything_is_quantized(models, worker, data, tmp_path):
-    folder = worker(poison, models("bloom"), tmp_path / "nan")
+def test_broken_weights_are_refused_before_anything_is_quantized(models, apart, data, tmp_path):
+    folder = apart(poison, models("bloom"), tmp_path / "nan")
     with pytest.raises(StageError) as caught:
-        worker(run, config(folder, data), tmp_path)
+        apart(run, config(folder, data), tmp_path)
     assert str(caught.value) == (f"the perplexity of `{folder}` is nan before quantization; check the stage before")
 
 
 @pytest.mark.train
-def test_too_few_rows(models, worker, tmp_path):
+def test_too_few_rows(models, apart, tmp_path):
     with pytest.raises(StageError) as caught:
-        worker(run, config(models("bloom"), write_rows(tmp_path / "few.jsonl", 11)), tmp_path)
+        apart(run, config(models("bloom"), write_rows(tmp_path / "few.jsonl", 11)), tmp_path)
     assert str(caught.value) == (
         "the calibration data has 11 different rows, and at least 16 are needed: 8 to calibrate with and 8 to "
         "measure perplexity on; add data"
@@ -344,14 +335,14 @@ def test_too_few_rows(models, worker, tmp_path):
 
 
 @pytest.mark.train
-def test_conversations_without_a_template(models, worker, data, tmp_path):
+def test_conversations_without_a_template(models, apart, data, tmp_path):
     folder = tmp_path / "plain"
     folder.mkdir()
     for path in models("bloom").iterdir():
         if path.name != "chat_template.jinja":
             (folder / path.name).write_bytes(path.read_bytes())
     with pytest.raises(StageError) as caught:
-        worker(run, config(folder, data), tmp_path)
+        apart(run, config(folder, data), tmp_path)
     assert str(caught.value) == (
         f"the calibration data holds conversations, and `{folder}` has no chat template; calibrate with "
         "data of `format: text`, or set `template:` at the top"
@@ -371,10 +362,10 @@ def test_an_interface_of_gptqmodel_that_is_gone_stops_the_stage_before_it_works(
 
 
 @pytest.mark.train
-def test_settings_that_gptqmodel_refuses(models, worker, data, tmp_path):
+def test_settings_that_gptqmodel_refuses(models, apart, data, tmp_path):
     asked = config(models("bloom"), data, desc_act=True, act_group_aware=True)
     with pytest.raises(StageError) as error:
-        worker(run, asked, tmp_path)
+        apart(run, asked, tmp_path)
     text = "orders whole groups and cannot be used with `desc_act`; remove one of the two"
     assert str(error.value) == f"`gptq.act_group_aware`: `act_group_aware` {text}"
 
