@@ -46,7 +46,7 @@ def init(
     for one in found:
         print(one.words)
     text = scaffold.write(model, found, template, question, bits=bits)
-    for path in write_new({out: text}, force=force):
+    for path in write_new({out: text}, force=force, named=""):
         print(f"wrote {path}")
     print(f"next: pipeline plan {out}")
     return 0
@@ -117,8 +117,8 @@ def doctor(saves: Saves = SAVES, as_json: AsJson = False) -> int:
     return int(any(finding.state == "wrong" for finding in found))
 
 
-def write_new(files: dict[Path, str], *, force: bool) -> list[str]:
-    """Write files; returns their paths.
+def write_new(files: dict[Path, str], *, force: bool, named: str = "--out ") -> list[str]:
+    """Write files; returns their paths. `named` stands before a path in a message, as on the command line.
 
     Raises:
         ConfigError: a file is there already, or a folder is not.
@@ -128,10 +128,10 @@ def write_new(files: dict[Path, str], *, force: bool) -> list[str]:
     there = [path for path in files if path.exists()]
     if there and not force:
         raise ConfigError(
-            [f"--out {path}: is there already; name another file, or replace it with --force" for path in there]
+            [f"{named}{path}: is there already; name another file, or replace it with --force" for path in there]
         )
     for path, text in files.items():
         if not path.parent.is_dir():
-            raise ConfigError([f"--out {path}: there is no folder `{path.parent}`"])
+            raise ConfigError([f"{named}{path}: there is no folder `{path.parent}`"])
         path.write_text(text, encoding="utf-8")
     return [str(path) for path in files]

@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.config.checker import NAME
 from pipeline.errors import ConfigError
+from pipeline.tools.convert_chain import FOLDERS
 from pipeline.tools.convert_hub import pinned_commit
 from stages.chat.template import template_names, template_text
 from stages.data.guess import Guess, guess
@@ -152,14 +153,14 @@ def _checked_model(model: str) -> str:
     Raises:
         ConfigError: there is no such folder, or the commit is not known here and the Hub does not say it.
     """
-    if is_hub_name(model) and "@" not in model:
+    if is_hub_name(model) and "@" not in model and model.partition("/")[0] not in FOLDERS:
         if (commit := pinned_commit("model", model)) is not None:
             return f"{model}@{commit}"
         look = f"`git ls-remote https://huggingface.co/{model} HEAD` shows it"
         text = f"is no folder here; a model on the Hub is named with its commit, `{model}@COMMIT`; {look}"
         raise ConfigError([f"--model {model}: {text}"])
     try:
-        locate_model(model, download=False)
+        locate_model(f"./{model}" if is_hub_name(model) and "@" not in model else model, download=False)
     except StageError as error:
         raise ConfigError([f"--model {model}: {error}"]) from None
     return model

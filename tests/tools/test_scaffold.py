@@ -59,7 +59,7 @@ def test_what_cannot_be_read_is_named_and_a_file_is_not_overwritten(files, tmp_p
     )
     (tmp_path / "mine.yaml").write_text("x: 1\n")
     code, _, err = files("init", "mine.yaml", "--data", "qa.csv")
-    assert (code, err) == (2, "--out mine.yaml: is there already; name another file, or replace it with --force\n")
+    assert (code, err) == (2, "mine.yaml: is there already; name another file, or replace it with --force\n")
     assert (tmp_path / "mine.yaml").read_text() == "x: 1\n"
     assert files("init", "--data", "qa.csv")[0] == 0
     code, _, err = files("init", "other.yaml")
@@ -94,6 +94,8 @@ def test_names_and_paths_that_yaml_reads_otherwise_are_quoted(files, project, tm
         ("--template medd", "there is no template `medd` (a name, a .jinja or a .json file); did you mean `med`?"),
         ("--template my.jinja", "the template `my.jinja` cannot be read (No such file or directory)"),
         ("--model ./models/qwen", "the model folder `./models/qwen` does not exist; name a folder or a Hub model as "
+         "`org/name@commit`"),
+        ("--model models/qwen", "the model folder `./models/qwen` does not exist; name a folder or a Hub model as "
          "`org/name@commit`"),
         ("--model org/name", "is no folder here; a model on the Hub is named with its commit, `org/name@COMMIT`; "
          "`git ls-remote https://huggingface.co/org/name HEAD` shows it"),
