@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from textwrap import wrap
 from typing import Any
 
@@ -106,6 +107,7 @@ def scalar(value: Any) -> str:
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
+@lru_cache(10_000)
 def _read(text: str) -> Any:
     """What a config would read a word as."""
     return parse(text, "", wants_mapping=False).data

@@ -40,6 +40,9 @@ class Hashes:
 
     def of(self, files: Iterable[Path], *, clock: int | None = None, read: bool = False) -> list[str]:
         """The hash of each file, in order. The arguments are those of `one`."""
+        files = list(files)
+        if len(files) < 2:  # threads take longer than most files
+            return [self.one(path, clock=clock, read=read) for path in files]
         with ThreadPoolExecutor(max_workers=4) as pool:
             return list(pool.map(lambda path: self.one(path, clock=clock, read=read), files))
 

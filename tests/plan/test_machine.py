@@ -11,11 +11,11 @@ TEXT = "  train: {use: sft, data: consult, trainer: {learning_rate: 1e-5}}\n  me
 
 
 def hollow(layers):
-    """A weight file of `layers` weights of 40 MB in float32, which takes no room."""
+    """A weight file of `layers` weights of 400 kB in float32, which takes no room."""
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(layers)]
-    size = 4 * 10**7
+    size = 4 * 10**5
     entries = {
-        name: {"dtype": "F32", "shape": [1_000, 10_000], "data_offsets": [size * place, size * (place + 1)]}
+        name: {"dtype": "F32", "shape": [100, 1_000], "data_offsets": [size * place, size * (place + 1)]}
         for place, name in enumerate(names)
     }
     header = json.dumps(entries).encode()
@@ -32,15 +32,15 @@ def test_a_stage_that_takes_more_memory_than_there_is_is_noted_and_merge_takes_o
         hollow(layers)
         monkeypatch.setattr(machine, "main_memory", lambda: memory)
         planned = build_plan(load_config(Path("x.yaml")), Path("saves"))
-        assert {step.name: step.needs.memory for step in planned.steps}["merge"] == 2 * 4 * 10**7
+        assert {step.name: step.needs.memory for step in planned.steps}["merge"] == 2 * 4 * 10**5
         return list(machine.memory_notes(planned))
 
-    assert notes(5, 5 * 16 * 10**7) == []
-    told = "stage `train` takes at least 800.0 MB of memory, and this machine has 799.0 MB"
-    assert notes(5, 799 * 10**6) == [told]
-    assert notes(50, 7 * 10**7) == [
-        "stage `train` takes at least 8.0 GB of memory, and this machine has 70.0 MB",
-        "stage `merge` takes at least 80.0 MB of memory, and this machine has 70.0 MB",
+    assert notes(5, 5 * 16 * 10**5) == []
+    told = "stage `train` takes at least 8.0 MB of memory, and this machine has 7.9 MB"
+    assert notes(5, 79 * 10**5) == [told]
+    assert notes(50, 7 * 10**5) == [
+        "stage `train` takes at least 80.0 MB of memory, and this machine has 700.0 kB",
+        "stage `merge` takes at least 800.0 kB of memory, and this machine has 700.0 kB",
     ]
     monkeypatch.setattr(machine, "gpus", lambda: 1)
-    assert notes(50, 7 * 10**7) == []
+    assert notes(50, 7 * 10**5) == []

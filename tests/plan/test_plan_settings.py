@@ -90,6 +90,7 @@ def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(project, 
     assert project.validate(f"{INIT}  sft: {{data: consult, trainer: {{{setting}}}}}\n")[0] == 0
 
 
+@pytest.mark.train
 def test_no_optimizer_of_transformers_is_missed():
     training_arguments = pytest.importorskip("transformers.training_args")
     names = {name.value for name in training_arguments.OptimizerNames}
