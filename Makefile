@@ -22,8 +22,9 @@ test-fast: .venv/ready  ## no torch, seconds
 test-train: .venv/ready  ## trains, merges and quantizes tiny models, in two processes of one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m train -n 2 --dist loadfile --no-loadscope-reorder
 
-faults: .venv/ready  ## kills the run at every change of a file, stage by stage; several hours
+faults: .venv/ready  ## kills the run at every change of a file, stage by stage, and stops each kind of training at each step; several hours
 	$(BIN)/python -m tests.faults.harness --stages $(FAULTS)
+	EVERY_STOP=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m train -k "a_stop_at_any_step or a_stop_leaves" tests/training
 
 fuzz: .venv/ready  ## reads a hundred thousand broken data files, minutes
 	$(BIN)/python tests/data/fuzz_rows.py 100000

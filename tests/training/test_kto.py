@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from planned import TOP
+from planned import TOP, sample
 
 from stages import kto, merge, sft
 from stages.data.source import Source
@@ -422,7 +422,7 @@ def test_a_stop_leaves_no_trace(tiny, train, answers, tmp_path, at, stop, log_of
         return train(kto, model, rows, out=tmp_path / out, callback=callback, trainer=asked, **own)
 
     whole = log_of(go("whole"))
-    for steps in ([1], [4], [2, 3]):
+    for steps in ([2, 3], *sample(([1], [4]), list(RUNS).index(name))):
         out = f"stopped-{steps}"
         for step in steps:
             with pytest.raises(Interrupted, match=rf"^stopped at step {step} of 5$"):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from planned import TOP
+from planned import TOP, sample
 
 from pipeline import cli
 from pipeline.saves import artifact
@@ -301,7 +301,7 @@ def test_a_stop_leaves_no_trace(tiny, train, rows, tmp_path, at, stop, name):
         return files, done.metrics, log
 
     whole = result(go("whole"))
-    for steps in ([1], [4], [2, 3]):
+    for steps in ([2, 3], *sample(([1], [4]), list(RUNS).index(name))):
         out = f"stopped-{steps}"
         for step in steps:
             with pytest.raises(Interrupted, match=rf"^stopped at step {step} of 5$"):
