@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from stages.model import quantized
 from stages.model.facts import EMBEDDINGS, Facts, Header, is_hub_name, read_header, read_json, read_tokenizer
 from stages.model.lora import PREFIX, check_foldable
 from stages.model.tokens import HEADS, is_embedding, last_module
@@ -63,7 +64,8 @@ def with_adapter(base: Facts, name: str, folder: Path, headers: Mapping[str, Hea
     `headers`: file name → header of the weights of an adapter on the Hub, of which the folder has the small files.
 
     Raises:
-        StageError: the adapter is damaged, cannot be folded into its base, or was trained on another model.
+        StageError: the adapter is damaged, cannot be folded into its base, was trained on another model, or needs
+            bitsandbytes.
     """
     if not is_adapter(folder, headers or ()):
         raise StageError(f"`{name}` is not a LoRA adapter; in a list of models only the first is a whole model")
@@ -77,6 +79,7 @@ def with_adapter(base: Facts, name: str, folder: Path, headers: Mapping[str, Hea
     for setting, _ in check_foldable(config):
         shown = f"{setting}: {json.dumps(config[setting], ensure_ascii=False)}"
         raise StageError(f"`{name}` was trained with `{shown}`, and cannot be folded into its base; {MERGE}")
+    quantized.read(str(folder))
     shapes, stored = read_header(folder / WEIGHTS) if headers is None else headers[WEIGHTS]
     own = {tensor.removeprefix(PREFIX): shape for tensor, shape in shapes.items()}
     if base.weights and (problem := _misfit(name, own, base)) is not None:

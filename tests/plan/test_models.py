@@ -9,6 +9,7 @@ from planned import TOP
 
 from pipeline.config.checker import load_config
 from pipeline.plan.placing import build_plan
+from stages.model import quantized
 
 EMBEDDING = {"model.embed_tokens.weight": [4, 8], "model.layers.0.self_attn.q_proj.weight": [8, 8]}
 SFT = "  sft: {data: consult, lora: {r: 8}}\n"
@@ -325,6 +326,35 @@ def made(project, name):
 def test_an_adapter_that_cannot_be_used_is_refused(project, base, config, told):
     project.adapter(**config)
     assert planned(project, base.replace("model: m", "model: a") + SFT).problems == [f"x.yaml:1:8: stage `sft`: {told}"]
+
+
+QUANTIZED = {"quantized_base": "nf4", "block_size": 64, "double_quantization": True, "dtype": "float32", "modules": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "there", "told"),
+    [
+        (QUANTIZED, True, None),
+        (
+            QUANTIZED,
+            False,
+            "the adapter `a` was trained on a base in nf4, and cannot be folded without a package; `pip install "
+            "bitsandbytes`",
+        ),
+        (
+            {**QUANTIZED, "quantized_base": "fp4"},
+            True,
+            "`a/quantized_base.json` does not say how the base was quantized in words that are known here; train the "
+            "adapter again",
+        ),
+    ],
+)
+def test_an_adapter_on_a_quantized_base_needs_bitsandbytes(project, base, monkeypatch, content, there, told):
+    monkeypatch.setattr(quantized, "find_spec", lambda name: object() if there else None)
+    project.adapter(base_model_name_or_path="m")
+    project.write("a/quantized_base.json", json.dumps(content))
+    expected = [f"x.yaml:1:8: stage `sft`: {told}"] if told is not None else []
+    assert planned(project, base.replace("model: m", "model: a") + SFT).problems == expected
 
 
 @pytest.mark.parametrize(
