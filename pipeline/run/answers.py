@@ -15,6 +15,7 @@ from pipeline.run.worker import to_log
 from pipeline.saves import artifact
 from pipeline.saves.artifact import LOG
 from stages import Model
+from stages.runtime import aside
 from stages.runtime.processes import end_with_parent
 
 FILE = "answers.json"
@@ -137,6 +138,7 @@ def _generate(
     pipe: "multiprocessing.connection.Connection",
 ) -> None:
     end_with_parent()
+    aside.bring_back(*aside.OPTIONAL)  # one of the models may be quantized
     from stages.model.facts import read_tokenizer
     from stages.model.folder import tokenizer_folder
     from stages.model.generation import load_engine

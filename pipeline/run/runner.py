@@ -35,6 +35,7 @@ from pipeline.saves.artifact import SPEC
 from pipeline.saves.links import claim, link, note_run
 from pipeline.saves.locks import locked, reading, unread
 from stages.model.device import has_gpu
+from stages.runtime import aside
 from stages.runtime.events import EVENTS_FILE, earlier_attempts
 from stages.training.sharing import Sharing
 
@@ -51,6 +52,8 @@ def run(planned: Plan, view: View) -> list[dict[str, Any]]:
         GateClosed: a gate failed, and the plan does not ignore gates.
         ConfigError: machines plan different things, or the environment does not say which machine this is.
     """
+    trained = (step.entry.training for step in planned.steps)
+    aside.choose(name for training in trained if training is not None for name in training.packages)
     place = here(planned)
     with _signals() as stop:
         if place is not None and place.rank > 0:

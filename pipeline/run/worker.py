@@ -22,6 +22,7 @@ from pipeline.saves.locks import held_file
 from stages import find
 from stages.model.device import hide_all_gpus_but_one
 from stages.model.inputs import Inputs
+from stages.runtime import aside
 from stages.runtime.errors import MORE_MEMORY, Interrupted, explain
 from stages.runtime.events import LAUNCHED, REPORTS, emit
 from stages.runtime.processes import end_with_parent, peak_memory
@@ -48,6 +49,7 @@ def main(spec_file: str, hook: Hook = "run") -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if LAUNCHED not in os.environ:
         _alone(spec["use"])
+    _choose_packages(spec["use"])
     for name in secret.HUB:  # a stage is offline and needs no token
         os.environ.pop(name, None)
     emit(out, "start", pid=os.getpid())
@@ -67,6 +69,16 @@ def _alone(use: str) -> None:
         os.environ.pop(name, None)
     if find(use).parallel is not None:
         hide_all_gpus_but_one()
+
+
+def _choose_packages(use: str) -> None:
+    """Let a stage that reads quantized models find all packages, and any other one only those that its run needs."""
+    if "gptqmodel" in find(use).libraries:
+        aside.bring_back(*aside.OPTIONAL)
+        return
+    aside.set_aside()
+    if "torchao" in os.environ.get(aside.VARIABLE, ""):
+        aside.set_aside(aside.QUANTIZED)
 
 
 def _hold(out: Path) -> TextIO:

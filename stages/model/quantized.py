@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stages.model.facts import read_json
+from stages.runtime import aside
 from stages.runtime.errors import StageError
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def _library() -> Any:
     """
     logger = logging.getLogger(PACKAGE)
     logger.setLevel(logging.ERROR)  # it warns of a kernel that it does not need, and of each layer in int8
+    aside.bring_back(PACKAGE)
     try:
         import bitsandbytes
     except ImportError as error:

@@ -35,6 +35,12 @@ QUANTIZED = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "quantization_config
 """Settings under `model_init_kwargs` → the value of `quantized_base` for them."""
 
 
+def needed(trainer: Mapping[str, Any], quantized_base: str | None) -> set[str]:
+    """Packages that the training libraries import for some settings alone."""
+    optimizer = optimizer_packages().get(str(trainer["optim"])) if "optim" in trainer else None
+    return {name for name in (optimizer, "bitsandbytes" if quantized_base else None) if name is not None}
+
+
 def check(trainer: Mapping[str, Any]) -> list[Problem]:
     """Settings that need a package that is not installed, or a GPU that is not there."""
     optimizer, reports = str(trainer.get("optim")), trainer.get("report_to")

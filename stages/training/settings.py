@@ -10,6 +10,7 @@ from stages.data.drawing import Draw
 from stages.data.mixture import Mixture
 from stages.data.source import Source
 from stages.model import quantized
+from stages.model.device import has_gpu
 from stages.model.facts import Facts, check_template
 from stages.model.inputs import Inputs
 from stages.model.references import ModelRef
@@ -58,6 +59,8 @@ class Training:
     """Sequences of a batch on one device."""
     inexact: str | None
     """Why resuming is not bit-exact; None if it is."""
+    packages: frozenset[str] = frozenset()
+    """Packages that only these settings need."""
 
 
 class TrainingConfig(BaseModel):
@@ -131,6 +134,7 @@ class TrainingConfig(BaseModel):
             whole=whole,
             batch=self.trainer.get("per_device_train_batch_size", BATCH),
             inexact=inexact_resume(self),
+            packages=frozenset(packages.needed(self.trainer, self.quantized_base)),
         )
 
     @field_validator("eval_size")
@@ -187,6 +191,9 @@ def check_training(
 def training_notes(config: TrainingConfig, facts: Facts) -> list[str]:
     """What a user should know of the settings that is no problem."""
     found = effects.notes(config.trainer)
+    if config.quantized_base == "int8" and has_gpu():
+        text = "on a GPU, LLM.int8 rounds the inputs of layers in training, which the folded and merged model does not"
+        found.append(f"`quantized_base: int8`: {text}")
     limit, length = facts.positions, config.max_length
     if length and limit and length > limit and not facts.learned_positions:
         found.append(f"`max_length` {length} is above the {limit} positions that {facts.source} was made for")
@@ -203,6 +210,8 @@ def more_memory(config: TrainingConfig) -> str:
         )
     if not config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing", True)):
         found.append("set `trainer.gradient_checkpointing: true`")
+    if config.lora is not None and config.quantized_base is None:
+        found.append("set `quantized_base: nf4`")
     found.append(f"lower `trainer.max_length`, which is {config.max_length}" if config.max_length else LIMIT)
     return ", or ".join(found)
 
