@@ -179,6 +179,15 @@ def test_a_quantized_base_needs_a_package(project, monkeypatch):
     assert told.endswith(": stage `sft`: `nf4` needs a package; `pip install bitsandbytes`, or remove it\n")
 
 
+def test_int8_on_a_gpu_is_not_quite_the_merged_model(project, monkeypatch):
+    text = f"{INIT}  sft: {{data: consult, quantized_base: int8, {ADAPTER}}}\n"
+    why = "on a GPU, LLM.int8 rounds the inputs of layers in training, which the folded and merged model does not"
+    note = f"stage `sft`: `quantized_base: int8`: {why}"
+    assert note not in notes(project, text)
+    monkeypatch.setattr(device, "gpus", lambda: 1)
+    assert note in notes(project, text)
+
+
 def test_experts_are_not_quantized(project):
     project.model(model_type="qwen3_moe", num_experts=4, weights={"model.layers.0.self_attn.q_proj.weight": [8, 8]})
     _, told = project.validate(f"model: m\n{TOP}stages:\n  sft: {{data: consult, quantized_base: nf4, {ON_Q}}}\n")

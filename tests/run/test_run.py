@@ -457,7 +457,7 @@ def test_a_damaged_artifact_is_made_anew_and_never_used(chain, capsys):
             "was ended by signal 9 SIGKILL (kill -9, or the system ran out of memory); it takes at least 620.5 kB of "
             "memory, and activations come on top; if memory ran out, halve `trainer.per_device_train_batch_size`, "
             "which is 2, and double `gradient_accumulation_steps`, or set `trainer.gradient_checkpointing: true`, or "
-            "lower `trainer.max_length`, which is 256",
+            "set `quantized_base: nf4`, or lower `trainer.max_length`, which is 256",
         ),
     ],
 )
