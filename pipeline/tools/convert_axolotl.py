@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.tools.convert_axolotl_arguments import KNOWN, READ, SAME
 from pipeline.tools.convert_datasets import FORMATS, USUAL, CommitOf, declare, is_local, pinned
+from pipeline.tools.convert_launch import write_launch
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
 from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_templates import chat_template
@@ -47,7 +48,8 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
         return []
     part = Part(job.place, kind, take.text("base_model"), take.text("revision_of_model"))
     part.adapters, part.leaves = take.words("lora_model_dir"), take.text("output_dir") or "./model-out"
-    part.seed, part.processes = take.number("seed", 42), job.processes or 1
+    part.seed = take.number("seed", 42)
+    write_launch(take, part, book)
     part.words = take.words("tokens")
     if not Rows(take, book, commit_of, part).write():
         book.note("not supported", job.place, "no data set is left, so no stage is written")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from pipeline.tools.convert_launch import DEEPSPEED, FSDP, FSDP_DETAIL
 from pipeline.tools.convert_parts import Known, by_name
 
 SAME: Mapping[str, str] = {
@@ -25,6 +26,10 @@ SAME: Mapping[str, str] = {
     "early_stopping_patience": "early_stopping",
 }
 MADE: Mapping[str, str] = {
+    "deepspeed": DEEPSPEED,
+    "fsdp": FSDP,
+    "fsdp_config": FSDP_DETAIL,
+    "fsdp_version": "nothing; `fsdp2` is version 2",
     "base_model": "`model`",
     "revision_of_model": "the commit in `model: org/name@commit`",
     "rl": "the kind of the stage: `dpo` (`dpo`, `ipo`), `kto`",
@@ -127,8 +132,6 @@ NOT_NEEDED: Mapping[str, str] = by_name(
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
         "an adapter is not trained on a base in GPTQ; name the base as it was before": "gptq",
-        "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
-        "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config fsdp_version",
         "parts of one sequence on several devices are not supported": "sequence_parallel_degree context_parallel_size "
         "tensor_parallel_size dp_shard_size dp_replicate_size expert_parallel_size expert_parallel_backend "
         "expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes expert_parallel_token_capacity "

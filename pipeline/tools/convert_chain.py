@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_datasets import CommitOf, pinned
+from pipeline.tools.convert_launch import launch_of, share_rows
 from pipeline.tools.convert_parts import Book, Part
 from pipeline.tools.convert_reading import is_source
 from stages import Model, find
@@ -182,8 +183,10 @@ def root(parts: Sequence[Part], book: Book, commit_of: CommitOf) -> dict[str, An
     found |= _shared("template", {name: part.template for name, part in chats.items()}, chain.stages, None)
     seeds = {name: part.seed for name, part in zip(chain.stages, written, strict=True) if part in trained}
     found |= _shared("seed", seeds, chain.stages, 42)
-    counts = {name: part.processes for name, part in zip(chain.stages, written, strict=True) if part in trained}
-    launches = {name: {"processes": count} for name, count in counts.items()}
+    launches = {name: launch_of(part) for name, part in zip(chain.stages, written, strict=True) if part in trained}
+    for name, part in zip(chain.stages, written, strict=True):
+        if part in trained:
+            share_rows(chain.stages[name], part, book)
     found |= _shared("launch", launches, chain.stages, {"processes": 1})
     found |= _tokens(written)
     return found | ({"data": book.data} if book.data else {}) | {"stages": chain.stages}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_datasets import CommitOf, Sets, declare, read_info
+from pipeline.tools.convert_launch import write_launch
 from pipeline.tools.convert_llamafactory_arguments import EARLIER, KNOWN
 from pipeline.tools.convert_llamafactory_settings import DEFAULT, Settings
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
@@ -111,7 +112,8 @@ class Command:
             return self._evaluation(eval_data or data, samples, part.template, predicts)
         if not trains:
             self._note("differs", "do_train", "`do_train` is missing or false, and a training stage is written")
-        part.seed, part.processes = take.number("seed", 42), self.job.processes or 1
+        part.seed = take.number("seed", 42)
+        write_launch(take, part, self.book)
         if not self._mixture(data, eval_data, samples):
             self._note("not supported", "dataset", f"no data set of `{part.kind}` is left, so no stage is written")
             return []

@@ -6,6 +6,7 @@ under their own names, and are not listed. `docs/coming_from.md` shows these tab
 
 from collections.abc import Mapping
 
+from pipeline.tools.convert_launch import DEEPSPEED, FSDP, FSDP_DETAIL
 from pipeline.tools.convert_parts import Known, by_name
 
 SAME: Mapping[str, str] = {
@@ -30,6 +31,9 @@ SAME: Mapping[str, str] = {
 """Arguments whose value is taken as it is: the path of the setting in the stage."""
 
 MADE: Mapping[str, str] = {
+    "deepspeed": DEEPSPEED,
+    "fsdp": FSDP,
+    "fsdp_config": FSDP_DETAIL,
     "stage": "the kind of the stage: `pt`, `sft`, `dpo`, `kto`, `reward` (`rm`)",
     "finetuning_type": "`lora:` of the stage, or nothing for `full`",
     "model_name_or_path": "`model` of the config, or of the stage",
@@ -157,9 +161,8 @@ NOT_NEEDED: Mapping[str, str] = by_name(
 
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
-        "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
-        "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config "
-        "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config",
+        "`fsdp2` divides each layer; accelerate's other settings are not read": "fsdp_min_num_params "
+        "fsdp_transformer_layer_cls_to_wrap accelerator_config",
         "GaLore is not supported; AdamW is used here, whose state needs 8 bytes for each trained weight": "use_galore",
         "APOLLO is not supported; AdamW is used here, whose state needs 8 bytes for each trained weight": "use_apollo",
         "BAdam is not supported; AdamW trains all layers at once here, which needs more memory": "use_badam",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_datasets import CommitOf, declare, pinned
+from pipeline.tools.convert_launch import DEEPSPEED, FSDP, FSDP_DETAIL, write_launch
 from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name
 from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_templates import chat_template
@@ -45,6 +46,9 @@ SAME: Mapping[str, str] = {
     "neft_alpha": "trainer.neftune_noise_alpha",
 }
 MADE: Mapping[str, str] = {
+    "deepspeed": DEEPSPEED,
+    "fsdp": FSDP,
+    "fsdp_config": FSDP_DETAIL,
     "model_name_or_path": "`model` of the config, or of the stage",
     "model_revision": "the commit in `model: org/name@commit`",
     "peft_path": "`model: $stage` of the stage that wrote the adapter",
@@ -95,8 +99,6 @@ NOT_NEEDED: Mapping[str, str] = by_name(
 )
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
-        "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
-        "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config",
         "positions are not scaled here; set `rope_scaling` in the model's config.json": "rope_scaling",
         "LongLoRA's shifted attention is not supported": "shift_attn",
         "a run uploads nothing; `pipeline push` uploads a finished stage": "push_to_hub hub_model_id hf_hub_model_id",
@@ -118,7 +120,8 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
         return []
     part = Part(job.place, job.verb, take.text("model_name_or_path"), take.text("model_revision"))
     part.adapters = take.words("peft_path")
-    part.leaves, part.seed, part.processes = take.text("output_dir"), take.number("seed", 42), job.processes or 1
+    part.leaves, part.seed = take.text("output_dir"), take.number("seed", 42)
+    write_launch(take, part, book)
     if not _data(take, part, book, commit_of):
         book.note("not supported", job.place, "no `train_file_dir` is given, so no stage is written")
         return []

@@ -76,6 +76,8 @@ class Part:
     """A built-in name or the name of a file in `files`."""
     seed: int = 42
     processes: int = 1
+    launch: dict[str, Any] = field(default_factory=dict)
+    """Settings of `launch` besides `processes`."""
     special: list[str] = field(default_factory=list)
     """Special tokens that the command adds to the tokenizer."""
     words: list[str] = field(default_factory=list)

@@ -138,6 +138,8 @@ def recognised(given: Mapping[str, Any], path: Path) -> str:
         raise ConfigError([f"{path}: {text}"])
     if (program := program_of(given)) is not None:
         return program
+    if "stages" in given:
+        raise ConfigError([f"{path}: is a config of this program already; `pipeline plan {path}` reads it"])
     if "distributed_type" in given:
         raise ConfigError([f"{path}: is a config of accelerate; name the file that its train command gets"])
     text = "the keys are those of no known program (LLaMA-Factory, Axolotl, TRL, alignment-handbook)"
@@ -242,7 +244,7 @@ class Script:
         count = _processes(words[:start], environment, launched=program == "llamafactory")
         if (file := _value_of(words[:start], ("--config_file",))) is not None:
             text = (
-                f"`--config_file {file}`: accelerate's file is not read; `launch: {{processes: N}}` runs data-parallel"
+                f"`--config_file {file}`: accelerate's file is not read; write `launch: {{processes: N, strategy: …}}`"
             )
             self.book.note("not supported", place, text)
         if (nodes := _value_of(words[:start], NODES) or environment.get("NNODES", "1")) not in ("1", "1:1"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.convert_datasets import FORMATS, CommitOf, declare, is_local, pinned
+from pipeline.tools.convert_launch import DEEPSPEED, FSDP, FSDP_DETAIL, write_launch
 from pipeline.tools.convert_parts import Arguments, Book, Job, Known, Noted, Part, by_name, is_off, shown
 from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_trainer import Trainer, adapter
@@ -28,6 +29,9 @@ SAME: Mapping[str, str] = {
     "lora_dropout": "lora.lora_dropout",
 }
 MADE: Mapping[str, str] = {
+    "deepspeed": DEEPSPEED,
+    "fsdp": FSDP,
+    "fsdp_config": FSDP_DETAIL,
     "model_name_or_path": "`model` of the config, or of the stage",
     "model_revision": "the commit in `model: org/name@commit`",
     "use_peft": "`lora:` of the stage, or nothing",
@@ -86,8 +90,6 @@ NOT_NEEDED: Mapping[str, str] = by_name(
 )
 NOT_SUPPORTED: Mapping[str, str] = by_name(
     {
-        "DeepSpeed is not supported yet; `launch: {processes: N}` runs data-parallel": "deepspeed",
-        "FSDP is not supported yet; `launch: {processes: N}` runs data-parallel": "fsdp fsdp_config",
         "the reference is always the model that the stage starts from": "ref_model model_init_kwargs_ref "
         "reference_model_name_or_path",
         "a run uploads nothing; `pipeline push` uploads a finished stage": "push_to_hub hub_model_id hub_strategy "
@@ -107,7 +109,8 @@ def convert_job(job: Job, book: Book, commit_of: CommitOf) -> list[Part]:
         book.note("not supported", job.place, f"`{method}` is not supported; no stage is written for it")
         return []
     part = Part(job.place, kind, take.text("model_name_or_path"), take.text("model_revision"))
-    part.leaves, part.seed, part.processes = take.text("output_dir"), take.number("seed", 42), job.processes or 1
+    part.leaves, part.seed = take.text("output_dir"), take.number("seed", 42)
+    write_launch(take, part, book)
     text_field = take.text("dataset_text_field") or take.text("text_column")
     if kind == "sft" and text_field and not any("mess" in str(one) for one in take.words("columns")):
         part.kind = "pt"

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from converted import COMMIT, notes, stages, written
 
 from pipeline.errors import ConfigError
@@ -350,6 +351,33 @@ def test_words_of_one_command_are_one_source(folder):
     assert stages(pipeline)["sft"].config.lora == {"r": 4, "lora_alpha": 8}
 
 
+@pytest.mark.parametrize(
+    ("words", "launch"),
+    [
+        ("--deepspeed examples/deepspeed/ds_z3_config.json", {"strategy": "zero3"}),
+        ("--deepspeed own.json", {"strategy": "zero2", "offload": "optimizer"}),
+        ("--fsdp 'full_shard auto_wrap offload'", {"strategy": "fsdp2", "offload": "parameters"}),
+    ],
+)
+def test_deepspeed_and_fsdp_are_strategies_and_the_rows_of_a_step_stay(folder, words, launch):
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    Path("own.json").write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    batch = "--per_device_train_batch_size 2 --gradient_accumulation_steps 8"
+    found, _ = written("torchrun --nproc_per_node 4 src/train.py" + command("sft", f"{batch} {words}")[22:])
+    config = yaml.safe_load(found.text)
+    assert config["launch"] == {"processes": 4, **launch}
+    trainer = config["stages"]["sft"]["trainer"]
+    assert (trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]) == (2, 32)
+    assert notes(found, "not supported") == []
+    said = "`gradient_accumulation_steps` is 8 × 4 processes: here a step is that of all processes"
+    assert said in notes(found, "differs")
+    alone, _ = written(command("sft", f"{batch} {words}"))
+    assert "launch" not in yaml.safe_load(alone.text)
+    strategy = launch["strategy"]
+    text = f"the command does not say how many GPUs train; write `launch: {{processes: N, strategy: {strategy}}}`"
+    assert notes(alone, "to do") == [text]
+
+
 def test_visible_devices_are_processes(folder):
     found, _ = written("CUDA_VISIBLE_DEVICES=0,1,2 " + command("sft", ""))
     assert "launch: {processes: 3}\n" in found.text
@@ -371,7 +399,7 @@ def test_what_a_script_does_besides_is_noted(folder):
     assert list(stages(pipeline)) == ["sft"]
     found, _ = written("accelerate launch --config_file fsdp.yaml src/train.py" + command("sft", "")[22:])
     assert notes(found, "not supported") == [
-        "`--config_file fsdp.yaml`: accelerate's file is not read; `launch: {processes: N}` runs data-parallel"
+        "`--config_file fsdp.yaml`: accelerate's file is not read; write `launch: {processes: N, strategy: …}`"
     ]
 
 
@@ -382,6 +410,8 @@ def test_what_a_script_does_besides_is_noted(folder):
          "alignment-handbook); name the file that its train command gets"),
         ("x.yaml", "model: org/m\ntrain_dataset: d.yaml\n", "x.yaml: is for LLaMA-Factory's new code (USE_V1=1), which "
          "is not converted; name a config with `stage:`"),
+        ("x.yaml", "model: m\nstages: {}\n", "x.yaml: is a config of this program already; `pipeline plan x.yaml` "
+         "reads it"),
         ("x.yaml", "distributed_type: FSDP\nnum_processes: 8\n", "x.yaml: is a config of accelerate; name the file "
          "that its train command gets"),
         ("x.sh", "echo hello\n", "x.sh: there is no training command here; LLaMA-Factory, Axolotl, TRL, "

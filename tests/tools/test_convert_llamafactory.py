@@ -132,7 +132,7 @@ SHAPES = {  # a config → the stages, and the beginnings of what is said not to
     **{f"{kind}_held": (config(**more, **HELD), [kind], []) for kind, more in
        {"pt": PT, "sft": {}, "dpo": DPO, "kto": KTO, "reward": RM}.items()},
     **{f"{kind}_full_ds3": (config(**more | FULL, deepspeed="examples/deepspeed/ds_z3_config.json"), [kind],
-                            ["`deepspeed: examples/deepspeed/ds_z3_config.json`: DeepSpeed"]) for kind, more in
+                            []) for kind, more in
        {"pt": PT, "sft": {}, "dpo": DPO, "kto": KTO, "reward": RM}.items()},
     **{f"sft_{name}": (config(template=name), ["sft"], []) for name in
        ("qwen", "qwen3", "qwen3_nothink", "gemma", "mistral", "default", "chatml", "glm4", "alpaca", "phi4")},
@@ -148,7 +148,7 @@ SHAPES = {  # a config → the stages, and the beginnings of what is said not to
     "sft_ray": (config(RAY, dataset_dir="REMOTE:llamafactory/demo_data", ray_num_workers=4), ["sft"],
                 ["`ray_num_workers: 4`: Ray"]),
     "sft_online": (config(dataset_dir="ONLINE", dataset="llamafactory/tiny-supervised-dataset"), ["sft"], []),
-    "sft_fsdp": (config(fsdp="full_shard auto_wrap"), ["sft"], ["`fsdp: full_shard auto_wrap`: FSDP"]),
+    "sft_fsdp": (config(fsdp="full_shard auto_wrap"), ["sft"], []),
     "galore": (config(**FULL, use_galore=True, galore_layerwise=True, galore_target="mlp,self_attn", galore_rank=128,
                       galore_scale=2.0, pure_bf16=True, bf16=None), ["sft"], ["`use_galore: true`: GaLore"]),
     "apollo": (config(**FULL, use_apollo=True, apollo_rank=256), ["sft"], ["`use_apollo: true`: APOLLO"]),
