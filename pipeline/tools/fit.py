@@ -33,7 +33,7 @@ def write_fitting(planned: Plan, assignments: Sequence[str]) -> str:
     if stuck:
         raise ConfigError([f"{path}: {text}" for text in stuck])
     if not settings:
-        return "every stage of which the memory is known fits; nothing was written\n"
+        return "every stage whose memory is known fits; nothing was written\n"
     if assignments:
         raise ConfigError([f"--fit: writes into `{path}`, which lacks what `--set` says; write that there first"])
     before = path.read_bytes().decode("utf-8-sig")
