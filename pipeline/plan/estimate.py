@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.pipeline import StageEntry
 from pipeline.plan import machine
-from pipeline.plan.estimate_changes import cheapest
+from pipeline.plan.estimate_changes import cheapest, leaves_out_checkpointing
 from pipeline.plan.estimate_engine import Engine
 from pipeline.plan.estimate_rates import measured_training, shape_of, speed_of
 from pipeline.plan.estimate_result import Batches, StageEstimate
@@ -19,6 +19,7 @@ from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Plan, Step
 from pipeline.saves import artifact
 from stages.training.adapters import is_targeted
+from stages.training.checkpointing import CHOSEN
 
 NOT_IN_MEMORY = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
@@ -120,7 +121,10 @@ class _Estimates:
         if not step.facts.known or not step.facts.config:
             return {"why": f"the config of {step.facts.source} is not on this machine; `--online` fetches it"}
         config = entry.config.model_dump(mode="json", exclude={*NOT_OF_MODEL})
-        config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in NOT_IN_MEMORY}
+        trainer = {key: value for key, value in config["trainer"].items() if key not in NOT_IN_MEMORY}
+        if not any(name in trainer for name in CHOSEN):  # the stage chooses by the memory of its device
+            trainer["gradient_checkpointing"] = not leaves_out_checkpointing(entry, step.facts, self.device)
+        config["trainer"] = trainer
         batch = {"rows": batches.rows, "tokens": batches.row_tokens, "documents": list(batches.documents)}
         question = {
             "use": entry.use,

@@ -12,9 +12,11 @@ from pipeline.config.checker import load_config
 from pipeline.config.pipeline import StageEntry
 from pipeline.errors import ConfigError
 from pipeline.plan import launching
-from pipeline.plan.estimate_result import Change, Device
+from pipeline.plan.estimate_result import TIGHT, Change, Device
 from pipeline.plan.step import Plan, Step
 from stages.model.device import gpus
+from stages.model.facts import Facts
+from stages.training.settings import TrainingConfig
 
 SHOWN = 3
 """Changes that are named."""
@@ -46,11 +48,11 @@ Measure = Callable[[StageEntry], Memory | None]
 
 
 def cheapest(step: Step, plan: Plan, assignments: Sequence[str], device: Device, measure: Measure) -> list[Change]:
-    """The cheapest changes, at most `SHOWN`, that make a stage fit, in the order of what they cost.
+    """The cheapest changes, at most `SHOWN`, that make a stage fit and not only just, in the order of what they cost.
 
     `assignments` are the `--set` options of the plan. A change that the checks of the config refuse is not named.
     """
-    room = device.memory or 0
+    room = TIGHT * (device.memory or 0)
     trial = _Trial(step, plan, assignments, measure)
     now = trial.found(())
     if now is None:
@@ -128,6 +130,15 @@ class Found:
         return sum((memory or self.memory).values()) * (1 if device.gpu else self.processes)
 
 
+def leaves_out_checkpointing(entry: StageEntry, facts: Facts, device: Device) -> bool:
+    """Whether a stage trains without gradient checkpointing: it was told to, or its device has room for all layers."""
+    config = entry.config
+    assert isinstance(config, TrainingConfig)
+    if "gradient_checkpointing" in config.trainer:
+        return not config.trainer["gradient_checkpointing"]
+    return config.room_for_layers(facts.config, device.memory) is not None
+
+
 def _cost(candidate: Candidate) -> float:
     return candidate.cost
 
@@ -180,7 +191,7 @@ def _candidates(step: Step, device: Device) -> Iterator[Candidate]:
             smaller = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation * batch // size}
             settings = {f"trainer.{name}": value for name, value in smaller.items()}
             yield Candidate("batch", 2 + 0.1 * math.log2(batch / size), settings)
-    if not trainer.get("gradient_checkpointing", True):
+    if leaves_out_checkpointing(step.entry, step.facts, device):
         yield Candidate("checkpointing", 3, {"trainer.gradient_checkpointing": True})
     if device.gpu and not trainer.get("activation_offloading"):
         yield Candidate("offloading", 3.5, {"trainer.activation_offloading": True})
