@@ -134,8 +134,8 @@ def _data_near(place: Path) -> str:
     near = did_you_mean(place.name.partition(".")[0], by_stem)
     if near:
         return f"; did you mean `{by_stem[near.split('`')[1]]}`?"
-    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-    return f"; there is {listed(files[:SHOWN])}{more}" if files else "; its folder has no data files"
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"; there is {listed(known[:SHOWN])}{more}" if known else "; its folder has no data files"
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
@@ -301,5 +301,5 @@ def _records(lines: Iterable[str], delimiter: str, shown: str) -> Iterator[tuple
             continue
         if record is None:
             return
-        if any(field.strip() for field in record):
+        if any(map(str.strip, record)):
             yield place, record

@@ -206,7 +206,7 @@ class Reading:
                 + ("" if len(files) == 1 else ", or a pattern that excludes it")
             )
         needed = tuple(source.columns.get(name, name) for name in formats.module(source.format).NEEDED)
-        how = HowToRead(source.encoding, source.rows, (*needed, *self._other_names().values()))
+        how = HowToRead(source.encoding, source.rows, (*needed, *self._other_names()))
         found = (part for file in files for part in parts(file, how, self.notes.append))
         if source.max_samples is not None:
             rows = (row for part in found for row in part.rows())
@@ -288,7 +288,7 @@ class Reading:
         source, form = self.source, formats.module(self.source.format)
         needed = [source.columns.get(name, name) for name in form.NEEDED]
         known = {source.columns.get(name, name) for name in (*form.NEEDED, *form.OPTIONAL)}
-        others = {theirs: name for name, theirs in self._other_names().items()}
+        others = self._other_names()
         hint = f"{source.format} rows need " + " and ".join(f"`{name}`" for name in form.NEEDED)
         usual: set[tuple[str, ...]] = set()  # the columns of rows in which all are known and no needed one is missing
 
@@ -326,9 +326,9 @@ class Reading:
         return normalise
 
     def _other_names(self) -> dict[str, str]:
-        """Needed column → its other usual name, where the source names none."""
+        """Another usual name of a needed column → the column, where the source names none."""
         others = formats.other_names(formats.module(self.source.format))
-        return {name: other for name, other in others.items() if name not in self.source.columns}
+        return {other: name for name in others if name not in self.source.columns for other in others[name]}
 
     @property
     def unread(self) -> list[str]:

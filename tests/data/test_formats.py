@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from readings import problems, read_all
 
 from stages.data import formats
-from stages.data.source import Format, Source, rows_of
+from stages.data.source import Format, Reading, Source, rows_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "LLaMA-Factory"
 ASK, ANSWER = {"role": "user", "content": "天气？"}, {"role": "assistant", "content": "晴。"}
@@ -419,6 +419,15 @@ def test_a_pair_of_llama_factory_over_several_lines():
     row = {"chosen_messages": [ASK, ANSWER], "rejected_messages": [ASK, PAIR["rejected"][0]]}
     Path("x.json").write_text(json.dumps(row, indent=1, ensure_ascii=False), encoding="utf-8")
     assert rows_of(Source(path="x.json", format="preference")) == [PAIR]
+
+
+def test_a_pair_of_openai_keeps_its_tools_and_says_what_nothing_reads():
+    given = {"messages": [ASK], "tools": [TOOL], "parallel_tool_calls": True, "seed": 1}
+    row = {"input": given, "preferred_output": [ANSWER], "non_preferred_output": PAIR["rejected"]}
+    Path("x.jsonl").write_text(text(row) + "\n", encoding="utf-8")
+    reading = Reading(Source(path="x.jsonl", format="preference"))
+    assert [found for _, found in reading.kept()] == [{**PAIR, "tools": [TOOL]}]
+    assert reading.unread == ["keys of messages that nothing reads: `input.seed`"]
 
 
 def test_the_speakers_of_a_list_of_texts_need_not_take_turns():

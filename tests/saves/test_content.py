@@ -76,6 +76,17 @@ def test_bad_rows_that_stop_the_run_are_found_once_and_reported_every_time(texts
     assert inspections.of(*bad) == first
 
 
+def test_another_version_of_the_reader_says_what_it_finds_in_its_own_words(texts, tmp_path, monkeypatch):
+    inspections = Inspections(tmp_path / "rows")
+    given, good = texts("a", bad=True), texts("a", "b", name="good.jsonl")
+    old = inspections.of(*given).problems
+    inspections.of(*good)
+    monkeypatch.setattr(content_module, "_words", lambda: "of another version")
+    monkeypatch.setattr(content_module.Reading, "end", lambda self, stopped: setattr(self, "problems", ["new words"]))
+    assert inspections.of(*given).problems == ["new words"] != old
+    assert inspections.of(*good).problems == []  # nothing was said of its rows, so they are not read again
+
+
 def test_a_file_that_could_not_be_read_to_its_end_is_read_again(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('[{"text": "a"}', encoding="utf-8")

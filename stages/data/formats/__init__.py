@@ -1,7 +1,7 @@
 """The formats of rows: one module per format, found by its name. Modules that start with an underscore are shared.
 
 A format's module has `NEEDED` and `OPTIONAL`, the columns it reads, and `normalise(row, form)`, which returns the
-normalised row or raises RowError. It may have `ALSO`, another usual name of a needed column, and `LIST`, the needed
+normalised row or raises RowError. It may have `ALSO`, other usual names of a needed column, and `LIST`, the needed
 column that a row holds which is a list and not an object.
 """
 
@@ -18,8 +18,8 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"stages.data.formats.{name}")
 
 
-def other_names(form: ModuleType) -> Mapping[str, str]:
-    """Needed column → its other usual name."""
+def other_names(form: ModuleType) -> Mapping[str, tuple[str, ...]]:
+    """Needed column → its other usual names."""
     return getattr(form, "ALSO", {})
 
 

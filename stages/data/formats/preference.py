@@ -7,10 +7,17 @@ from stages.data.row import FileRow, Message, Messages, Row, RowError
 
 NEEDED = ("chosen", "rejected")
 OPTIONAL = ("prompt", "instruction", "input", "conversations", "system", "history", "tools")
-ALSO = {"chosen": "chosen_messages", "rejected": "rejected_messages"}
+ALSO = {
+    "chosen": ("chosen_messages", "preferred_output"),
+    "rejected": ("rejected_messages", "non_preferred_output"),
+}
+
+_OF_INPUT = ("messages", "tools", "parallel_tool_calls")  # the keys of `input` in OpenAI's form; the last has no effect
 
 
 def normalise(row: FileRow, form: MessageForm) -> Row:
+    if isinstance(row.get("input"), dict):
+        row = _without_input(row, form)
     before_chosen, chosen = _answer(row, "chosen", form)
     before_rejected, rejected = _answer(row, "rejected", form)
     if before_chosen and before_rejected and before_chosen != before_rejected:
@@ -25,6 +32,23 @@ def normalise(row: FileRow, form: MessageForm) -> Row:
     else:
         raise RowError("the row has no prompt; give `prompt`, `instruction` or `conversations`")
     return with_tools(row, {"prompt": asked, "chosen": [chosen], "rejected": [rejected]})
+
+
+def _without_input(row: FileRow, form: MessageForm) -> FileRow:
+    """A row of OpenAI's form, with prompt and tools in an object `input`, as one with `prompt` and `tools`.
+
+    Raises:
+        RowError: `input` has no messages, or the row has another prompt as well.
+    """
+    given, rest = row["input"], {name: value for name, value in row.items() if name != "input"}
+    if "messages" not in given:
+        raise RowError("`input` is an object without `messages`; it must be text, or have the `messages` of the prompt")
+    for name in ("prompt", "instruction", "conversations"):
+        if rest.get(name) is not None:
+            raise RowError(f"the row has two prompts, `{name}` and the `messages` of `input`; keep one")
+    form.unread.update(dict.fromkeys(f"input.{name}" for name in given if name not in _OF_INPUT))
+    tools = {"tools": given["tools"]} if given.get("tools") else {}
+    return {**rest, "prompt": given["messages"], **tools}
 
 
 def _answer(row: FileRow, column: str, form: MessageForm) -> tuple[Messages, Message]:
