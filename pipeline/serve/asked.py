@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from stages.data.files import HowToRead, find_files, parts
-from stages.data.questions import Question, as_question
+from stages.data.guess import guess
+from stages.data.questions import CONVERSATIONS, QUESTIONS, Question, as_question
 from stages.data.row import RowError
 from stages.data.source import Reading, Source
 from stages.runtime.errors import StageError
@@ -86,9 +87,18 @@ def read_questions(source: str, declared: Source | None, column: str | None, fol
     if not len(rows):
         raise ConfigError([f"--input {source}: holds no rows"])
     if not rows.questions:
-        hint = "" if column else "; name the column with the question with `--column NAME`"
+        hint = "" if column else f"; name the column with the question with `--column {_guessed(source) or 'NAME'}`"
         raise ConfigError([f"{rows[0].place}: {rows[0].error}{hint}"])
     return rows
+
+
+def _guessed(path: str) -> str | None:
+    """The column of a file that `init` would take for the question; None where it knows none."""
+    try:
+        columns = guess(path).source.columns
+    except StageError:
+        return None
+    return next((columns[ours] for ours in (*CONVERSATIONS, *QUESTIONS) if ours in columns), None)
 
 
 def _declared(source: Source) -> Iterator[Row]:

@@ -121,6 +121,12 @@ def test_a_csv_with_a_column_of_its_own(tmp_path):
     path.write_text("id,问题\n7,头痛\n8,发烧\n", encoding="gb18030")
     with pytest.raises(ConfigError, match="name the column with the question with `--column NAME`"):
         read_questions(str(path), None, None)
+    whole = tmp_path / "whole.csv"
+    whole.write_text("问题,回答\n头痛,多休息。\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match="it has `问题`, `回答`; name the column with the question with `--column 问题`"
+    ):
+        read_questions(str(whole), None, None)
     rows = read_questions(str(path), None, "问题")
     assert [row.question.messages for row in rows] == [
         [{"role": "user", "content": "头痛"}],
