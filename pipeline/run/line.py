@@ -8,6 +8,7 @@ machine. A machine that vanishes from the network is noticed after about half a 
 import contextlib
 import fcntl
 import json
+import os
 import secrets
 import select
 import socket
@@ -113,7 +114,7 @@ def listening(port: int) -> Iterator[socket.socket]:
     try:
         server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
-        text = f"`launch.rendezvous`: port {port} cannot be used here ({error.strerror})"
+        text = f"`launch.rendezvous`: port {port} cannot be used here ({os.strerror(error.errno or 0)})"
         raise StageFailed(f"{text}; end the program that uses it, or choose another port") from None
     with server:
         server.settimeout(0.2)

@@ -5,13 +5,17 @@ each of two machines, with NODE_RANK, MASTER_ADDR and MASTER_PORT as a cluster s
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 PORT = 29500
+ROOT = Path(__file__).parents[2]
 
 
 def missing():
@@ -85,6 +89,76 @@ def machines(count):
             for words in (("netns", "delete", machine.name), ("link", "delete", machine.link)):
                 subprocess.run(["ip", *words], capture_output=True, check=False)
         subprocess.run(["ip", "link", "delete", bridge], capture_output=True, check=False)
+
+
+# The tiny chain on two machines
+
+CONFIG = """\
+template: med
+data:
+  books:   {{path: {data}/med_book.jsonl, format: text, max_samples: 40}}
+  consult: {{path: {data}/med_qa.json, format: alpaca, max_samples: 60}}
+stages:
+  init: {{architecture: llama, hidden_size: 64, num_attention_heads: 2, vocab_size: 600, data: [books]}}
+  sft:
+    data: consult
+    eval_size: 6
+    lora: {{r: 4}}
+    trainer: {{learning_rate: 1e-2, max_steps: {steps}, max_length: 256, per_device_train_batch_size: 4,
+              gradient_checkpointing: false, logging_steps: 2, save_steps: 3}}
+launch: {{machines: 2, timeout: {timeout}}}
+"""
+
+
+def write_config(folder, steps=12, timeout="60s"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "two.yaml"
+    path.write_text(CONFIG.format(data=ROOT / "data", steps=steps, timeout=timeout), encoding="utf-8")
+    return path
+
+
+def start(machine, leader, config, saves, *words):
+    """Start the run on one of the machines; its output goes to a file beside the config."""
+    where = {"MASTER_ADDR": leader.address, "MASTER_PORT": str(PORT), "NODE_RANK": str(machine.rank)}
+    with open(config.parent / f"{machine.host}.txt", "ab") as out:
+        command = [sys.executable, "-m", "pipeline.cli", "run", config, "--saves", saves, *words]
+        return machine.start(*command, env=where | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, stdout=out, stderr=out)
+
+
+def reached(saves, step, seconds=300):
+    """Wait until the training has reached a step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for file in saves.glob("sft-*.part/events.jsonl"):
+            with contextlib.suppress(ValueError):
+                events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+                if any(event["kind"] == "step" and event["step"] >= step for event in events):
+                    return
+        time.sleep(0.02)
+    raise TimeoutError(f"step {step} was not reached")
+
+
+def ended(started, seconds=200):
+    """The exit codes of runs, and the seconds until the last one ended."""
+    began = time.monotonic()
+    codes = [one.wait(max(1, seconds - (time.monotonic() - began))) for one in started]
+    return codes, time.monotonic() - began
+
+
+def last_words(config, machine):
+    text = (config.parent / f"{machine.host}.txt").read_text(encoding="utf-8")
+    return text.strip().splitlines()[-1]
+
+
+def adapter(saves):
+    (file,) = saves.glob("sft-*[0-9a-f]/adapter_model.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def every(machine, number):
+    for pid in machine.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def main(count, words):
