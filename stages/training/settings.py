@@ -59,6 +59,8 @@ class Training:
     """Sequences of a batch on one device."""
     inexact: str | None
     """Why resuming is not bit-exact; None if it is."""
+    packages: frozenset[str] = frozenset()
+    """Packages that only these settings need."""
 
 
 class TrainingConfig(BaseModel):
@@ -132,6 +134,7 @@ class TrainingConfig(BaseModel):
             whole=whole,
             batch=self.trainer.get("per_device_train_batch_size", BATCH),
             inexact=inexact_resume(self),
+            packages=frozenset(packages.needed(self.trainer, self.quantized_base)),
         )
 
     @field_validator("eval_size")
