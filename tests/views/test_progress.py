@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipeline.config.checker import load_config
 from pipeline.errors import StageFailed
+from pipeline.plan.estimate_result import Device, StageEstimate
 from pipeline.plan.placing import build_plan
 from pipeline.views.progress import View
 from pipeline.views.tables import print_evaluations
@@ -24,13 +25,16 @@ PT = {"eval_loss_before": 3.5, "eval_loss": 2.25}
 class Run:
     """A view of the config, and a clock."""
 
-    def __init__(self, project, width, *, terminal):
+    def __init__(self, project, width, *, terminal, seconds=None):
         project.write("x.yaml", CONFIG)
         self.now, self.file = 100.0, io.StringIO()
         self.console = Console(
             file=self.file, width=width, force_terminal=terminal, get_time=lambda: self.now, legacy_windows=False
         )
         planned = build_plan(load_config(project.folder / "x.yaml"), project.folder / "saves")
+        device = Device(name="this machine", memory=None, gpu=False)
+        known = {name: StageEstimate(device=device, seconds=time) for name, time in (seconds or {}).items()}
+        planned.estimates = known
         self.steps = {step.name: step for step in planned.steps}
         self.view = View(planned, self.console)
 
@@ -58,7 +62,7 @@ class Run:
 
 @pytest.fixture
 def run(project):
-    return lambda width=80, *, terminal=True: Run(project, width, terminal=terminal)
+    return lambda width=80, *, terminal=True, **more: Run(project, width, terminal=terminal, **more)
 
 
 def test_a_run_before_it_starts_says_why_each_stage_will_run(run):
@@ -123,6 +127,23 @@ def test_the_time_left_counts_what_later_stages_took_before(run):
     live.view.step(live.steps["init"], "done")
     live.train()
     assert live.screen()[-1] == "1 of 3 stages done, 30 min left of the run"
+
+
+def test_the_time_left_counts_the_estimates_of_later_stages_at_the_measured_speed(run):
+    live = run(seconds={"pt": 792.0, "merge": 600.0})
+    assert live.screen()[-1].endswith("merge has not run yet")
+    live.view.step(live.steps["init"], "done")
+    live.view.step(live.steps["pt"], "running")
+    assert live.screen()[-1] == "1 of 3 stages done"  # how fast this machine is is not known yet
+    live.event("pt", "total", steps=132, step=0, **SIZES)
+    live.event("pt", "step", step=1, after=12)
+    live.event("pt", "log", step=33, after=384, loss=2.34567)  # 12 s a step: it takes twice as long as estimated
+    assert live.screen()[-1] == "1 of 3 stages done, 40 min left of the run"
+    pretend(live.steps["pt"], metrics=PT)
+    live.now += 1188
+    live.view.step(live.steps["pt"], "ran")
+    live.view.step(live.steps["merge"], "running")
+    assert live.screen()[-1] == "2 of 3 stages done"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

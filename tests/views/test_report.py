@@ -257,6 +257,14 @@ def test_what_quantization_cost(quantized):
     assert "3.0 GB GPU 1.0 GB" in text
 
 
+def test_an_estimate_is_beside_what_was_measured(quantized):
+    memory = {"memory": {"host": 1_500_000_000, "gpu": None}}
+    text = quantized(QUALITY, **memory, estimate={"total": 1_200_000_000, "seconds": 50.0})
+    assert "1.5 GB estimated 1.2 GB" in text
+    assert "62 s estimated 50 s" in text
+    assert "0.4 to 0.6 GB of main memory" in text
+
+
 def test_what_quantization_could_not_do(quantized):
     text = quantized({**QUALITY, "rounded": {"why": "its perplexity is no number"}, "fallback": ["a.b", "c.d"]})
     assert "rounded its perplexity is no number" in text
