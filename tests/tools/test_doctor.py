@@ -112,3 +112,12 @@ def test_a_folder_that_cannot_be_written_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.fcntl, "flock", lambda *given: (_ for _ in ()).throw(OSError(37, "No locks available")))
     finding = found(tmp_path)["file system"]
     assert (finding.state, finding.text) == ("wrong", f"{tmp_path}: No locks available")
+
+
+def test_a_missing_compiler_is_a_note(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    finding = found(tmp_path)["C compiler `no-such-compiler`"]
+    assert (finding.state, finding.cure) == ("note", "on Debian and Ubuntu: `apt install build-essential`")
+    monkeypatch.setenv("CC", "sh -c")  # a compiler with its options
+    assert not [what for what in found(tmp_path) if what.startswith("C compiler")]
