@@ -76,8 +76,6 @@ class Report(Generic[C]):
 class Parallel:
     """A stage that can run in several processes (`launch:`)."""
 
-    not_with: tuple[str, ...] = ()
-    """Settings under `trainer:` that work in one process only."""
     strategies: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero2", "zero3")
     """How processes can share it."""
     not_divided: tuple[str, ...] = ()

@@ -204,15 +204,7 @@ class Checker:
             launch = self._own_launch(own, (*key, "launch"), f"{label}: `launch`") or launch
             if kind.parallel is None:
                 self.problems.at_key((*key, "launch"), f"{label}: `{use}` runs in one process; remove `launch`")
-        if kind.parallel is None:
-            return Launch()
-        trainer = raw.get("trainer")
-        given = trainer if launch.processes > 1 and isinstance(trainer, dict) else {}
-        for word in kind.parallel.not_with:
-            if given.get(word):
-                text = f"`{word}` works in one process; remove it, or set `launch: {{processes: 1}}`"
-                self.problems.at_key((*key, "trainer", word), f"{label}: {text}")
-        return launch
+        return launch if kind.parallel is not None else Launch()
 
     def _own_launch(self, written: Any, key: Key, label: str) -> Launch | None:
         """A `launch` as it is written; None when it is wrong."""

@@ -536,17 +536,6 @@ def test_a_second_run_of_the_same_stage_is_refused(chain, capsys):
     assert error.endswith("); wait for it\n")
 
 
-def test_two_processes_leave_the_same_kind_of_folder_and_show_the_effective_batch(chain, capsys):
-    config, saves = chain
-    assert (
-        run(config, saves, "--until", "sft", "--set", "sft.launch.processes=2", "--set", "sft.trainer.max_steps=4") == 0
-    )
-    out = capsys.readouterr().out
-    assert "sft: 4 steps, batch 4 × 1 accumulation × 2 processes = 8 rows a step" in out
-    assert record(saves, "sft")["metrics"]["processes"] == 2
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= set(record(saves, "sft")["files"])
-
-
 def test_a_full_disk_is_foreseen_or_named_and_the_run_goes_on_once_there_is_room(chain, tmp_path, capsys):
     config, _ = chain
     disk = tmp_path / "disk"

@@ -509,13 +509,6 @@ KL = "the KL term of this loss is estimated from the answers of other rows of a 
                 "9:48: stage `kto`: `kto_chosen_weight` is not a setting of KTOConfig; it is now `desirable_weight`",
             ],
         ),
-        (
-            "kto: {data: votes, launch: {processes: 2}, trainer: {precompute_ref_log_probs: true}}",
-            [
-                "9:56: stage `kto`: `precompute_ref_log_probs` works in one process; remove it, or set "
-                "`launch: {processes: 1}`"
-            ],
-        ),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_runs(votes, stage, said):
