@@ -77,6 +77,7 @@ class Checker:
         self.root = root | {"stages": written}
         for name, raw in written.items():
             self._read_stage(name, raw, template, launch)
+        self._check_machines()
         first = self.stages[0] if self.stages else None
         if self.root.get("model") is not None and first is not None and first.makes_model:
             text = f"`model` is not used: stage `{first.name}` makes a model; remove one of the two"
@@ -212,6 +213,18 @@ class Checker:
             text = f"{label}: `{word}` divides a sequence between processes, which is not supported"
             self.problems.at_key((*key, word), f"{text}; remove it, and lower `trainer.max_length` if memory runs out")
         return self.problems.validated(Launch, written, key, label, skip=PARTS_OF_A_SEQUENCE)
+
+    def _check_machines(self) -> None:
+        """A run has one group of machines: stages may use it or not, and cannot have another one."""
+        several = [stage for stage in self.stages if stage.launch.machines > 1]
+        settings = ("machines", "rank", "rendezvous", "timeout")
+        for stage in several[1:]:
+            for word in settings:
+                first, other = (getattr(one.launch, word) for one in (several[0], stage))
+                if first != other:
+                    text = f"stage `{stage.name}`: `{word}` is `{other}`, and `{first}` for `{several[0].name}`"
+                    way = "the machines of a run meet once, so write the same for all stages that they train"
+                    self.problems.at_key(("stages", stage.name, "launch", word), f"{text}; {way}")
 
     def _check_emptied(self, kind: Stage[Any], raw: Mapping[str, Any], key: Key, label: str) -> None:
         """`lora:` with nothing behind it may mean its defaults, or none; `--set sft.lora=` takes it out."""

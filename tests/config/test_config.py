@@ -487,3 +487,15 @@ def test_a_variable_of_the_environment_is_not_replaced(project, monkeypatch, lin
 def test_a_config_of_another_program_is_recognised_in_one_sentence(project, text, program):
     way = "`pipeline convert x.yaml` writes it as a config of this program"
     assert project(text) == refused(f"x.yaml: this is a config of {program}; {way}")
+
+
+def test_a_run_has_one_group_of_machines(project):
+    text = (
+        "launch: {machines: 2}\n" + TOP + "  a: {use: sft, data: consult}\n  b: {use: sft, data: consult, launch: {}}\n"
+    )
+    assert project(text)[0] == 0  # each stage uses all machines, or one
+    told = (
+        "x.yaml:9:41: stage `b`: `machines` is `3`, and `2` for `a`; "
+        "the machines of a run meet once, so write the same for all stages that they train"
+    )
+    assert project(text.replace("launch: {}", "launch: {machines: 3}")) == refused(told)
