@@ -495,7 +495,7 @@ def test_a_run_has_one_group_of_machines(project):
     )
     assert project(text)[0] == 0  # each stage uses all machines, or one
     told = (
-        "x.yaml:9:41: stage `b`: `machines` is `3`, and `2` for `a`; "
+        "x.yaml:10:41: stage `b`: `machines` is `3`, and `2` for `a`; "
         "the machines of a run meet once, so write the same for all stages that they train"
     )
     assert project(text.replace("launch: {}", "launch: {machines: 3}")) == refused(told)
