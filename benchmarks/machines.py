@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +21,7 @@ from tests.run.namespaces import (  # noqa: E402 - the folder of the tests is no
     adapter,
     ended,
     every,
+    gone,
     last_words,
     machines,
     reached,
@@ -65,7 +65,7 @@ def main(chosen: list[str]) -> None:
             reached(saves, 5)
             act(made)
             codes, seconds = ended(runs)
-            time.sleep(1)
+            gone(made[0], 5), gone(made[1], 5)
             left = [Path(f"/proc/{pid}/cmdline").read_text() for one in made for pid in one.processes()]
             print(f"{number} {way}: exit codes {codes} after {seconds:.0f} s, {len(left)} processes left", *left)
             print(*(f"    {one.host}: {last_words(config, one)}" for one in made), sep="\n")

@@ -26,6 +26,7 @@ from stages.runtime import aside
 from stages.runtime.errors import MORE_MEMORY, Interrupted, explain
 from stages.runtime.events import LAUNCHED, REPORTS, emit
 from stages.runtime.processes import end_with_parent, peak_memory
+from stages.training.sharing import leave_group
 
 Hook = Literal["run", "rehearse"]
 
@@ -65,8 +66,7 @@ def _alone(use: str) -> None:
 
     A stage that can use several GPUs by `launch: {processes: N}` sees one of them; any other stage sees all.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
+    leave_group()
     if find(use).parallel is not None:
         hide_all_gpus_but_one()
 

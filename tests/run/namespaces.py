@@ -161,6 +161,14 @@ def every(machine, number):
             os.kill(pid, number)
 
 
+def gone(machine, seconds=20):
+    """Whether all processes of a machine end; the kernel kills those whose parent has ended one after the other."""
+    end = time.monotonic() + seconds
+    while machine.processes() and time.monotonic() < end:
+        time.sleep(0.1)
+    return not machine.processes()
+
+
 def main(count, words):
     with machines(count) as made:
         where = {"MASTER_ADDR": made[0].address, "MASTER_PORT": str(PORT)}

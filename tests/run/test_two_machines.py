@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.run import namespaces
-from tests.run.namespaces import ROOT, adapter, ended, every, last_words, machines, reached, start, write_config
+from tests.run.namespaces import ROOT, adapter, ended, every, gone, last_words, machines, reached, start, write_config
 
 WHY = namespaces.missing()
 pytestmark = [pytest.mark.train, pytest.mark.skipif(WHY is not None, reason=str(WHY))]
@@ -29,7 +29,7 @@ def test_a_machine_is_killed_and_the_next_run_ends_as_one_machine_would(tmp_path
             "machine 1 (machine-b) ended without a word at stage `sft`; "
             "run the same command on every machine again to go on"
         )
-        assert made[0].processes() == []
+        assert gone(made[0])
         codes, _ = ended([start(one, made[0], config, saves) for one in made])
         assert codes == [0, 0]
         shown = [(tmp_path / f"{one.host}.txt").read_text(encoding="utf-8") for one in made]
