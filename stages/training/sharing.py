@@ -11,7 +11,7 @@ from stages.runtime.events import LAUNCHED
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Offload = Literal["optimizer", "parameters"]
-MPI: tuple[str, ...] = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # Slurm's `srun` sets some of them
+MPI: tuple[str, ...] = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # `srun` sets some of them
 MPI += tuple(f"{kind}_COMM_WORLD_{word}" for kind in ("OMPI", "MV2") for word in ("RANK", "SIZE", "LOCAL_RANK"))
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", LAUNCHED, *MPI)
 """Variables of the environment by which torch, accelerate and this project know of other processes."""
