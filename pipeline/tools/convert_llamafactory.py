@@ -11,6 +11,7 @@ from pipeline.tools.convert_datasets import CommitOf, Sets, declare, read_info
 from pipeline.tools.convert_launch import write_launch
 from pipeline.tools.convert_llamafactory_arguments import EARLIER, KNOWN
 from pipeline.tools.convert_llamafactory_settings import DEFAULT, Settings
+from pipeline.tools.convert_llamafactory_v1 import is_new, translated
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
 from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_reading import config_file
@@ -25,9 +26,14 @@ GENERATION = {"temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 
 
 def convert_job(job: Job, book: Book, commit_of: CommitOf, info: Path | None) -> list[Part]:
     """The stages of one command; what has no place in them is noted."""
+    entries = None
+    if is_new(job.given):
+        job, entries = translated(job, book)
     arguments = Arguments(job, book, EARLIER)
     verb = job.verb or verb_of(job)
     made = Command(arguments, book, commit_of, info)
+    if entries is not None:
+        made.sets = Sets(book, commit_of, "", entries)
     parts = made.parts(verb)
     arguments.report_rest(KNOWN)
     return parts
@@ -51,7 +57,7 @@ class Command:
         self.commit_of = commit_of
         self.info = info
         self.part = Part(self.job.place, "")
-        self._sets: Sets | None = None
+        self.sets: Sets | None = None
 
     def parts(self, verb: str) -> list[Part]:
         """The stages, in their order."""
@@ -160,7 +166,7 @@ class Command:
         return True
 
     def _sets_of(self) -> Sets:
-        if self._sets is None:
+        if self.sets is None:
             folder = self.arguments.text("dataset_dir") or "data"
             place = self.arguments.place("dataset_dir")
             if folder.startswith("REMOTE:"):
@@ -168,8 +174,8 @@ class Command:
                 self.book.note("to do", place, text)
                 folder = "data"
             entries, folder = read_info(self.book, self.info, folder, self.job.folder, place)
-            self._sets = Sets(self.book, self.commit_of, folder, entries)
-        return self._sets
+            self.sets = Sets(self.book, self.commit_of, folder, entries)
+        return self.sets
 
     def _adapter(self) -> None:
         """`lora:`, or nothing for full fine-tuning."""

@@ -42,7 +42,20 @@ STARTERS: Mapping[str, tuple[str, str]] = {
     **{f"{name}.py": ("medicalgpt", name) for name in ("model_quant", "eval_quantize")},
 }
 VERBS = {
-    "llamafactory": ("train", "export", "eval", "chat", "api", "webchat", "webui", "env", "version", "help"),
+    "llamafactory": (
+        "train",
+        "export",
+        "eval",
+        "chat",
+        "api",
+        "webchat",
+        "webui",
+        "env",
+        "version",
+        "help",
+        "sft",
+        "dpo",
+    ),
     "axolotl": ("train", "preprocess", "merge-lora", "inference", "evaluate", "quantize", "fetch", "vllm-serve"),
     "trl": ("sft", "dpo", "kto", "reward", "ppo", "grpo", "orpo", "rloo", "env", "vllm-serve", "chat"),
     "medicalgpt": (),
@@ -133,9 +146,8 @@ def recognised(given: Mapping[str, Any], path: Path) -> str:
     Raises:
         ConfigError: it is for none of them.
     """
-    if "model" in given and {"train_dataset", "peft_config", "dist_config"} & given.keys():
-        text = "is for LLaMA-Factory's new code (USE_V1=1), which is not converted; name a config with `stage:`"
-        raise ConfigError([f"{path}: {text}"])
+    if "model" in given and "stages" not in given and {"train_dataset", "peft_config", "dist_config"} & given.keys():
+        return "llamafactory"  # its new code, USE_V1=1
     if (program := program_of(given)) is not None:
         return program
     if "stages" in given:

@@ -408,8 +408,6 @@ def test_what_a_script_does_besides_is_noted(folder):
     [
         ("x.yaml", "a: 1\n", "x.yaml: the keys are those of no known program (LLaMA-Factory, Axolotl, TRL, "
          "alignment-handbook); name the file that its train command gets"),
-        ("x.yaml", "model: org/m\ntrain_dataset: d.yaml\n", "x.yaml: is for LLaMA-Factory's new code (USE_V1=1), which "
-         "is not converted; name a config with `stage:`"),
         ("x.yaml", "model: m\nstages: {}\n", "x.yaml: is a config of this program already; `pipeline plan x.yaml` "
          "reads it"),
         ("x.yaml", "distributed_type: FSDP\nnum_processes: 8\n", "x.yaml: is a config of accelerate; name the file "
