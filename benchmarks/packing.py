@@ -78,7 +78,8 @@ def clock() -> Iterator[dict[str, float]]:
         return result
 
     def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        measured["tokens"] += int((inputs["labels"][..., 1:] != -100).sum())
+        if "labels" in inputs:
+            measured["tokens"] += int((inputs["labels"][..., 1:] != -100).sum())
         return step(self, model, inputs, *args, **kwargs)
 
     transformers.Trainer.train, transformers.Trainer.training_step = train, training_step
