@@ -73,7 +73,7 @@ def _rows(found: StageEstimate) -> Iterator[str]:
         return
     about = "" if work.counted else "about "
     tokens = f"{work.rows:,} row{'s' if work.rows != 1 else ''} and {about}{_count(work.tokens)} tokens an epoch"
-    tokens += " (3 bytes a token, as there is no tokenizer yet)" if work.guessed else ""
+    tokens += " (3 bytes a token: the tokenizer is not here yet)" if work.guessed else ""
     yield f"{tokens}; {'' if work.fixed else about}{work.steps:,} step{'s' if work.steps != 1 else ''}"
     yield f"{step}; about {work.step_tokens:,.0f} tokens a step"
 
