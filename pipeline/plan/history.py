@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from pipeline.saves import artifact
 from pipeline.saves.locks import held
 from stages.model.device import has_gpu
 from stages.training.checkpoint import reached_step
+from stages.training.sharing import Sharing
 
+UNSET: Mapping[str, Any] = {"launch": {**asdict(Sharing()), "machines": 1}}
+"""A value of a recipe that is left out there while it is not used → what it is then."""
 NEW = "has not run yet"
 """Why a stage runs that has left nothing in `saves`."""
 
@@ -76,10 +80,13 @@ class History:
         return [part for _, part in sorted(found)]
 
     def _refusal(self, entry: StageEntry, part: Path, content: Mapping[str, Any]) -> str:
+        begun = artifact.begun(part) or {}
+        changes = self._changes(entry, begun, content)
+        if begun.get("recipe", {}).get("launch") != content["recipe"].get("launch"):
+            changes += ", and the last bits of the result depend on `launch`"
         return (
-            f"was stopped at step {reached_step(part / 'checkpoints')}, and now "
-            f"{self._changes(entry, artifact.begun(part) or {}, content)}. Undo that to go on from there, or start "
-            f"over with `--fresh {entry.name}`"
+            f"was stopped at step {reached_step(part / 'checkpoints')}, and now {changes}. Undo that to go on from "
+            f"there, or start over with `--fresh {entry.name}`"
         )
 
     def _changes(self, entry: StageEntry, old: Mapping[str, Any], content: Mapping[str, Any]) -> str:
@@ -98,7 +105,8 @@ class History:
         elif isinstance(old, dict) and isinstance(new, dict):
             for key in [key for key in {**old, **new} if key not in ("use", "inputs")]:
                 below = key if path in ("", "recipe", "versions") else f"{path}.{key}"
-                yield from self._differences(entry, old.get(key), new.get(key), below)
+                before, after = (values.get(key, UNSET.get(key)) for values in (old, new))
+                yield from self._differences(entry, before, after, below)
         elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
             for before, after in zip(old, new, strict=True):
                 yield from self._differences(entry, before, after, path)

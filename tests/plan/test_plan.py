@@ -773,6 +773,15 @@ def test_unfinished_work_with_other_settings_is_refused_with_the_difference_and_
     assert why(project, LOWER.replace("logging_steps: 10", "logging_steps: 1"))["sft"] == ("refused", REFUSAL)
 
 
+def test_unfinished_work_of_another_launch_is_refused_with_a_word_about_exactness(project):
+    two = CHAIN.replace("    data: consult\n", "    data: consult\n    launch: {processes: 2, strategy: zero3}\n")
+    begin(project, project.plan(two)["sft"], 5)
+    changes = (
+        "`launch.processes` 2 → 1, `launch.strategy` zero3 → ddp, and the last bits of the result depend on `launch`"
+    )
+    assert why(project)["sft"] == ("refused", REFUSAL.replace(CHANGE, changes))
+
+
 def test_unfinished_work_is_refused_too_when_what_it_starts_from_changed(project):
     begin(project, project.plan()["sft"], 5)
     text = CHAIN.replace("pt: {data: books, lora: {r: 8}}", "pt: {data: books, lora: {r: 4}}")
