@@ -17,7 +17,14 @@ MARKS = {
 """Program → keys of which its files have one or more; in the order in which they are tried."""
 
 
+def is_new_llamafactory(keys: Collection[str]) -> bool:
+    """Whether a config with these keys is for LLaMA-Factory's new code, which it reads with `USE_V1=1`."""
+    return "model" in keys and "stages" not in keys and bool({"train_dataset", "peft_config", "dist_config"} & {*keys})
+
+
 def program_of(keys: Collection[str]) -> str | None:
     """The program that a config with these keys is for; None if it is none of those that are known."""
+    if is_new_llamafactory(keys):
+        return "llamafactory"
     known = (program for program, marks in MARKS.items() if MODELS[program] in keys and {*marks} & {*keys})
     return next(known, None)

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.foreign import is_new_llamafactory
 from pipeline.tools.convert_datasets import CommitOf, Sets, declare, read_info
 from pipeline.tools.convert_launch import write_launch
 from pipeline.tools.convert_llamafactory_arguments import EARLIER, KNOWN
 from pipeline.tools.convert_llamafactory_settings import DEFAULT, Settings
-from pipeline.tools.convert_llamafactory_v1 import is_new, translated
+from pipeline.tools.convert_llamafactory_v1 import translated
 from pipeline.tools.convert_parts import Arguments, Book, Job, Noted, Part, is_off, shown
 from pipeline.tools.convert_quantized import quantize_base
 from pipeline.tools.convert_reading import config_file
@@ -27,7 +28,7 @@ GENERATION = {"temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 
 def convert_job(job: Job, book: Book, commit_of: CommitOf, info: Path | None) -> list[Part]:
     """The stages of one command; what has no place in them is noted."""
     entries = None
-    if is_new(job.given):
+    if is_new_llamafactory(job.given):
         job, entries = translated(job, book)
     arguments = Arguments(job, book, EARLIER)
     verb = job.verb or verb_of(job)

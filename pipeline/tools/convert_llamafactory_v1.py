@@ -57,11 +57,6 @@ KNOWN = (
 )
 
 
-def is_new(given: Mapping[str, Any]) -> bool:
-    """Whether a config is for the new code."""
-    return "model" in given and bool({"train_dataset", "peft_config", "dist_config"} & given.keys())
-
-
 def translated(job: Job, book: Book) -> tuple[Job, dict[str, Any]]:
     """The job with the arguments of the other code, and entries of dataset_info.json."""
     found = {name: job.given[name] for name in SAME if name in job.given}

@@ -146,8 +146,6 @@ def recognised(given: Mapping[str, Any], path: Path) -> str:
     Raises:
         ConfigError: it is for none of them.
     """
-    if "model" in given and "stages" not in given and {"train_dataset", "peft_config", "dist_config"} & given.keys():
-        return "llamafactory"  # its new code, USE_V1=1
     if (program := program_of(given)) is not None:
         return program
     if "stages" in given:

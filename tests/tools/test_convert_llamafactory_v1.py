@@ -6,6 +6,8 @@ import pytest
 import yaml
 from converted import COMMIT, notes, stages, written
 
+from pipeline.cli import main
+
 LORA = """\
 model: Qwen/Qwen3-4B
 model_class: llm
@@ -76,3 +78,11 @@ def test_dpo_takes_the_pairs_and_full_training_has_no_adapter():
     assert "`micro_batchsize` is no argument of LLaMA-Factory's new code; did you mean `micro_batch_size`?" in notes(
         found, "unknown"
     )
+
+
+def test_plan_names_convert_for_it(capsys):
+    assert main(["plan", "sft.yaml"]) == 2
+    said = (
+        "sft.yaml: this is a config of LLaMA-Factory; `pipeline convert sft.yaml` writes it as a config of this program"
+    )
+    assert capsys.readouterr().err.splitlines()[0] == said
