@@ -170,13 +170,14 @@ def planned_steps(
     from pipeline.plan import estimate, machine
     from pipeline.plan.placing import build_plan
     from pipeline.plan.step import check_plan
+    from pipeline.saves.locks import broken_promise
 
     planned = build_plan(load_config(config, assignments or ()), saves, until=until, **more)
     check_plan(planned)
     if ask is not None:
         planned.estimates = estimate.estimates(planned, ask, lambda line: print(line, file=sys.stderr, flush=True))
     notes = machine.memory_notes(planned) if ask is None or not ask.compute else ()
-    planned.notes = list(dict.fromkeys([*planned.notes, *notes]))
+    planned.notes = list(dict.fromkeys([*planned.notes, *notes, *filter(None, [broken_promise(saves)])]))
     return planned
 
 

@@ -1,9 +1,10 @@
 """Locks on the working folder of a stage. The kernel releases them however their holder ends.
 
-On NFS, Linux turns flock into byte-range locks, which need a file that is open for reading and writing.
+On NFS, Linux turns flock into byte-range locks of the server, which need a file that is open for reading and writing.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -14,6 +15,9 @@ from typing import IO
 
 from pipeline.errors import Busy
 from pipeline.saves import artifact
+
+HELD = (errno.EAGAIN, errno.EACCES)
+"""What the system says of a lock that another process holds."""
 
 
 def held_file(out: Path) -> Path:
@@ -26,7 +30,7 @@ def locked(part: Path, name: str) -> Iterator[None]:
     """Hold the stage `name`, which works in `part`; the kernel releases the lock however this process ends.
 
     Raises:
-        Busy: another run, or a process that a killed one left behind, is at work on it.
+        Busy: another run, or a process that a killed one left behind, is at work on it; or the disk knows no locks.
     """
     held = held_file(part)
     held.parent.mkdir(parents=True, exist_ok=True)
@@ -44,13 +48,20 @@ def locked(part: Path, name: str) -> Iterator[None]:
 
 
 def _lock(file: IO[str], seconds: float) -> bool:
-    """Take an exclusive lock; False if it is still held after `seconds`."""
+    """Take an exclusive lock; False if it is still held after `seconds`.
+
+    Raises:
+        Busy: the disk knows no locks.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except OSError:
+        except OSError as error:
+            if error.errno not in HELD:
+                text = f"`{file.name}` cannot be locked ({error.strerror}): its disk knows no locks"
+                raise Busy(f"{text}; mount it with locks, or use another one with `--saves DIR`") from None
             if time.monotonic() >= end:
                 return False
             time.sleep(0.1)
@@ -70,7 +81,9 @@ def held(part: Path) -> str | None:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of a stage share it
         except FileNotFoundError:
             continue
-        except OSError:
+        except OSError as error:
+            if error.errno not in HELD:
+                continue  # a disk without locks says nothing
             return next(filter(None, words), "by a process that does not say which")
     return None
 
@@ -104,3 +117,42 @@ def unread(folder: Path, name: str) -> Iterator[None]:
         if not _lock(file, seconds=0.5):
             raise Busy(f"stage `{name}`: `{folder}` is being read by another run, so it cannot be rebuilt; wait for it")
         yield
+
+
+# Disks that several machines share
+
+OBJECT_STORES = ("gcsfuse", "s3fs", "goofys", "mountpoint-s3", "mount-s3", "rclone", "blobfuse", "blobfuse2", "geesefs")
+LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock")
+"""Options of NFS and Lustre with which a lock holds on one machine alone, or not at all."""
+
+
+def broken_promise(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """Which promise the disk of a folder cannot keep, as a sentence; None if none is known.
+
+    `mounts`: the mounted disks, as Linux lists them.
+    """
+    kind, options = _disk_of(folder, mounts)
+    name = kind.removeprefix("fuse.")
+    if name in OBJECT_STORES:
+        why = "which has no locks and no renames in one step: a kill can leave half a folder, and two runs can collide"
+        return f"`{folder}` is on an object store ({name}), {why}; use a disk, and copy what is finished"
+    local = next((option for option in LOCAL_LOCKS if option in options), None)
+    if local is not None and (name.startswith("nfs") or name == "lustre"):
+        why = "so runs on two machines do not see that they work on the same stage"
+        return f"`{folder}` is on {name}, mounted with `{local}`: its locks do not reach other machines, {why}"
+    return None
+
+
+def _disk_of(folder: Path, mounts: Path) -> tuple[str, list[str]]:
+    """The kind of the file system that a folder is on, or will be on, and its mount options; empty if not known."""
+    folder = folder.resolve()
+    best, found = -1, ("", list[str]())
+    with contextlib.suppress(OSError):
+        for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            ours, _, theirs = line.partition(" - ")
+            point = ours.split()[4].encode("latin-1", "surrogateescape").decode("unicode_escape")
+            kind, _, options = theirs.partition(" ")
+            depth = len(Path(point).parts)
+            if depth >= best and folder.is_relative_to(point):  # a later mount hides an earlier one
+                best, found = depth, (kind, [*ours.split()[5].split(","), *options.split()[-1].split(",")])
+    return found
