@@ -30,7 +30,10 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 process.PRELOAD.append("warm")  # so that each stage of a run in a test takes a second less
-typer.main.get_command = cache(typer.main.get_command)  # the commands are the same each time
+# The commands are built once: they differ only by this variable, which tests of shell completion set.
+SHELLS = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"
+get_command = cache(lambda app, _, build=typer.main.get_command: build(app))
+typer.main.get_command = lambda app: get_command(app, os.environ.get(SHELLS))
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = {"alpaca": "med_qa.json", "text": "med_book.jsonl", "preference": "med_prefer.jsonl"}
