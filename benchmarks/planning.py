@@ -73,7 +73,7 @@ def write(folder: Path, rows: int) -> None:
 
 def plan(name: str, folder: Path, checkout: Path, held: str, saves: str = "saves") -> None:
     (folder / "x.yaml").write_text(CONFIG.format(held=held), encoding="utf-8")
-    words = [sys.executable, "-m", "pipeline.cli", "plan", "x.yaml", "--saves", saves]
+    words = [sys.executable, "-m", "pipeline.cli", "plan", "x.yaml", "--no-estimate", "--saves", saves]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run(
         words, cwd=folder, env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, check=False
