@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from pipeline.run.machines import Here, contents_of, here, machine_name
 from pipeline.run.process import Stop
 from stages.runtime.errors import Interrupted
 from tests.planned import CHAIN
+from tests.run.namespaces import ROOT, reached, write_config
 
 NODE = os.uname().nodename
 LEADER, OTHER = machine_name(0, NODE), machine_name(1, NODE)
@@ -241,3 +245,17 @@ def test_an_environment_that_does_not_say_it_stops_the_run(project, environment,
 def test_the_interface_of_an_address_is_found():
     assert interface_of("127.0.0.1") == interface_of("::ffff:127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None
+
+
+@pytest.mark.train
+def test_a_sigterm_to_every_process_of_a_run_saves_a_checkpoint(tmp_path):
+    """As Slurm and systemd send it. No checkpoint was due, so the one that is there was saved because of the signal."""
+    words = ["--saves", tmp_path / "saves", "--set", "launch={}", "--set", "sft.trainer.save_steps=1000"]
+    command = [sys.executable, "-m", "pipeline.cli", "run", write_config(tmp_path, steps=200), *words]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        reached(tmp_path / "saves", 3)
+        os.killpg(run.pid, signal.SIGTERM)  # the runner, the fork server and the stage
+        _, err = run.communicate(timeout=120)
+    assert run.returncode == 75
+    assert err.rstrip().endswith("of 200; run the same command again to go on")
+    assert len(list(tmp_path.glob("saves/sft-*.part/checkpoints/checkpoint-*/complete.json"))) == 1
