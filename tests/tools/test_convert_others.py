@@ -391,11 +391,11 @@ def test_a_file_of_a_data_set_on_the_hub_is_something_to_do():
     ) in notes(found, "to do")
 
 
-@pytest.mark.parametrize("folder", ["orpo", "grpo"])
-def test_a_recipe_of_a_method_without_a_stage_is_no_dpo(folder):
+@pytest.mark.parametrize("method", ["orpo", "grpo"])
+def test_a_recipe_of_a_method_without_a_stage_is_no_dpo(method):
     text = "model_name_or_path: org/m\ndataset_name: org/pairs\nbeta: 0.05\nmax_prompt_length: 512\n"
-    with pytest.raises(ConfigError, match=f"`{folder}` is not supported; no stage is written for it"):
-        made(text, f"zephyr/{folder}/config_full.yaml")
+    with pytest.raises(ConfigError, match=f"`{method}` is not supported; no stage is written for it"):
+        made(text, f"zephyr/{method}/config_full.yaml")
 
 
 def test_numbers_with_underscores_and_a_mapping_of_optimizer_arguments():
