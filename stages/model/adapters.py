@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from stages.model import quantized
 from stages.model.facts import EMBEDDINGS, Facts, Header, is_hub_name, read_header, read_json, read_tokenizer
@@ -38,9 +39,10 @@ def base_of(name: str, folder: Path) -> str:
     """The model that an adapter was trained on: a folder, or a name on the Hub with its commit.
 
     Raises:
-        StageError: the adapter does not say so, or the model cannot be found.
+        StageError: the adapter does not say so, the model cannot be found, or no base could take the adapter.
     """
     config = read_json(folder / CONFIG, "")
+    _check_kind(name, config)
     base, revision = str(config.get("base_model_name_or_path") or ""), str(config.get("revision"))
     way = f"name its base first: `model: [BASE, {name}]`"
     if not base:
@@ -73,12 +75,7 @@ def with_adapter(base: Facts, name: str, folder: Path, headers: Mapping[str, Hea
     if not (folder / WEIGHTS).is_file() and WEIGHTS not in (headers or ()):
         pickle = " (`adapter_model.bin` is a pickle, which can run code)" * (folder / "adapter_model.bin").is_file()
         raise StageError(f"the adapter `{name}` has no {WEIGHTS}{pickle}; save it again with PEFT's `save_pretrained`")
-    kind = str(config.get("peft_type", "LORA"))
-    if kind != "LORA":
-        raise StageError(f"`{name}` is an adapter of the kind {kind}, and only LoRA can be folded into a base; {MERGE}")
-    for setting, _ in check_foldable(config):
-        shown = f"{setting}: {json.dumps(config[setting], ensure_ascii=False)}"
-        raise StageError(f"`{name}` was trained with `{shown}`, and cannot be folded into its base; {MERGE}")
+    _check_kind(name, config)
     quantized.read(str(folder))
     shapes, stored = read_header(folder / WEIGHTS) if headers is None else headers[WEIGHTS]
     own = {tensor.removeprefix(PREFIX): shape for tensor, shape in shapes.items()}
@@ -89,6 +86,19 @@ def with_adapter(base: Facts, name: str, folder: Path, headers: Mapping[str, Hea
         return found
     tokens, settings, template = read_tokenizer(folder)
     return replace(found, tokens=tokens, tokenizer=settings, template=template)
+
+
+def _check_kind(name: str, config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        StageError: an adapter with this config cannot be folded into any base.
+    """
+    kind = str(config.get("peft_type", "LORA"))
+    if kind != "LORA":
+        raise StageError(f"`{name}` is an adapter of the kind {kind}, and only LoRA can be folded into a base; {MERGE}")
+    for setting, _ in check_foldable(config):
+        shown = f"{setting}: {json.dumps(config[setting], ensure_ascii=False)}"
+        raise StageError(f"`{name}` was trained with `{shown}`, and cannot be folded into its base; {MERGE}")
 
 
 def _misfit(name: str, shapes: Mapping[str, tuple[int, ...]], base: Facts) -> str | None:

@@ -288,6 +288,11 @@ def made(project, name):
             "tool that made it, and name the merged folder",
         ),
         (
+            {"base_model_name_or_path": "org/name", "peft_type": "PREFIX_TUNING"},
+            "`a` is an adapter of the kind PREFIX_TUNING, and only LoRA can be folded into a base; merge it into its "
+            "base with the tool that made it, and name the merged folder",
+        ),
+        (
             {"base_model_name_or_path": "m", "use_qalora": True},
             "`a` was trained with `use_qalora: true`, and cannot be folded into its base; merge it into its base "
             "with the "
@@ -321,7 +326,7 @@ def made(project, name):
         ),
         ({"base_model_name_or_path": "a"}, "the adapter `a` was trained on itself, as it says; name its base first"),
     ],
-    ids=["no commit", "gone", "no base", "kind", "setting", "no place", "size", "tokens", "tied", "circle"],
+    ids=["no commit", "gone", "no base", "kind", "kind before the base", "setting", "no place", "size", "tokens", "tied", "circle"],
 )
 def test_an_adapter_that_cannot_be_used_is_refused(project, base, config, told):
     project.adapter(**config)
