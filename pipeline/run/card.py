@@ -225,6 +225,12 @@ def _template(planned: "Plan") -> str:
     )
 
 
+_ON_BASE = {
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+}
+
+
 def _use(last: "Step") -> str:
     """How to load the model with transformers alone."""
     code = [
@@ -249,6 +255,12 @@ def _use(last: "Step") -> str:
         )
     if last.entry.leaves_adapter:
         note = "\n\nThese are the weights of a LoRA adapter. transformers needs `peft` to load them onto their base."
+        if (method := getattr(last.entry.config, "quantized_base", None)) is not None:
+            note += (
+                f" They were trained on the base in {'4 bits (NF4)' if method == 'nf4' else '8 bits'}, and make another "
+                f"model of the base as it is stored. Pass `quantization_config={_ON_BASE[method]}`, which needs "
+                "`bitsandbytes`, or use the model that `merge` writes."
+            )
     return "## Use\n\n```python\n" + "\n".join(code) + "\n```" + note
 
 

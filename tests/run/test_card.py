@@ -77,6 +77,24 @@ def test_the_card_of_a_chain_tells_base_stages_data_and_figures(project, written
 BASE = "license: other\nlicense_name: open-rail\nlicense_link: https://example.org\nlanguage: [fr]\n"
 
 
+@pytest.mark.parametrize(("method", "words"), [("nf4", "4 bits (NF4)"), ("int8", "8 bits")])
+def test_the_card_of_an_adapter_on_a_quantized_base_says_how_to_load_it(project, written, method, words):
+    stage = f"  sft: {{data: consult, quantized_base: {method}, lora: {{r: 8}}}}\n"
+    made = written(project.model() + stage).text
+    described = {"nf4": "4 bits (NF4, double quantization)", "int8": "8 bits (LLM.int8)"}[method]
+    assert cells(made, "sft")[0] == f"LoRA (r 8), on the base in {described}, seed 42"
+    said = f"They were trained on the base in {words}, and on the base as it is stored they make another model."
+    assert said in made
+    code = re.search(r"`quantization_config=(BitsAndBytesConfig\(.*?\))`", made)[1]
+    from transformers import BitsAndBytesConfig
+
+    given = eval(code, {"BitsAndBytesConfig": BitsAndBytesConfig})
+    assert given.quantization_method() == {"nf4": "nf4", "int8": "llm_int8"}[method]
+    assert (
+        "They were trained on" not in written(project.model() + stage.replace(f"quantized_base: {method}, ", "")).text
+    )
+
+
 @pytest.mark.parametrize(
     ("said", "base", "expected"),
     [
