@@ -129,7 +129,7 @@ def reached(saves, step, seconds=300):
     """Wait until the training has reached a step."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        for file in saves.glob("sft-*.part/events.jsonl"):
+        for file in saves.glob("*.part/events.jsonl"):
             with contextlib.suppress(ValueError):
                 events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
                 if any(event["kind"] == "step" and event["step"] >= step for event in events):

@@ -15,6 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.run.namespaces import reached  # noqa: E402 - the folder of the tests is no package of the installation
+
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CONFIG = """\
 ClusterName=one
@@ -137,17 +142,6 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def reached(saves, step, seconds=300):
-    """Wait until a stage in `saves` has reached a step of its training."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for file in saves.glob("*.part/events.jsonl"):
-            if f'"step": {step},' in file.read_text(encoding="utf-8"):
-                return
-        time.sleep(0.02)
-    raise TimeoutError(f"step {step} was not reached")
 
 
 def submit(made, config, saves, *words):
