@@ -256,10 +256,11 @@ def _use(last: "Step") -> str:
     if last.entry.leaves_adapter:
         note = "\n\nThese are the weights of a LoRA adapter. transformers needs `peft` to load them onto their base."
         if (method := getattr(last.entry.config, "quantized_base", None)) is not None:
+            bits = "4 bits (NF4)" if method == "nf4" else "8 bits"
             note += (
-                f" They were trained on the base in {'4 bits (NF4)' if method == 'nf4' else '8 bits'}, and make another "
-                f"model of the base as it is stored. Pass `quantization_config={_ON_BASE[method]}`, which needs "
-                "`bitsandbytes`, or use the model that `merge` writes."
+                f" They were trained on the base in {bits}, and make another model of the base as it is stored. Pass "
+                f"`quantization_config={_ON_BASE[method]}`, which needs `bitsandbytes`, or use the model "
+                "that `merge` writes."
             )
     return "## Use\n\n```python\n" + "\n".join(code) + "\n```" + note
 

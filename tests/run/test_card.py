@@ -83,13 +83,15 @@ def test_the_card_of_an_adapter_on_a_quantized_base_says_how_to_load_it(project,
     made = written(project.model() + stage).text
     described = {"nf4": "4 bits (NF4, double quantization)", "int8": "8 bits (LLM.int8)"}[method]
     assert cells(made, "sft")[0] == f"LoRA (r 8), on the base in {described}, seed 42"
-    said = f"They were trained on the base in {words}, and on the base as it is stored they make another model."
-    assert said in made
-    code = re.search(r"`quantization_config=(BitsAndBytesConfig\(.*?\))`", made)[1]
-    from transformers import BitsAndBytesConfig
-
-    given = eval(code, {"BitsAndBytesConfig": BitsAndBytesConfig})
-    assert given.quantization_method() == {"nf4": "nf4", "int8": "llm_int8"}[method]
+    on_base = {
+        "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+        "int8": "load_in_8bit=True",
+    }[method]
+    assert (
+        f"They were trained on the base in {words}, and make another model of the base as it is stored. Pass "
+        f"`quantization_config=BitsAndBytesConfig({on_base})`, which needs `bitsandbytes`, or use the model that "
+        "`merge` writes.\n"
+    ) in made
     assert (
         "They were trained on" not in written(project.model() + stage.replace(f"quantized_base: {method}, ", "")).text
     )
