@@ -1,4 +1,4 @@
-# make demo · test · check · docs · faults · fuzz · pt|sft|dpo|merge|quantize|evaluate [CONFIG=configs/x.yaml]
+# make demo · test · check · docs · faults · fuzz · bench-smoke · bench-NAME · pt|sft|dpo|merge|quantize|evaluate [CONFIG=configs/x.yaml]
 CONFIG ?= configs/tiny.yaml
 SAVES ?= saves
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAGES := pt sft dpo merge quantize evaluate
 FAULTS ?= pt,sft,dpo,merge,quantize,add_tokens,reward,select,kto,evaluate,sft+rows,rehearsal
 
-.PHONY: demo test test-fast test-train faults fuzz check docs format clean $(STAGES)
+.PHONY: demo test test-fast test-train faults fuzz check docs format clean bench-smoke $(STAGES)
 
 demo: .venv/ready  ## the whole chain on a new tiny model
 	$(BIN)/pipeline run configs/tiny.yaml --saves $(SAVES)
@@ -28,6 +28,12 @@ faults: .venv/ready  ## kills the run at every change of a file, stage by stage,
 
 fuzz: .venv/ready  ## reads a hundred thousand broken data files, minutes
 	$(BIN)/python tests/data/fuzz_rows.py 100000
+
+bench-smoke: .venv/ready  ## the benchmarks on a tiny model, a minute; part of `make test`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_benchmarks.py
+
+bench-%: .venv/ready  ## one table of docs/performance.md, as `make bench-chain ARGS="--rounds 1"`
+	PYTHONPATH=. $(BIN)/python benchmarks/$*.py $(ARGS)
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -277,7 +277,7 @@ def breakdown(work: Path) -> dict[str, float]:
         found[what] = start - last
         if times["step"]:
             found[f"`{stage}`: rows, model and trainer"] = times["total"][0] - start
-            found[f"`{stage}`: {len(times['step'])} steps"] = times["step"][-1] - times["total"][0]
+            found[f"`{stage}`: its steps"] = times["step"][-1] - times["total"][0]
             found[f"`{stage}`: saves and ends"] = done - times["step"][-1]
         else:
             found[f"`{stage}`"] = done - start
