@@ -23,7 +23,7 @@ from pipeline.run.process import ENVIRONMENT
 from pipeline.saves import artifact
 from pipeline.saves.artifact import SPEC
 from stages.model.device import has_gpu
-from stages.runtime.events import ENDED, LAUNCHED, emit
+from stages.runtime.events import ENDED, LAUNCHED, LAUNCHER, emit
 from stages.runtime.processes import end_with_parent
 
 ACCELERATE, DEEPSPEED = "launch.json", "deepspeed.json"
@@ -189,6 +189,7 @@ def main(folder: str, arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     sys.argv = ["accelerate launch", *arguments]
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         launch.main()
     except ChildFailedError as error:

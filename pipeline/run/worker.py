@@ -24,7 +24,7 @@ from stages.model.device import hide_all_gpus_but_one
 from stages.model.inputs import Inputs
 from stages.runtime import aside
 from stages.runtime.errors import MORE_MEMORY, Interrupted, explain
-from stages.runtime.events import LAUNCHED, REPORTS, emit
+from stages.runtime.events import LAUNCHED, LAUNCHER, REPORTS, emit
 from stages.runtime.processes import end_with_parent, peak_memory
 from stages.training.sharing import leave_group
 
@@ -43,7 +43,7 @@ def main(spec_file: str, hook: Hook = "run") -> None:
     if out != reports:
         os.environ[REPORTS] = str(reports)
     to_log(reports / artifact.LOG)
-    end_with_parent()
+    end_with_parent(int(os.environ[LAUNCHER]) if LAUNCHER in os.environ else None)
     held = _hold(out)
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process of a terminal; the runner decides
         signal.signal(number, signal.SIG_IGN)

@@ -16,6 +16,7 @@ from typing import Any
 EVENTS_FILE = "events.jsonl"
 LAUNCHED = "PIPELINE_LAUNCHED"  # their `Sharing`, set in the processes of a launcher; only there `RANK` counts
 REPORTS = "PIPELINE_REPORTS"  # a folder, set on a machine that follows another one: its processes report there
+LAUNCHER = "PIPELINE_LAUNCHER"  # the pid of the launcher, set there too
 ENDED = "ended"  # of several processes, which one ended first before the work was done
 
 

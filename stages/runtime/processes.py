@@ -23,10 +23,15 @@ Output = TypeVar("Output")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: after a fork loading is not safe
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, even by kill -9. Does nothing outside Linux."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Let the kernel kill this process when its parent ends, even by kill -9. Does nothing outside Linux.
+
+    `parent`: the process that started this one. If it has ended before this call, this process ends now.
+    """
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def usable_cores() -> int:

@@ -79,3 +79,11 @@ def test_an_error_of_a_forked_process_is_raised_here():
         in_fork(refuse)
     with pytest.raises(MemoryError, match=r"^a process was killed"):
         in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_process_whose_parent_ended_before_it_could_ask_ends_at_once():
+    program = "from stages.runtime.processes import end_with_parent; end_with_parent({parent}); print('works')"
+    for parent, said in ((os.getpid(), "works\n"), (os.getppid(), "")):
+        words = [sys.executable, "-c", program.format(parent=parent)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0 if said else 1, said)
