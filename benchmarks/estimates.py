@@ -263,15 +263,97 @@ def compare(case: Case, model: Path) -> dict[str, Any]:
     return {**vars(case), **measured, **guess, "error": said / live - 1, "against": said / measured["grown"] - 1}
 
 
+# Models in their real size
+
+# Shapes of bigscience/bloomz-7b1 and Qwen/Qwen2.5-7B, as their config.json has them.
+REAL: Mapping[str, Mapping[str, Any]] = {
+    "bloomz-7b1": {
+        **{"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": 4096, "n_layer": 30},
+        **{"n_head": 32, "vocab_size": 250880},
+    },
+    "Qwen2.5-7B": {
+        **{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "num_hidden_layers": 28},
+        **{"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064},
+        **{"tie_word_embeddings": False, "max_position_embeddings": 131072},
+    },
+}
+CARDS = (24, 40, 80)  # GB
+WAYS: tuple[tuple[str, str, Mapping[str, Any], Sharing], ...] = (
+    ("bloomz-7b1", "LoRA of rank 8", {"lora": {"r": 8}}, Sharing()),
+    ("Qwen2.5-7B", "QLoRA of rank 8", {"lora": {"r": 8}, "quantized_base": "nf4"}, Sharing()),
+    *(
+        (model, f"full, {processes} GPU{'s' if processes > 1 else ''}, {strategy}", {}, Sharing(**sharing))
+        for model in REAL
+        for processes, strategy in ((1, "ddp"), (4, "zero2"), (4, "zero3"), (4, "fsdp2"), (8, "zero3"), (8, "fsdp2"))
+        for sharing in [{"processes": processes, "strategy": strategy}]
+    ),
+)
+
+
+def examples() -> None:
+    """Print the estimates of `WAYS` on GPUs: rows of 1,024 tokens, one on a GPU, with checkpointing."""
+    print("| model | way | weights | gradients | optimizer | activations | logits | workspace | sum | fits on |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    data = [Source(path="rows.jsonl", format="alpaca")]
+    for model, way, settings, sharing in WAYS:
+        trainer = {"activation_checkpointing": True, "per_device_train_batch_size": 1}
+        config = sft.Config(model="base", data=data, trainer=trainer, **settings)
+
+        def work(model: str = model, config: Any = config, sharing: Sharing = sharing) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "config.json").write_text(json.dumps(REAL[model]), encoding="utf-8")
+                batch = Batch(rows=1, tokens=1024)
+                return vars(estimate("SFTConfig", config, Path(folder), batch, sharing, gpu=True).memory)
+
+        found = forked(work)
+        total = sum(found.values())
+        # CUDA itself takes about 0.5 GB of a card, and 5 % are lost between blocks of the allocator
+        fits = [f"{card} GB" for card in CARDS if 1.05 * total + 5e8 < card * 1e9]
+        parts = [found[cause] for cause in ("weights", "gradients", "optimizer", "activations", "logits", "workspace")]
+        figures = " | ".join(f"{size / 1e9:.1f}" for size in (*parts, total))
+        print(f"| {model} | {way} | {figures} | {', '.join(fits) or 'none'} |", flush=True)
+
+
+# The command
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The cases as a table of Markdown, the lengths of a case in one row."""
+    lines = ["| shape | stage | method | checkpointing | estimate / live tensors | estimate / resident set |"]
+    lines.append("|---|---|---|---|---|---|")
+    keys = list(dict.fromkeys((one["shape"], one["stage"], one["method"], one["checkpointing"]) for one in found))
+    for key in keys:
+        same = [one for one in found if (one["shape"], one["stage"], one["method"], one["checkpointing"]) == key]
+        errors, against = (" · ".join(f"{one[name]:+.1%}" for one in same) for name in ("error", "against"))
+        words = (key[0], f"`{key[1]}`", key[2], "on" if key[3] else "off", errors, against)
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def summary(found: list[dict[str, Any]], name: str) -> str:
+    """Median and worst of an error, and the most that the estimate was below the measurement."""
+    errors = [one[name] for one in found]
+    sizes = [abs(error) for error in errors]
+    low = min(0.0, *errors)
+    return f"median {statistics.median(sizes):.2%}, worst {max(sizes):.2%}, most under {-low:.2%}, {len(found)} cases"
+
+
 def main() -> None:
     """Print a line a case, and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="words that the name of a case must contain")
+    parser.add_argument("--examples", action="store_true", help="models in their real size, on several GPUs")
+    parser.add_argument("--causes", action="store_true", help="also the bytes of each cause")
+    parser.add_argument("--markdown", action="store_true", help="also a table")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    import trl  # noqa: F401 - the forks need not import it again
+    # The forks need not import these again.
+    from bitsandbytes import functional  # noqa: F401
     from trl import DPOTrainer, SFTTrainer  # noqa: F401
 
+    if given.examples:
+        examples()
+        return
     found = []
     with tempfile.TemporaryDirectory() as folder:
         folders = models(Path(folder))
@@ -284,16 +366,16 @@ def main() -> None:
             found.append(result)
             live, said = sum(result["live"].values()), sum(result["estimate"].values())
             print(
-                f"{name:48} live {live / 1e6:8.2f} estimate {said / 1e6:8.2f} ({result['error']:+.2%}) "
-                f"grown {result['grown'] / 1e6:8.2f} ({result['against']:+.2%}) {result['seconds']:.1f} s",
+                f"{name:48} live {live / 1e6:8.2f} MB, estimate {said / 1e6:8.2f} ({result['error']:+.2%}), "
+                f"resident {result['grown'] / 1e6:8.2f} ({result['against']:+.2%})",
                 flush=True,
             )
-            if os.environ.get("CAUSES"):
-                for cause in result["live"]:
-                    print(f"    {cause:12} {result['live'][cause] / 1e6:8.2f} {result['estimate'][cause] / 1e6:8.2f}")
-    errors = [result["error"] for result in found]
-    sizes = [abs(error) for error in errors]
-    print(f"median {statistics.median(sizes):.2%}, worst {max(sizes):.2%}, most under {min(errors):.2%}")
+            for cause, size in result["live"].items() if given.causes else ():
+                print(f"    {cause:12} {size / 1e6:8.2f} {result['estimate'][cause] / 1e6:8.2f}")
+    if given.markdown:
+        print(table(found))
+    print(f"against live tensors: {summary(found, 'error')}")
+    print(f"against the resident set: {summary(found, 'against')}")
 
 
 if __name__ == "__main__":

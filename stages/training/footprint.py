@@ -1,6 +1,7 @@
 """One step of the real trainer on a model without memory: what its tensors take at the peak, and what it computes."""
 
 import contextlib
+import gc
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from stages.training import bitsandbytes_ops, live_tensors, weightless_trainer
 from stages.training.division import Weights, divide
 from stages.training.like_gpu import KERNELS, like_gpu
 from stages.training.offloaded import offloaded
-from stages.training.optimizer_state import is_of_bitsandbytes, state
+from stages.training.optimizer_state import state
 from stages.training.settings import TrainingConfig
 from stages.training.sharing import Sharing
 from stages.training.weightless import weightless
@@ -59,11 +60,12 @@ def footprint(
                 stack.enter_context(like_gpu(work.count))
             stack.enter_context(live_tensors.head_apart(ledger))
             stack.enter_context(live_tensors.follow(ledger, work.add))
+            gc.freeze()  # accelerate collects garbage, which goes through all objects of the libraries
+            stack.callback(gc.unfreeze)
             trainer.train()
     peak = {cause: round(size) + division.more.get(cause, 0) for cause, size in ledger.peak.items()}
     peak["workspace"] += KERNELS if gpu else 0
-    if is_of_bitsandbytes(optim):
-        peak["optimizer"] += round(division.shares.get("optimizer", 1) * state(optim, model))
+    peak["optimizer"] += round(division.shares.get("optimizer", 1) * state(optim, model))
     return Footprint(peak, weights.trainable + weights.frozen, weights.trainable, work.flops / passes)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stages.chat.labels import IGNORED
 from stages.model.inputs import Inputs
 from stages.training import bitsandbytes_ops, loop, loss_head, packing
-from stages.training.optimizer_state import is_of_bitsandbytes
+from stages.training.optimizer_state import stand_in
 from stages.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def arguments(
         ours |= {"packing": packs, "dataset_kwargs": {"skip_prepare_dataset": True}}
     if kind == "KTOConfig":
         ours["train_sampling_strategy"] = "sequential"
-    if is_of_bitsandbytes(str(given.get("optim"))):
-        ours["optim"] = "sgd"  # has no state
+    if "optim" in given:
+        ours["optim"] = stand_in(str(given["optim"]))
     theirs = {key: value for key, value in given.items() if key not in LEFT_OUT}
     return loop.arguments(kind, config.model_copy(update={"trainer": {**theirs, **ours}}), out)
 
