@@ -20,10 +20,14 @@ from stages.training.settings import TrainingConfig
 
 SHOWN = 3
 """Changes that are named."""
-TRIED = 8
-"""Combinations of changes that are computed."""
+TRIED = 12
+"""Changes, alone or together, that are computed."""
 MOST = 4
 """Changes in a combination."""
+PASS = ("activations", "logits", "workspace")
+"""Causes that grow with the batch."""
+HELD = ("weights", "gradients", "optimizer", "reference")
+"""Causes that do not."""
 LORA = {"r": 16, "lora_alpha": 32}
 NF4 = {"quantized_base": "nf4"}
 
@@ -41,6 +45,8 @@ class Candidate:
     """Orders candidates: by what they cost in time first, then in what is trained, then in machines."""
     settings: Mapping[str, Any]
     """Path below the stage → value."""
+    keeps: Mapping[str, float]
+    """Cause → the share of its memory that is left at best; of other causes all of it may be left."""
 
 
 Measure = Callable[[StageEntry], Memory | None]
@@ -57,25 +63,24 @@ def cheapest(step: Step, plan: Plan, assignments: Sequence[str], device: Device,
     now = trial.found(())
     if now is None:
         return []
-    alone: dict[Candidate, Found] = {}
+    allowed = [one for one in _candidates(step, device) if trial.entry([one]) is not None]
+    shares = {one: one.keeps for one in allowed}
     chosen: list[Sequence[Candidate]] = []
-    for one in sorted(_candidates(step, device), key=_cost):
-        if len(chosen) < SHOWN and not any(_contains([one], other) for other in chosen):
-            found = trial.found([one])
-            alone |= {one: found} if found is not None else {}
-            chosen += [[one]] if found is not None and found.total(device) <= room else []
     tried = 0
-    for many in sorted(_combinations(list(alone)), key=_cost_of) if len(chosen) < SHOWN else ():
-        predicted = now.total(device, _predicted(now.memory, [alone[one].memory for one in many]))
+    for many in sorted(_combinations(allowed), key=_cost_of):
+        if len(chosen) >= SHOWN or tried >= TRIED:
+            break
+        predicted = now.total(device, _predicted(now.memory, [shares[one] for one in many]))
         if predicted > room or any(_contains(many, other) for other in chosen):
             continue
         tried += 1
-        if (together := trial.found(many)) is not None and together.total(device) <= room:
+        found = trial.found(many)
+        if found is not None and len(many) == 1:
+            shares[many[0]] = {cause: found.memory[cause] / size for cause, size in now.memory.items() if size}
+        if found is not None and found.total(device) <= room:
             chosen.append(many)
-        if len(chosen) >= SHOWN or tried >= TRIED:
-            break
     changes = []
-    for many in sorted(chosen, key=_cost_of)[:SHOWN]:
+    for many in chosen:
         if (together := trial.found(many)) is not None:
             changes.append(Change(settings=_together(many), memory=round(together.total(device))))
     return changes
@@ -98,16 +103,16 @@ class _Trial:
         settings = _together(chosen)
         key = json.dumps(settings, sort_keys=True)
         if key not in self.known:
-            entry = self._entry(settings)
+            entry = self.entry(chosen)
             memory = self.measure(entry) if entry is not None else None
             self.known[key] = (
                 Found(memory, entry.launch.processes) if memory is not None and entry is not None else None
             )
         return self.known[key]
 
-    def _entry(self, settings: Mapping[str, Any]) -> StageEntry | None:
-        """The stage with other settings; None where a check refuses them."""
-        name = self.step.name
+    def entry(self, chosen: Sequence[Candidate]) -> StageEntry | None:
+        """The stage with changes; None where a check refuses them."""
+        name, settings = self.step.name, _together(chosen)
         changed = [assignment(name, path, value) for path, value in settings.items()]
         try:
             pipeline = load_config(self.plan.pipeline.path, [*self.assignments, *changed])
@@ -157,21 +162,18 @@ def _contains(chosen: Sequence[Candidate], other: Sequence[Candidate]) -> bool:
 
 
 def _combinations(candidates: Sequence[Candidate]) -> Iterator[Sequence[Candidate]]:
-    for count in range(2, MOST + 1):
+    for count in range(1, MOST + 1):
         for chosen in combinations(candidates, count):
             if len({one.what for one in chosen}) == count:
                 yield chosen
 
 
-def _predicted(now: Memory, alone: Sequence[Memory]) -> dict[str, float]:
-    """The memory with several changes, if each saves the same share of a cause as it does alone.
+def _predicted(now: Memory, shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The memory with several changes, each of which leaves a share of some causes.
 
-    That decides which combinations are worth computing; the figure of a change is always computed.
+    That decides which changes are worth computing; the figure of a change is always computed.
     """
-    return {
-        cause: size * math.prod(memory.get(cause, 0) / size for memory in alone) if size else 0
-        for cause, size in now.items()
-    }
+    return {cause: size * math.prod(share.get(cause, 1.0) for share in shares) for cause, size in now.items()}
 
 
 def _candidates(step: Step, device: Device) -> Iterator[Candidate]:
@@ -183,18 +185,19 @@ def _candidates(step: Step, device: Device) -> Iterator[Candidate]:
     trainer, lora = config["trainer"], config["lora"]
     known = library.settings(step.stage.settings["trainer"])
     if lora is None and "precompute_ref_log_probs" in known and not trainer.get("precompute_ref_log_probs"):
-        yield Candidate("reference", 1, {"trainer.precompute_ref_log_probs": True})
+        yield Candidate("reference", 1, {"trainer.precompute_ref_log_probs": True}, {"reference": 0})
     training = step.entry.training
     batch, accumulation = (training.batch if training else 1), int(trainer.get("gradient_accumulation_steps", 1))
     for size in range(batch - 1, 0, -1):
         if batch % size == 0:
             smaller = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation * batch // size}
             settings = {f"trainer.{name}": value for name, value in smaller.items()}
-            yield Candidate("batch", 2 + 0.1 * math.log2(batch / size), settings)
+            keeps = dict.fromkeys(PASS, size / batch)
+            yield Candidate("batch", 2 + 0.1 * math.log2(batch / size), settings, keeps)
     if leaves_out_checkpointing(step.entry, step.facts, device):
-        yield Candidate("checkpointing", 3, {"trainer.gradient_checkpointing": True})
+        yield Candidate("checkpointing", 3, {"trainer.gradient_checkpointing": True}, {"activations": 0.02})
     if device.gpu and not trainer.get("activation_offloading"):
-        yield Candidate("offloading", 3.5, {"trainer.activation_offloading": True})
+        yield Candidate("offloading", 3.5, {"trainer.activation_offloading": True}, {"activations": 0})
     yield from _of_precision(trainer, lora, device, step)
     yield from _of_processes(step, device)
 
@@ -205,17 +208,19 @@ def _of_precision(
     """Weights and moments in fewer bits, and LoRA."""
     dtype = (trainer.get("model_init_kwargs") or {}).get("dtype")
     if dtype in ("float32", "float64") or (dtype is None and not (device.gpu and lora is not None)):
-        yield Candidate("dtype", 2.5 if lora is not None else 6, {"trainer.model_init_kwargs.dtype": "bfloat16"})
+        settings, half = {"trainer.model_init_kwargs.dtype": "bfloat16"}, dict.fromkeys((*PASS, *HELD), 0.5)
+        yield Candidate("dtype", 2.5 if lora is not None else 6, settings, half)
     optimizer = str(trainer.get("optim", "adamw_torch"))
     if optimizer.startswith("adamw_torch"):
-        yield Candidate("optimizer", 4, {"trainer.optim": "adamw_8bit"})
+        yield Candidate("optimizer", 4, {"trainer.optim": "adamw_8bit"}, {"optimizer": 0.25})
     has_nf4 = "quantized_base" in type(step.entry.config).model_fields
     if lora is None:
-        yield Candidate("lora", 8, {"lora": LORA})
+        few = {"gradients": 0.0, "optimizer": 0.0, "reference": 0.0, "workspace": 0.0}
+        yield Candidate("lora", 8, {"lora": LORA}, {**few, "weights": 0.5})
         if has_nf4:
-            yield Candidate("lora", 9, {"lora": LORA, **NF4})
+            yield Candidate("lora", 9, {"lora": LORA, **NF4}, {**few, "weights": 0.13})
     elif has_nf4 and not vars(step.entry.config)["quantized_base"]:
-        yield Candidate("base", 5, NF4)
+        yield Candidate("base", 5, NF4, {"weights": 0.13})
 
 
 def _of_processes(step: Step, device: Device) -> Iterator[Candidate]:
@@ -225,4 +230,5 @@ def _of_processes(step: Step, device: Device) -> Iterator[Candidate]:
         for processes in (2, 4, 8):
             if processes >= launch.processes and (not device.here or processes <= gpus()):
                 settings = {"launch": {"processes": processes, "strategy": "zero3"}}
-                yield Candidate("processes", 10 + math.log2(processes), settings)
+                keeps = dict.fromkeys(PASS, launch.processes / processes) | dict.fromkeys(HELD, 1 / processes)
+                yield Candidate("processes", 10 + math.log2(processes), settings, keeps)

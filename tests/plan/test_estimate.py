@@ -99,6 +99,43 @@ def test_a_second_plan_asks_nothing_also_with_another_learning_rate(asked, call)
     assert asked == []
 
 
+def test_changes_are_combined_where_none_suffices_alone_and_none_is_named_without_need(asked, call, monkeypatch):
+    """A made-up memory, by which it is known what suffices: a batch of 1, a quarter of the activations, LoRA."""
+
+    def memory(engine, question):
+        asked.append(question)
+        config, batch = question["estimate"]["config"], question["estimate"]["batch"]
+        kept = 0.25 if config["trainer"]["gradient_checkpointing"] else 1.0
+        trained = 10**6 if config["lora"] else 10**8
+        found = {"weights": 10**8, "gradients": trained, "optimizer": 2 * trained, "logits": 0, "reference": 0}
+        found |= {"activations": int(10**8 * kept * batch["rows"]), "workspace": 0}
+        return {"memory": found, "parameters": 10**8, "trainable": trained // 4, "flops": 1e12}
+
+    monkeypatch.setattr(Engine, "_asked", memory)
+
+    def changes(size):
+        out = call("plan", "x.yaml", "--gpu", size, "--rate", "1TFLOPS", "--json", "--until", "sft")[1]
+        found = json.loads(out)["steps"][1]["estimate"]["changes"]
+        return [(sorted(key.rpartition(".")[2] for key in one["settings"]), one["memory"]) for one in found]
+
+    batch = ["gradient_accumulation_steps", "per_device_train_batch_size"]
+    assert changes("900MB") == [
+        (batch, 800_000_000),  # a batch of 4
+        (["gradient_checkpointing"], 800_000_000),
+        (["launch"], 800_000_000),  # four GPUs
+    ]
+    assert changes("700MB") == [
+        (batch, 600_000_000),
+        (["gradient_checkpointing", "lora"], 503_000_000),
+        (["launch"], 600_000_000),
+    ]
+    assert changes("500MB") == [
+        ([*batch[:1], "gradient_checkpointing", *batch[1:]], 450_000_000),
+        ([*batch[:1], "lora", *batch[1:]], 303_000_000),
+    ]
+    assert len(asked) < 40
+
+
 def test_without_estimates_validate_and_a_finished_chain_ask_nothing(project, asked, call):
     code, out, err = call("plan", "x.yaml", "--no-estimate")
     assert (code, "estimates for" in out, err) == (0, False, "")
