@@ -42,7 +42,7 @@ def test_the_resolved_config_needs_no_set_and_plans_to_the_same_fingerprints(lau
     text = TOP.replace("template: med\n", "template: med\nlaunch: {machines: 2, rank: 1, rendezvous: 10.0.0.1:29500}\n")
     text, given = (
         text + TRICKY,
-        ["sft.trainer.learning_rate=2e-5", "question=no", "sft.trainer.max_grad_norm=.inf", "sft.launch.processes=3"],
+        ["sft.trainer.learning_rate=2e-5", "question=no", "sft.trainer.max_grad_norm=.inf", "sft.launch.processes=4"],
     )
     sets = [word for assignment in given for word in ("--set", assignment)]
     assert launch(text, "--to", "slurm", "--print", *sets)[0] == 0
@@ -52,7 +52,7 @@ def test_the_resolved_config_needs_no_set_and_plans_to_the_same_fingerprints(lau
     assert {name: step.fingerprint for name, step in after.items()} == {
         name: step.fingerprint for name, step in before.items()
     }
-    assert after["sft"].entry.launch.processes == 3
+    assert after["sft"].entry.launch.processes == 4
     assert main(["launch", "x.resolved.yaml", "--to", "slurm", "--print"]) == 0  # in its own place
     assert not (tmp_path / "x.resolved.resolved.yaml").exists()
 
