@@ -290,12 +290,14 @@ WAYS: tuple[tuple[str, str, Mapping[str, Any], Sharing], ...] = (
 )
 
 
-def examples() -> None:
+def examples(only: str) -> None:
     """Print the estimates of `WAYS` on GPUs: rows of 1,024 tokens, one on a GPU, with checkpointing."""
     print("| model | way | weights | gradients | optimizer | activations | logits | workspace | sum | fits on |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     data = [Source(path="rows.jsonl", format="alpaca")]
     for model, way, settings, sharing in WAYS:
+        if not all(word in f"{model} {way}" for word in only.split()):
+            continue
         trainer = {"activation_checkpointing": True, "per_device_train_batch_size": 1}
         config = sft.Config(model="base", data=data, trainer=trainer, **settings)
 
@@ -341,7 +343,7 @@ def summary(found: list[dict[str, Any]], name: str) -> str:
 def main() -> None:
     """Print a line a case, and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="words that the name of a case must contain")
+    parser.add_argument("--only", default="", help="words that the name of a case or example must contain")
     parser.add_argument("--examples", action="store_true", help="models in their real size, on several GPUs")
     parser.add_argument("--causes", action="store_true", help="also the bytes of each cause")
     parser.add_argument("--markdown", action="store_true", help="also a table")
@@ -352,7 +354,7 @@ def main() -> None:
     from trl import DPOTrainer, SFTTrainer  # noqa: F401
 
     if given.examples:
-        examples()
+        examples(given.only)
         return
     found = []
     with tempfile.TemporaryDirectory() as folder:

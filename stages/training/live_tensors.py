@@ -30,6 +30,8 @@ class Ledger:
         """Cause → the share of its bytes that counts; 1 for other causes. Set it before anything is counted."""
         self.cause: str | None = None
         """The cause of new tensors; None: activations where gradients are recorded, workspace elsewhere."""
+        self.head: tuple[int, ...] = ()
+        """The shape of the weight of the head: what has it in the backward pass of the head is a gradient."""
         self._held: dict[int, tuple[weakref.ref[UntypedStorage], int, str]] = {}
 
     @property
@@ -111,7 +113,8 @@ def follow(ledger: Ledger, seen: Callable[[Any, Any, Any, Any], None] | None = N
                 cause = "workspace"  # a copy of a weight in another dtype
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
-                    ledger.add(leaf, cause)
+                    whole = cause == "logits" and tuple(leaf.shape) == ledger.head
+                    ledger.add(leaf, "gradients" if whole else cause)
             if seen is not None:
                 seen(func, args, kwargs or {}, result)
             return result
@@ -206,7 +209,7 @@ def head_apart(ledger: Ledger) -> Iterator[None]:
         utils._ChunkedLogProbFunction, loss_head.scores = real, scores
 
 
-def _apart(ledger: Ledger, head: Callable[..., Any], hidden: "Tensor", *args: Any) -> Any:
+def _apart(ledger: Ledger, head: Callable[..., Any], hidden: "Tensor", weight: "Tensor", *args: Any) -> Any:
     """The result of a head for hidden states, (tokens, hidden size), whose tensors count as logits."""
 
     def begin(gradient: "Tensor") -> None:
@@ -215,10 +218,11 @@ def _apart(ledger: Ledger, head: Callable[..., Any], hidden: "Tensor", *args: An
     def end(gradient: "Tensor") -> None:
         ledger.cause = None
 
+    ledger.head = tuple(weight.shape)
     with ledger.new_are("logits"):
         if hidden.requires_grad:
             hidden.register_hook(end)
-        result = head(hidden, *args)
+        result = head(hidden, weight, *args)
         if result[0] is not None and result[0].requires_grad:
             result[0].register_hook(begin)
         return result

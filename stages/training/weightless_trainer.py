@@ -21,6 +21,11 @@ QUIET = {
     "eval_strategy": "no",
     "logging_strategy": "no",
     "load_best_model_at_end": False,
+    "eval_on_start": False,
+    "report_to": "none",
+    "push_to_hub": False,
+    "auto_find_batch_size": False,
+    "full_determinism": False,
     "max_steps": 1,
     "dataloader_num_workers": 0,
     "torch_compile": False,
@@ -28,17 +33,9 @@ QUIET = {
 # Settings that need a GPU, other packages or files, and that change nothing of the memory or are counted apart.
 LEFT_OUT = (
     *("tf32", "fp16", "fp16_full_eval", "bf16_full_eval", "use_liger_kernel", "activation_offloading", "deepspeed"),
-    *(
-        "precompute_ref_log_probs",
-        "precompute_ref_batch_size",
-        "fsdp",
-        "fsdp_config",
-        "resume_from_checkpoint",
-        "optim_args",
-        "sync_ref_model",
-        "use_cpu",
-        "no_cuda",
-    ),
+    *("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model", "fsdp", "fsdp_config", "use_cpu"),
+    *("resume_from_checkpoint", "optim_args", "optim_target_modules", "dataloader_persistent_workers", "no_cuda"),
+    "dataloader_prefetch_factor",
 )
 WITH_REFERENCE = ("DPOConfig", "KTOConfig")
 
@@ -88,7 +85,8 @@ def trainer(
     from transformers import PrinterCallback
 
     precomputed = bool(config.trainer.get("precompute_ref_log_probs"))
-    rows = _rows(kind, batch, precomputed=precomputed) * args.gradient_accumulation_steps
+    wrapped = bool(getattr(args, "packing", False)) and not batch.documents  # every row is full
+    rows = _rows(kind, batch, precomputed=precomputed, padded=not wrapped) * args.gradient_accumulation_steps
     model = _model(kind, config, folder, gpu=gpu, half=half)
     if kind == "SFTConfig":
         packing.prepare(model, args)
@@ -155,13 +153,13 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="pad", eos_token="end", unk_token="any")
 
 
-def _rows(kind: str, batch: Batch, *, precomputed: bool) -> list[dict[str, Any]]:
+def _rows(kind: str, batch: Batch, *, precomputed: bool, padded: bool) -> list[dict[str, Any]]:
     """Rows in the columns that TRL's collator reads. Of rows that are padded, the first has the full width."""
     documents = list(batch.documents)
     if documents:
         length, lengths = sum(documents), [sum(documents)] * batch.rows
     else:
-        length, lengths = batch.tokens, [batch.tokens] + [max(1, batch.tokens - 1)] * (batch.rows - 1)
+        length, lengths = batch.tokens, [batch.tokens] + [max(1, batch.tokens - padded)] * (batch.rows - 1)
     answer = max(1, round(batch.labelled * length))
     found: list[dict[str, Any]] = []
     for row in lengths:
