@@ -133,25 +133,42 @@ def alone(tmp_path_factory):
     return place / "saves"
 
 
+def copied(saves: Path, place: Path) -> Path:
+    """A copy of a config and of its saves."""
+    shutil.copy(saves.parent / "two.yaml", place)
+    shutil.copytree(saves, place / "saves", symlinks=True)
+    return place / "saves"
+
+
 @pytest.fixture
 def saves(alone, tmp_path, monkeypatch):
     """A copy of them."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shutil.copy(alone.parent / "two.yaml", tmp_path)
-    shutil.copytree(alone, tmp_path / "saves", symlinks=True)
-    return tmp_path / "saves"
+    return copied(alone, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def ddp(alone, tmp_path_factory):
-    """The saves of a chain with `sft` in two processes, and what its run printed."""
-    place = tmp_path_factory.mktemp("ddp")
-    shutil.copy(alone.parent / "two.yaml", place)
-    shutil.copytree(alone, place / "saves", symlinks=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        assert run(place / "saves", *launch("sft", "dpo")) == 0
-    return place / "saves"
+def shared(alone, tmp_path_factory):
+    """The saves of the chain with some stages in two processes."""
+
+    def made(*words: str) -> Path:
+        place = copied(alone, tmp_path_factory.mktemp("shared"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            assert run(place, *words) == 0
+        return place
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def ddp(shared):
+    return shared(*launch("sft", "dpo"))
+
+
+@pytest.fixture(scope="module")
+def zero3(shared):
+    return shared(*launch("pt", "sft", "dpo", strategy="zero3"))
 
 
 def test_two_processes_train_to_the_losses_of_one_with_the_same_rows_a_step(alone, ddp):
@@ -174,16 +191,15 @@ def test_two_processes_train_to_the_losses_of_one_with_the_same_rows_a_step(alon
 
 
 @ZERO
-def test_zero_3_leaves_whole_models_and_adapters_and_the_losses_of_one_process(alone, saves):
-    assert run(saves, *launch("pt", "sft", "dpo", strategy="zero3")) == 0
+def test_zero_3_leaves_whole_models_and_adapters_and_the_losses_of_one_process(alone, zero3):
     for stage, name in (("pt", "model.safetensors"), ("sft", "adapter_model.safetensors")):
-        one, three = folder(alone, stage), folder(saves, stage)
+        one, three = folder(alone, stage), folder(zero3, stage)
         assert losses(three) == pytest.approx(losses(one), abs=1e-4)
         assert shapes(three, name) == shapes(one, name)
         assert all(all(shape) for shape in shapes(three, name).values())
-    assert losses(folder(saves, "dpo"))[0] == pytest.approx(0.693147, abs=1e-5)
-    assert losses(folder(saves, "dpo")) == pytest.approx(losses(folder(alone, "dpo")), abs=1e-4)
-    deepspeed = json.loads((folder(saves, "sft") / "deepspeed.json").read_text(encoding="utf-8"))
+    assert losses(folder(zero3, "dpo"))[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses(folder(zero3, "dpo")) == pytest.approx(losses(folder(alone, "dpo")), abs=1e-4)
+    deepspeed = json.loads((folder(zero3, "sft") / "deepspeed.json").read_text(encoding="utf-8"))
     assert deepspeed["zero_optimization"]["stage"] == 3
 
 
@@ -195,9 +211,10 @@ def test_zero_2_trains_to_the_losses_of_one_process(alone, saves):
 
 
 @ZERO
-def test_zero_3_goes_on_exactly_after_kill_9_of_the_first_process(saves, capsys):
-    words = ["--until", "sft", *launch("sft", strategy="zero3")]
-    assert run(saves, *words) == 0
+def test_zero_3_goes_on_exactly_after_kill_9_of_the_first_process(zero3, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    saves = copied(zero3, tmp_path)
+    words = ["--until", "sft", *launch("pt", "sft", strategy="zero3")]
     expected = sha256(folder(saves, "sft"), "adapter_model.safetensors")
     shutil.rmtree(folder(saves, "sft"))
     watcher = when(saves, 3, lambda pid: os.kill(pid, signal.SIGKILL))
