@@ -134,8 +134,8 @@ class StageEstimate:
     @property
     def verdict(self) -> Verdict | None:
         """Whether the memory suffices; None where that is not known, as of a lower bound that is small enough."""
-        if self.device.memory is None:
-            return None
+        if self.device.memory is None or (self.memory is None and not self.device.here):
+            return None  # where a stage that does not train computes on another machine is not known
         if self.total > self.device.memory:
             return "does not fit"
         if self.memory is None:

@@ -22,7 +22,7 @@ def write_fitting(planned: Plan, assignments: Sequence[str]) -> str:
     stuck, settings = list[str](), dict[Key, Any]()
     for step in planned.steps:
         found = planned.estimates.get(step.name)
-        if found is None or step.state == "done" or found.verdict != "does not fit":
+        if found is None or found.memory is None or step.state == "done" or found.verdict != "does not fit":
             continue
         if found.changes:
             settings |= _keys(step.name, found.changes[0].settings)
