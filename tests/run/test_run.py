@@ -251,8 +251,8 @@ def test_a_killed_stage_leaves_the_runner_alive_and_the_next_run_ends_with_the_s
         "error: stage `sft` was ended by signal 9 SIGKILL (kill -9, or the system ran out of memory); it takes at "
         "least 620.5 kB of memory, and activations come on top; if memory ran out, halve "
         "`trainer.per_device_train_batch_size`, which is 4, and double `gradient_accumulation_steps`, or set "
-        "`trainer.gradient_checkpointing: true`, or lower `trainer.max_length`, which is 256; its log is "
-        f"{part}/log.txt; run again to go on from its last checkpoint\n"
+        "`trainer.gradient_checkpointing: true`, or set `quantized_base: nf4`, or lower `trainer.max_length`, which is "
+        f"256; its log is {part}/log.txt; run again to go on from its last checkpoint\n"
     )
     assert run(config, saves, "--until", "sft") == 0
     assert "sft: starts; goes on at step" in capsys.readouterr().out
@@ -478,7 +478,6 @@ def test_a_stage_that_dies_is_told_apart_and_goes_on(chain, capsys, number, text
 
 def test_a_second_signal_leaves_at_once(chain, capsys):
     config, saves = chain
-    shutil.rmtree((saves / "small" / "merge").resolve())
     pids = []
 
     def twice(part: Path, pid: int) -> None:
@@ -489,10 +488,10 @@ def test_a_second_signal_leaves_at_once(chain, capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     watcher = when_event(saves, "start", 0, twice)
-    assert run(config, saves, "--until", "merge") == 75
+    assert run(config, saves, "--until", "sft", "--set", "sft.trainer.max_steps=9000") == 75
     watcher.join()
     assert not alive(*pids)
-    assert "stage `merge` stopped; run the same command again to go on" in capsys.readouterr().err
+    assert "stage `sft` stopped; run the same command again to go on" in capsys.readouterr().err
 
 
 def test_unfinished_work_is_not_left_for_other_settings_without_a_word(chain, capsys):
@@ -524,7 +523,9 @@ def test_a_second_run_of_the_same_stage_is_refused(chain, capsys):
 
     def second(part: Path, pid: int) -> None:
         words = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--saves", str(saves), "--until", "sft"]
+        os.kill(pid, signal.SIGSTOP)  # it is not done before the other has looked
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+        os.kill(pid, signal.SIGCONT)
         codes.append((done.returncode, done.stderr))
 
     watcher = when_event(saves, "start", 0, second)
