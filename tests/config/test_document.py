@@ -158,7 +158,8 @@ def test_a_file_that_is_no_config_is_refused_before_it_is_parsed(tmp_path, monke
 
 def test_a_missing_file_names_the_yaml_files_there_are(tmp_path):
     for name in ("b.yml", "a.yaml", "c.txt"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("stages: {}\n", encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("repos: []\n", encoding="utf-8")  # a YAML file of another program
     with pytest.raises(ConfigError) as error:
         read(tmp_path / "x.yaml")
     there = f"`{tmp_path / 'a.yaml'}`, `{tmp_path / 'b.yml'}`"
@@ -171,7 +172,7 @@ def test_a_misspelt_config_names_the_near_one(tmp_path, monkeypatch, typed):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     for name in ("tiny.yaml", "qwen_med.yaml"):
-        (tmp_path / "configs" / name).touch()
+        (tmp_path / "configs" / name).write_text("stages: {}\n", encoding="utf-8")
     with pytest.raises(ConfigError) as error:
         read(Path(typed))
     assert error.value.problems == [f"{typed}: cannot be read ({os.strerror(2)}); did you mean `configs/tiny.yaml`?"]

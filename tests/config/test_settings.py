@@ -211,7 +211,8 @@ def test_a_wrong_choice(reference, name, value, expected):
             SFT,
             "deepspeed",
             "zero3.json",
-            "`deepspeed` is set by the pipeline (from `launch: {processes: N, strategy: zero2}`, or `zero3`); remove it",
+            "`deepspeed` is set by the pipeline (from `launch: {processes: N, strategy: zero2}`, or `zero3`); "
+            "remove it",
         ),
         (SFT, "logging_dir", "logs", f"`logging_dir` {FOLDER}"),
         (

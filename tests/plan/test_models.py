@@ -326,7 +326,19 @@ def made(project, name):
         ),
         ({"base_model_name_or_path": "a"}, "the adapter `a` was trained on itself, as it says; name its base first"),
     ],
-    ids=["no commit", "gone", "no base", "kind", "kind before the base", "setting", "no place", "size", "tokens", "tied", "circle"],
+    ids=[
+        "no commit",
+        "gone",
+        "no base",
+        "kind",
+        "kind before the base",
+        "setting",
+        "no place",
+        "size",
+        "tokens",
+        "tied",
+        "circle",
+    ],
 )
 def test_an_adapter_that_cannot_be_used_is_refused(project, base, config, told):
     project.adapter(**config)

@@ -7,7 +7,7 @@ import pytest
 from planned import INIT, TOP
 
 from pipeline.config.checker import load_config
-from pipeline.plan import launching, placing
+from pipeline.plan import launching
 from pipeline.plan.placing import build_plan
 from stages.model import device
 from stages.training import effects, packages, quantized_base

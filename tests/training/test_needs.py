@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 from planned import inputs
 
-from stages.model.facts import NO_MODEL
 from stages import dpo, init, merge, pt, sft
 from stages.chat.template import template_text
 from stages.model import device
-from stages.model.facts import Facts, Needs, read_facts
+from stages.model.facts import NO_MODEL, Facts, Needs, read_facts
 from stages.model.folder import load_model
 from stages.model.inputs import Inputs
 from stages.training import needs as needs_module
