@@ -37,7 +37,8 @@ def stage(settings: str) -> str:
             "sft: {data: consult, launch: {processes: 3}}",
             0,
             "8:44: stage `sft`: 3 processes cannot share the 8 rows of a step equally "
-            "(`per_device_train_batch_size: 8` × `gradient_accumulation_steps: 1`); write `per_device_train_batch_size: 6` or `9`, or `launch: "
+            "(`per_device_train_batch_size: 8` × `gradient_accumulation_steps: 1`); "
+            "write `per_device_train_batch_size: 6` or `9`, or `launch: "
             "{processes: 2}` or `4`",
         ),
         (
