@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -124,6 +125,8 @@ def unread(folder: Path, name: str) -> Iterator[None]:
 OBJECT_STORES = ("gcsfuse", "s3fs", "goofys", "mountpoint-s3", "mount-s3", "rclone", "blobfuse", "blobfuse2", "geesefs")
 LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock")
 """Options of NFS and Lustre with which a lock holds on one machine alone, or not at all."""
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
+"""How Linux writes a space, a tab, a line end or a backslash in the name of a folder."""
 
 
 def broken_promise(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
@@ -148,11 +151,14 @@ def _disk_of(folder: Path, mounts: Path) -> tuple[str, list[str]]:
     folder = folder.resolve()
     best, found = -1, ("", list[str]())
     with contextlib.suppress(OSError):
-        for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-            ours, _, theirs = line.partition(" - ")
-            point = ours.split()[4].encode("latin-1", "surrogateescape").decode("unicode_escape")
-            kind, _, options = theirs.partition(" ")
+        for line in mounts.read_bytes().split(b"\n"):
+            ours, _, theirs = line.partition(b" - ")
+            if not theirs:
+                continue
+            fields = ours.split(b" ")
+            point = os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), fields[4]))
+            kind, _, options = os.fsdecode(theirs).partition(" ")
             depth = len(Path(point).parts)
             if depth >= best and folder.is_relative_to(point):  # a later mount hides an earlier one
-                best, found = depth, (kind, [*ours.split()[5].split(","), *options.split()[-1].split(",")])
+                best, found = depth, (kind, [*os.fsdecode(fields[5]).split(","), *options.split(" ")[-1].split(",")])
     return found

@@ -17,6 +17,8 @@ MOUNTS = """\
 42 22 0:52 / /my\\040bucket rw - fuse.gcsfuse bucket rw,user_id=0
 43 22 0:53 / /scratch rw - lustre 10.0.0.1@tcp:/lustre rw,localflock
 44 40 254:1 / /shared/local rw - xfs /dev/vdb rw
+45 22 254:2 / /media/li/备份\\0401 rw - ext4 /dev/sdb1 rw
+46 22 0:54 / /media/li/云\u2028é\rü rw - fuse.s3fs s3fs rw
 """
 
 
@@ -30,14 +32,25 @@ MOUNTS = """\
         ("/scratch/saves", "`{}` is on lustre, mounted with `localflock`: its locks do not reach other machines, "),
         ("/my bucket/saves", "`{}` is on an object store (gcsfuse), which has no locks and no renames in one step: "),
         ("/my bucketeer", None),
+        ("/media/li/备份 1/saves", None),
+        (
+            "/media/li/云\u2028é\rü",
+            "`{}` is on an object store (s3fs), which has no locks ",
+        ),
     ],
 )
 def test_a_disk_that_cannot_keep_a_promise_is_named(tmp_path, folder, promise):
     mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS, encoding="utf-8")
+    mounts.write_bytes(MOUNTS.encode())
     said = broken_promise(Path(folder), mounts)
     assert (said is None) == (promise is None)
     assert promise is None or said.startswith(promise.format(folder))
+
+
+def test_the_name_of_a_mount_that_is_not_utf8_is_read(tmp_path):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(b"46 22 0:54 / /media/\xd4\xc6 rw - fuse.s3fs s3fs rw\n")
+    assert broken_promise(Path(os.fsdecode(b"/media/\xd4\xc6/saves")), mounts) is not None
 
 
 def test_a_system_that_lists_no_mounts_says_nothing(tmp_path):
