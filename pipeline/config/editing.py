@@ -78,7 +78,8 @@ def _with_pair(text: str, node: yaml.MappingNode, word: Any, value: Any) -> str:
         at = node.start_mark.index + 1
         return text[:at] + f"{word}: {_flow(value)}" + (", " if node.value else "") + text[at:]
     first = node.value[0][0].start_mark
-    return text[: first.index] + f"{word}: {_flow(value)}\n{' ' * first.column}" + text[first.index :]
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    return text[: first.index] + f"{word}: {_flow(value)}{line_end}{' ' * first.column}" + text[first.index :]
 
 
 def _flow(value: Any) -> str:

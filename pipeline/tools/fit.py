@@ -1,7 +1,13 @@
 """`plan --fit`: the cheapest settings with which each stage fits into the memory, written into the config."""
 
+import codecs
+import contextlib
 import difflib
+import errno
+import os
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.document import Key
@@ -9,6 +15,7 @@ from pipeline.config.editing import with_settings
 from pipeline.errors import ConfigError
 from pipeline.plan.step import Plan
 from pipeline.saves.artifact import size_of
+from stages.runtime.files import sync
 
 
 def write_fitting(planned: Plan, assignments: Sequence[str]) -> str:
@@ -17,7 +24,8 @@ def write_fitting(planned: Plan, assignments: Sequence[str]) -> str:
     Comments and spaces stay as they are.
 
     Raises:
-        ConfigError: a stage does not fit whatever is changed, or its settings are not in the file alone.
+        ConfigError: a stage does not fit whatever is changed, its settings are not in the file alone, or the file
+            cannot be written.
     """
     stuck, settings = list[str](), dict[Key, Any]()
     for step in planned.steps:
@@ -36,11 +44,34 @@ def write_fitting(planned: Plan, assignments: Sequence[str]) -> str:
         return "every stage whose memory is known fits; nothing was written\n"
     if assignments:
         raise ConfigError([f"--fit: writes into `{path}`, which lacks what `--set` says; write that there first"])
-    before = path.read_bytes().decode("utf-8-sig")
+    content = path.read_bytes()
+    before = content.decode("utf-8-sig")
     after = with_settings(before, str(path), settings)
-    path.write_bytes(after.encode())
+    _replace(path, (codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b"") + after.encode())
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), str(path), str(path), lineterm="", n=1)
     return "\n".join(lines) + "\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Give a file other content in one step: whatever happens, the file has the old content or the new one.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    file = path.resolve()  # a link stays a link
+    fresh = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        if not os.access(file, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        fresh.write_bytes(content)
+        shutil.copymode(file, fresh)
+        sync(fresh)
+        fresh.replace(file)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be written ({error.strerror}), and is as it was"]) from None
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
 
 
 def _keys(stage: str, settings: Mapping[str, Any]) -> dict[Key, Any]:

@@ -58,6 +58,14 @@ def test_a_new_key_of_a_block_goes_before_the_first_one_and_comments_stay():
     )
 
 
+def test_a_new_line_ends_as_the_lines_of_the_file_end():
+    changed = with_settings(
+        BLOCK.replace("\n", "\r\n"), "x.yaml", {("stages", "sft", "trainer", "packing_strategy"): "bfd"}
+    )
+    new = "      packing_strategy: bfd\n      max_length: 512   # tokens\n"
+    assert changed == BLOCK.replace("      max_length: 512   # tokens\n", new).replace("\n", "\r\n")
+
+
 def test_a_whole_mapping_is_replaced_with_what_is_in_it():
     changed = with_settings(BLOCK, "x.yaml", {("stages", "sft", "trainer"): {"packing": True}})
     assert parse(changed, "x.yaml").data["stages"]["sft"]["trainer"] == {"packing": True}

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 from pathlib import Path
 
 import estimated
@@ -166,6 +167,31 @@ def test_fit_writes_the_cheapest_change_keeps_the_comments_and_then_the_plan_fit
     again = call("plan", "x.yaml", *GPU, "--fit")
     assert (again[0], again[1].splitlines()[0]) == (0, "every stage whose memory is known fits; nothing was written")
     assert Path("x.yaml").read_text() == text
+
+
+def test_fit_leaves_a_link_the_mode_and_the_byte_order_mark_of_the_file(asked, call):
+    file = Path("real.yaml")
+    Path("x.yaml").rename(file)
+    Path("x.yaml").symlink_to(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    file.chmod(0o640)
+    assert call("plan", "x.yaml", *GPU, "--fit")[0] == 0
+    assert (Path("x.yaml").is_symlink(), file.stat().st_mode & 0o777) == (True, 0o640)
+    content = file.read_bytes()
+    assert content.startswith(b"\xef\xbb\xbf")
+    assert b"gradient_accumulation_steps: 4" in content
+    assert sorted(path.name for path in Path().glob("*.yaml*")) == ["real.yaml", "x.yaml"]
+
+
+def test_fit_that_cannot_write_leaves_the_file_as_it_is(asked, call):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))  # no file grows beyond 40 bytes, as on a full disk
+    try:
+        code, _, err = call("plan", "x.yaml", *GPU, "--fit")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, err) == (2, SAYS + LOOKS + "x.yaml: cannot be written (File too large), and is as it was\n")
+    assert [path.read_text() for path in Path().glob("x.yaml*")] == [estimated.CONFIG]
 
 
 def test_fit_with_set_and_a_stage_that_nothing_helps_are_refused(asked, call):
