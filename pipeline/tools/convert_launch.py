@@ -45,7 +45,7 @@ def write_launch(take: Arguments, part: Part, book: Book) -> None:
 
 def _zero(deepspeed: Any, part: Part, book: Book, take: Arguments) -> None:
     place = take.place("deepspeed")
-    zero = _settings(deepspeed, take).get("zero_optimization", {})
+    zero = _inner(_settings(deepspeed, take), "zero_optimization")
     named = _IN_NAME.search(Path(str(deepspeed)).name.lower()) if isinstance(deepspeed, str) else None
     stage = str(zero.get("stage", named[1] if named else ""))
     if stage not in ("1", "2", "3"):
@@ -57,8 +57,8 @@ def _zero(deepspeed: Any, part: Part, book: Book, take: Arguments) -> None:
         book.note("differs", place, "ZeRO-2 takes the place of ZeRO-1: it divides gradients too")
     part.launch["strategy"] = "zero3" if stage == "3" else "zero2"
     for what, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
-        device = zero.get(name, {}).get("device", "none")
-        if device != "none" and (what == "optimizer" or stage == "3"):
+        device = _inner(zero, name).get("device")
+        if device not in (None, "none") and (what == "optimizer" or stage == "3"):
             part.launch["offload"] = what
 
 
@@ -74,6 +74,12 @@ def _settings(deepspeed: Any, take: Arguments) -> Mapping[str, Any]:
         if isinstance(found, dict):
             return found
     return {}
+
+
+def _inner(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The mapping that a setting is; an empty one where it is null, or no mapping."""
+    found = settings.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def launch_of(part: Part) -> dict[str, Any]:

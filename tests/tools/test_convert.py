@@ -378,6 +378,24 @@ def test_deepspeed_and_fsdp_are_strategies_and_the_rows_of_a_step_stay(folder, w
     assert notes(alone, "to do") == [text]
 
 
+@pytest.mark.parametrize(
+    ("settings", "launch"),
+    [
+        ({"zero_optimization": None}, {}),
+        ({"zero_optimization": True}, {}),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": None}}, {"strategy": "zero3"}),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": None}}}, {"strategy": "zero3"}),
+    ],
+)
+def test_a_null_in_the_file_of_deepspeed_is_a_setting_that_is_not_there(folder, settings, launch):
+    Path("own.json").write_text(json.dumps(settings), encoding="utf-8")
+    words = command("sft", "--deepspeed own.json")[22:]
+    found, _ = written(f"torchrun --nproc_per_node 4 src/train.py{words}")
+    assert yaml.safe_load(found.text)["launch"] == {"processes": 4, **launch}
+    unread = "`deepspeed: own.json` cannot be read here; write `launch: {strategy: zero2}` or `zero3`"
+    assert (unread in notes(found, "to do")) == (not launch)
+
+
 def test_visible_devices_are_processes(folder):
     found, _ = written("CUDA_VISIBLE_DEVICES=0,1,2 " + command("sft", ""))
     assert "launch: {processes: 3}\n" in found.text
