@@ -80,6 +80,8 @@ class Parallel:
     """How processes can share it."""
     not_divided: tuple[str, ...] = ()
     """Settings under `trainer:` that work only where each process holds the whole model."""
+    least_rows: Callable[[Any], int] = lambda config: 1
+    """Rows of a batch that each process needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -320,7 +320,10 @@ STAGE = Stage(
     rehearse=rehearse,
     trains=lambda config: config.training(),
     settings={"trainer": "trl.trainer.kto_config:KTOConfig", "lora": "peft.tuners.lora.config:LoraConfig"},
-    parallel=Parallel(not_divided=("sync_ref_model", "precompute_ref_log_probs")),
+    parallel=Parallel(
+        not_divided=("sync_ref_model", "precompute_ref_log_probs"),
+        least_rows=lambda config: 2 if config.estimates_kl else 1,
+    ),
     describe=description.describe,
     figures=description.figures,
 )

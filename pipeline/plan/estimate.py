@@ -124,6 +124,8 @@ class _Estimates:
         trainer = {key: value for key, value in config["trainer"].items() if key not in NOT_IN_MEMORY}
         if not any(name in trainer for name in CHOSEN):  # the stage chooses by the memory of its device
             trainer["gradient_checkpointing"] = not leaves_out_checkpointing(entry, step.facts, self.device)
+        if batches.processes > 1:
+            trainer["gradient_accumulation_steps"] = batches.accumulation  # of one process
         config["trainer"] = trainer
         batch = {"rows": batches.rows, "tokens": batches.row_tokens, "documents": list(batches.documents)}
         question = {

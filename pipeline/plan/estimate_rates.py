@@ -9,12 +9,15 @@ from typing import Any
 
 from pipeline.plan.estimate_engine import Engine
 from pipeline.plan.estimate_result import Batches, Device, Speed
+from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Step
 from stages.model.device import has_gpu
 from stages.runtime.events import read_events
 from stages.runtime.processes import usable_cores
 
 RATE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<unit>[GTP])FLOPS?(/s)?", re.IGNORECASE)
+MEASURED_TOKENS, MEASURED_WIDTH = 2048, 4096
+"""The largest product of matrices that is measured; in float32 it takes a quarter of a second at 1 TFLOP/s."""
 UNITS = {"G": 1e9, "T": 1e12, "P": 1e15}
 
 Records = Sequence[tuple[Path, Mapping[str, Any]]]
@@ -59,9 +62,11 @@ def speed_of(
         training = record["training"]
         rate = training["flops_of_step"] * training["steps"] / training["seconds"]
         return Speed(rate=rate, source=f"of `{folder.name}`")
-    hidden = int(step.facts.config.get("hidden_size") or step.facts.config.get("n_embd") or 1024)
-    sizes = {"tokens": batches.rows * batches.row_tokens, "hidden": hidden, "wide": 4 * hidden, "gpu": device.gpu}
+    hidden = min(MEASURED_WIDTH, int(step.facts.config.get("hidden_size") or step.facts.config.get("n_embd") or 1024))
+    tokens = min(MEASURED_TOKENS, batches.rows * batches.row_tokens)  # larger products are no faster
+    sizes = {"tokens": tokens, "hidden": hidden, "wide": 4 * hidden, "gpu": device.gpu}
     machine = {"host": platform.node(), "cores": usable_cores(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    machine |= {"memory": device.memory, "torch": installed_versions(step.use)["torch"]}
     measured = engine.ask({"measure": sizes, "machine": machine})
     if measured is None or "rate" not in measured:
         return None

@@ -30,6 +30,9 @@ class Batches:
     """Rows of one forward pass on one device; packed rows where the stage packs."""
     accumulation: int
     processes: int
+    """Of all machines."""
+    on_machine: int
+    """Processes of one machine, which share its main memory."""
     row_tokens: int
     """Tokens of the longest row of a batch, which the memory is estimated for."""
     longest_seen: bool
@@ -128,7 +131,7 @@ class StageEstimate:
         """
         if self.memory is None:
             return self.least
-        sharing = 1 if self.device.gpu or self.batches is None else self.batches.processes
+        sharing = 1 if self.device.gpu or self.batches is None else self.batches.on_machine
         return sum(self.memory.values()) * sharing
 
     @property

@@ -117,6 +117,7 @@ class Counts:
             rows=batch,
             accumulation=accumulation,
             processes=processes,
+            on_machine=step.entry.launch.processes,
             row_tokens=room,
             longest_seen=longest is not None and rows is not None and not rows.guessed,
             documents=documents,
@@ -265,7 +266,9 @@ def work_of(rows: Rows, batches: Batches, training: Training, trainer: Mapping[s
             share = 1.0
         sequences = rows.packed or math.ceil(rows.tokens / (room * max(share, 1e-9)))
         padded = rows.tokens / max(1, sequences)
-    elif rows.padding is not None:
+    elif training.cut:  # texts are cut into pieces, of which `lengths` has those of the first texts
+        sequences = math.ceil(rows.tokens * len(rows.lengths) / max(1, sum(rows.lengths)))
+    if not packs and rows.padding is not None:
         padded = sum(rows.lengths) / len(rows.lengths) / max(1e-9, 1 - rows.padding)
     loaded = math.ceil(sequences / (batches.rows * batches.processes))
     of_epoch = max(1, math.ceil(loaded / batches.accumulation))

@@ -34,10 +34,17 @@ def problems(entry: StageEntry) -> Iterator[Problem]:
     size = "per_device_train_batch_size"
     rows = trainer.get(size, BATCH), trainer.get("gradient_accumulation_steps", 1)
     if all(type(count) is int and count > 0 for count in rows):
+        where, least = f"trainer.{size}" if size in trainer else "launch.processes", parallel.least_rows(entry.config)
         try:
-            split(*rows, launch.world)
+            own, _ = split(*rows, launch.world)
         except StageError as error:
-            yield (f"trainer.{size}" if size in trainer else "launch.processes"), str(error)
+            yield where, str(error)
+        else:
+            if own < least and launch.world > 1:
+                text = (
+                    f"each of {launch.world} processes would get {own} row of a batch, and `{entry.use}` needs {least}"
+                )
+                yield where, f"{text}; write `{size}: {least * launch.world}`"
 
 
 def _engine(entry: StageEntry) -> Iterator[Problem]:

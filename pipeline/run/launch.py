@@ -182,11 +182,11 @@ def _check_port(port: int) -> None:
 
 def main(folder: str, arguments: list[str]) -> None:
     """Run accelerate's launcher; of the processes that failed, an event names the one that ended first."""
+    # A SIGTERM to every process, as Slurm and systemd send it, is for the stage: it saves a checkpoint and ends.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # A SIGTERM to every process, as Slurm and systemd send it, is for the stage: it saves a checkpoint and ends.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     sys.argv = ["accelerate launch", *arguments]
     os.environ[LAUNCHER] = str(os.getpid())

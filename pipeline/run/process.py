@@ -102,7 +102,7 @@ def _followed(step: Step, view: View, stop: Stop, folder: Path, start: Callable[
             child.kill()
     for event in events.new():
         view.event(step, event)
-    return _result(step, folder, child.exit_code(), events.last, asked > 0)
+    return _result(step, folder, child.exit_code(), events.last, stop.count > 0)
 
 
 def _ask_to_stop(child: Child, events: "Events", step: Step, view: View, *, hard: bool) -> bool:

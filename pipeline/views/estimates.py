@@ -37,10 +37,12 @@ def _memory(found: StageEstimate) -> str:
 
 def _processes(found: StageEstimate) -> str:
     """How many processes share the memory or the work, as a clause."""
-    count = found.batches.processes if found.batches is not None else 1
-    if count == 1:
+    if found.batches is None or found.batches.processes == 1:
         return ""
-    return f" on each of {count} GPUs" if found.device.gpu else f" for {count} processes, for each of them"
+    if found.device.gpu:
+        return f" on each of {found.batches.processes} GPUs"
+    count = found.batches.on_machine
+    return f" for {count} processes of a machine, for each of them" if count > 1 else " on each machine"
 
 
 def _more(step: Step, found: StageEstimate) -> Iterator[str]:

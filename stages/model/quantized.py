@@ -99,6 +99,7 @@ def read(folder: str) -> QuantizedBase | None:
         raise StageError(
             f"`{path}` does not say how the base was quantized in words that are known here; train the adapter again"
         )
+    aside.bring_back(PACKAGE)  # a run that trains on no quantized base has set it aside
     if find_spec(PACKAGE) is None:
         what = f"the adapter `{folder}` was trained on a base in {method}, and cannot be folded without a package"
         raise StageError(f"{what}; {INSTALL}")

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from stages.model.device import has_gpu
+from stages.runtime import aside
 from stages.runtime.errors import Problem
 from stages.runtime.interfaces import source
 
@@ -37,8 +38,12 @@ QUANTIZED = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "quantization_config
 
 def needed(trainer: Mapping[str, Any], quantized_base: str | None) -> set[str]:
     """Packages that the training libraries import for some settings alone."""
+    found = {"bitsandbytes"} if quantized_base else set()
     optimizer = optimizer_packages().get(str(trainer["optim"])) if "optim" in trainer else None
-    return {name for name in (optimizer, "bitsandbytes" if quantized_base else None) if name is not None}
+    if optimizer is None:
+        return found
+    own = optimizer in aside.OPTIONAL
+    return found | {optimizer} | (set() if own else {*aside.OPTIONAL})  # such a package may import any of them
 
 
 def check(trainer: Mapping[str, Any]) -> list[Problem]:

@@ -15,8 +15,10 @@ from pipeline.plan import machine
 from pipeline.plan.estimate import Ask, estimated_and_measured, estimates
 from pipeline.plan.estimate_engine import Engine
 from pipeline.plan.estimate_rates import measured_training, parse_rate, rate_text
-from pipeline.plan.estimate_rows import packed_rows
+from pipeline.plan.estimate_result import Batches, Device, StageEstimate
+from pipeline.plan.estimate_rows import Rows, packed_rows, work_of
 from pipeline.plan.placing import build_plan
+from stages import pt
 from stages.runtime.events import emit
 
 ANSWERS = json.loads(estimated.FILE.read_text(encoding="utf-8"))
@@ -342,3 +344,30 @@ def test_the_real_process_is_not_started_again_and_fit_writes_what_fits(real, mo
     assert (err, "does not fit" in out) == ("", False)
     assert f"sft   fits          {found['sft'].changes[0].memory / 1e6:.1f} MB of memory" in out
     assert "# without checkpointing it is fast" in Path("x.yaml").read_text()
+
+
+def test_each_of_several_processes_is_estimated_with_its_own_share_of_a_step(project, asked, monkeypatch):
+    """With the accumulation of all of them, gradients would be held during the next forward pass."""
+    seen = []
+    monkeypatch.setattr(Engine, "_asked", lambda engine, question: seen.append(question) or {"why": "enough"})
+    launched = "trainer: {gradient_accumulation_steps: 8, per_device_train_batch_size: 1, max_length: 64}"
+    text = estimated.CONFIG[: estimated.CONFIG.index("  sft:")] + f"  sft: {{data: consult, {launched}}}\n"
+    for processes in (1, 8):
+        project.write("x.yaml", f"launch: {{processes: {processes}}}\n{text}")
+        main(["plan", "x.yaml"])
+    given = [question["estimate"]["config"]["trainer"]["gradient_accumulation_steps"] for question in seen]
+    assert given == [8, 1]
+
+
+def test_texts_that_are_cut_and_not_packed_count_as_their_pieces():
+    rows = Rows(count=2, tokens=300, longest=200, lengths=[100, 100, 100])
+    batches = Batches(rows=1, accumulation=1, processes=1, on_machine=1, row_tokens=100, longest_seen=True)
+    training = pt.Config(model="x", data=[{"path": "x", "format": "text"}]).training(cut=True)
+    assert work_of(rows, batches, training, {"packing": False}).steps_of_epoch == 3
+
+
+def test_the_main_memory_of_a_machine_holds_the_processes_of_that_machine(monkeypatch):
+    batches = Batches(rows=1, accumulation=1, processes=8, on_machine=2, row_tokens=8, longest_seen=True)
+    cpu = Device(name="this machine", memory=100, gpu=False)
+    found = StageEstimate(device=cpu, memory={"weights": 40}, batches=batches)
+    assert (found.total, found.verdict) == (80, "fits")

@@ -102,3 +102,21 @@ def test_launches_that_work_on_a_cpu_are_let_through(project, monkeypatch, setti
     monkeypatch.setattr(launching, "gpus", lambda: 0)
     monkeypatch.setattr(launching, "find_spec", lambda name: name)
     assert project.validate(stage(settings))[0] == 0
+
+
+def test_a_process_of_kto_gets_two_rows_at_least(project):
+    """TRL refuses a batch of one row when the stage starts."""
+    project.write("marked.jsonl", '{"prompt": "a", "completion": "b", "label": true}\n')
+    data = "data: {marked: {path: marked.jsonl, format: labelled}, consult: {path: consult.jsonl, format: alpaca}}\n"
+    kto = "  kto: {data: marked, launch: {processes: 4}, trainer: {per_device_train_batch_size: SIZE}}\n"
+    init = (
+        "  init: {architecture: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, data: consult}\n"
+    )
+    text = f"template: med\n{data}stages:\n{init}{kto}"
+    code, said = project.validate(text.replace("SIZE", "4"))
+    assert (code, said) == (
+        2,
+        "x.yaml:5:86: stage `kto`: each of 4 processes would get 1 row of a batch, and `kto` needs 2; write "
+        "`per_device_train_batch_size: 8`\n",
+    )
+    assert project.validate(text.replace("SIZE", "8"))[0] == 0
