@@ -144,7 +144,7 @@ def predict(
     plan, (served,) = _located(config, saves, assignments, stage)
     declared = None if plan is None or Path(source).exists() else plan.pipeline.data.get(source)
     settings = prediction.Settings(max_tokens, temperature, top_p, seed or 0, system)
-    with prediction.claimed(output) as part:
+    with prediction.claimed(output, lambda text: print(f"note: {text}", file=sys.stderr)) as part:
         rows = read_questions(source, declared, column, output.parent)
         _quiet()
         with served.in_use(), tables.counting(silent=as_json) as report:

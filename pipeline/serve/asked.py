@@ -33,6 +33,11 @@ class Row:
     """Why the row holds no question."""
 
 
+def as_bytes(value: object, **how: Any) -> bytes:
+    """A value as JSON in UTF-8. Half a character, as in the name of a file or of a column, is written as `\\ud83d`."""
+    return json.dumps(value, ensure_ascii=False, **how).encode(errors="backslashreplace")
+
+
 class Rows:
     """Rows by their index, on disk. The file goes with the object, or with the process."""
 
@@ -46,12 +51,11 @@ class Rows:
             self._add(row)
 
     def _add(self, row: Row) -> None:
-        line = json.dumps(asdict(row), ensure_ascii=False, default=str)
         self._starts.append(self._file.tell())
-        self._file.write(line.encode() + b"\n")
+        self._file.write(as_bytes(asdict(row), default=str) + b"\n")
         question = asdict(row.question) if row.question else row.error
         separator = b", " if len(self._starts) > 1 else b""
-        self._hash.update(separator + json.dumps(question, ensure_ascii=False, sort_keys=True, default=str).encode())
+        self._hash.update(separator + as_bytes(question, sort_keys=True, default=str))
         self.questions += row.question is not None
 
     def __len__(self) -> int:
@@ -69,8 +73,8 @@ class Rows:
     def key(self, *others: Any) -> str:
         """The sha256 of all questions and of other values, which identifies the work."""
         found = self._hash.copy()
-        values = [json.dumps(other, ensure_ascii=False, sort_keys=True, default=str) for other in others]
-        found.update(("], " + ", ".join(values) + "]").encode())
+        values = [as_bytes(other, sort_keys=True, default=str) for other in others]
+        found.update(b"], " + b", ".join(values) + b"]")
         return found.hexdigest()
 
 

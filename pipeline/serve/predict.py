@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import Busy, ConfigError
-from pipeline.serve.asked import Row, Rows
+from pipeline.saves.locks import HELD
+from pipeline.serve.asked import Row, Rows, as_bytes
 from stages.measuring.metrics import Measured, figure_of, metric_names, score_answer
 from stages.model import inference
 from stages.model.live import Answer, Sampling, generate
@@ -73,8 +74,10 @@ def check_output(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(output: Path) -> Iterator[IO[bytes]]:
+def claimed(output: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[IO[bytes]]:
     """The unfinished answers of `output`, held for this process alone; `output`.part is removed if it stays empty.
+
+    On a disk without locks nothing holds them, which `say` is told.
 
     Raises:
         Busy: another `predict` writes the same output.
@@ -84,9 +87,11 @@ def claimed(output: Path) -> Iterator[IO[bytes]]:
         with open(path, "a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                advice = "wait for it, or name another file"
-                raise Busy(f"--output {output}: another `predict` is writing it; {advice}") from None
+            except OSError as error:
+                if error.errno in HELD:
+                    advice = "wait for it, or name another file"
+                    raise Busy(f"--output {output}: another `predict` is writing it; {advice}") from None
+                say(f"--output {output}: its disk knows no locks ({error.strerror}); let no other `predict` write it")
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue  # the run that held it has finished and removed it
             try:
@@ -165,7 +170,7 @@ def answer_file(
 
 
 def _bytes(line: dict[str, Any]) -> bytes:
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    return as_bytes(line) + b"\n"
 
 
 def _whole(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from stages.data.formats._message import MessageForm
 from stages.data.formats._tools import with_tools
 from stages.data.formats._turns import as_messages, prompt, without_weights
-from stages.data.formats._values import listed
+from stages.data.formats._values import encodable, listed
 from stages.data.row import FileRow, Messages, RowError, Tools
 
 CONVERSATIONS = ("messages", "conversations")
@@ -38,7 +38,7 @@ def as_question(row: FileRow, form: MessageForm | None = None) -> Question:
     if column is None:
         wanted = ", ".join(f"`{name}`" for name in (*CONVERSATIONS, *QUESTIONS))
         raise RowError(f"the row holds no question in one of {wanted}; it has {listed(list(row))}")
-    reference = next((text for name in ANSWERS if (text := _words(row.get(name)))), None)
+    reference = next((text for name in ANSWERS if (text := _words(row.get(name), f"`{name}`"))), None)
     given: FileRow = {name: row[name] for name in ("system", "history") if name in row}
     if column in CONVERSATIONS:
         messages = as_messages(row[column], column, form)
@@ -53,8 +53,8 @@ def as_question(row: FileRow, form: MessageForm | None = None) -> Question:
     return Question(without_weights(prompt(given, form)), with_tools(row, {}).get("tools"), reference)
 
 
-def _words(value: object) -> str | None:
-    """Text, or the content of the last message."""
+def _words(value: object, name: str) -> str | None:
+    """Text, or the content of the last message. Raises RowError when it holds half a character."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content", value[-1].get("value"))
-    return value.strip() or None if isinstance(value, str) else None
+    return encodable(value.strip(), name) or None if isinstance(value, str) else None

@@ -1,5 +1,7 @@
 """Answers to a file of questions: every format, in order, and after a kill without asking twice."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -191,6 +193,40 @@ def test_two_at_once_leave_one_whole_output(predict, engine, questions, tmp_path
             "out.jsonl.part",
         ]
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl", "out.jsonl.about.json"]
+
+
+def test_a_disk_without_locks_is_not_taken_for_another_run(predict, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    out, said = tmp_path / "out.jsonl", []
+    with predict.claimed(out, said.append) as part:
+        part.write(b"open")
+    text = "its disk knows no locks (No locks available); let no other `predict` write it"
+    assert said == [f"--output {out}: {text}"]
+
+
+def test_half_a_character_is_an_error_of_its_row_wherever_it_is(tmp_path):
+    from pipeline.serve.asked import as_bytes, read_questions
+
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")  # a name that is not UTF-8
+    path.write_text(
+        '{"question": "头痛", "answer": "half \\ud83d"}\n'
+        '{"half \\ud83d": "头痛"}\n'
+        '{"question": "头痛", "answer": "多休息。"}\n',
+        encoding="utf-8",
+    )
+    rows = read_questions(str(path), None, None)
+    assert [row.error for row in rows] == [
+        "`answer` holds half a character (a lone surrogate); write the whole character",
+        "the row holds no question in one of `messages`, `conversations`, `prompt`, `instruction`, `question`, "
+        "`query`, `input`, `text`; it has `half \ud83d`",
+        "",
+    ]
+    assert rows[2].place == f"{path}:3"
+    assert json.loads(as_bytes({"place": rows[2].place})) == {"place": f"{path}:3"}
+    assert len(rows.key()) == 64
 
 
 def test_the_rows_of_a_large_file_stay_on_disk(tmp_path):
