@@ -14,10 +14,9 @@ from pipeline.plan.estimate_changes import cheapest, leaves_out_checkpointing
 from pipeline.plan.estimate_engine import Engine
 from pipeline.plan.estimate_rates import measured_training, shape_of, speed_of
 from pipeline.plan.estimate_result import Batches, StageEstimate
-from pipeline.plan.estimate_rows import Counts, counted_rows, work_of
+from pipeline.plan.estimate_rows import Counts, counted_rows, record_of, work_of
 from pipeline.plan.fingerprint import installed_versions
 from pipeline.plan.step import Plan, Step
-from pipeline.saves import artifact
 from stages.training.adapters import is_targeted
 from stages.training.checkpointing import CHOSEN
 
@@ -64,7 +63,7 @@ class _Estimates:
     def of(self, step: Step) -> StageEstimate:
         """The estimate of one stage."""
         self.engine.compute = self.ask.compute and step.state != "done"
-        last = (artifact.read(step.link.resolve()) or {}).get("seconds") if step.link.is_symlink() else None
+        last = (record_of(step.link.resolve()) or {}).get("seconds") if step.link.is_symlink() else None
         found = StageEstimate(device=self.device, disk=step.needs.disk, last=last)
         if step.entry.training is None:
             return replace(found, least=step.needs.memory)

@@ -1,5 +1,6 @@
 """Rows, tokens and steps of a training stage before it runs: counted by a finished stage, or by the first rows."""
 
+import contextlib
 import json
 import math
 from bisect import bisect_left, insort
@@ -9,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import NewerRecord
 from pipeline.plan.estimate_result import Batches, Work
 from pipeline.plan.fingerprint import digest
 from pipeline.plan.lengths import BYTES, row_tokens
@@ -202,8 +204,15 @@ class Counts:
 
 def _records(saves: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     for file in sorted(saves.glob(f"*/{artifact.RECORD}")):
-        if not file.parent.is_symlink() and (record := artifact.read(file.parent)) is not None:
+        if not file.parent.is_symlink() and (record := record_of(file.parent)) is not None:
             yield file.parent, record
+
+
+def record_of(folder: Path) -> Mapping[str, Any] | None:
+    """The record of a finished folder; None where it has none, or one that a later version wrote."""
+    with contextlib.suppress(NewerRecord):
+        return artifact.read(folder)
+    return None
 
 
 def _of_rows(recipe: Mapping[str, Any]) -> dict[str, Any]:

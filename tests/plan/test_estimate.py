@@ -171,6 +171,14 @@ def test_fit_writes_the_cheapest_change_keeps_the_comments_and_then_the_plan_fit
     assert Path("x.yaml").read_text() == text
 
 
+def test_a_folder_of_a_later_version_does_not_stop_the_plan(asked, call):
+    expected = call("plan", "x.yaml", *GPU)
+    folder = Path("saves/sft-0123456789ab")
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps({"schema": 99, "files": {}}), encoding="utf-8")
+    assert call("plan", "x.yaml", *GPU)[:2] == expected[:2]
+
+
 def test_fit_leaves_a_link_the_mode_and_the_byte_order_mark_of_the_file(asked, call):
     file = Path("real.yaml")
     Path("x.yaml").rename(file)
