@@ -98,11 +98,12 @@ class Group:
         line.send("challenge", nonce=nonce, file=file.name, machine=self.place.name)
         hello = line.next(HANDSHAKE)
         rank, host, contents = hello.get("rank"), hello.get("host"), hello.get("contents")
-        if not isinstance(rank, int) or not isinstance(host, str) or not isinstance(contents, dict):
+        if type(rank) is not int or not isinstance(host, str) or not isinstance(contents, dict):
             line.close()
             return
         name = machine_name(rank, host)
-        if hello["kind"] == "blind" or not hmac.compare_digest(str(hello.get("proof")), proof(secret, nonce, rank)):
+        shown = str(hello.get("proof")).encode(errors="replace")
+        if hello["kind"] == "blind" or not hmac.compare_digest(shown, proof(secret, nonce, rank).encode()):
             text = not_shared(name, self.place.name, self.planned.saves)
         elif rank == 0 or (rank in self.followers and not self.followers[rank].ended()):
             taken = self.followers[rank].name if rank else self.place.name

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.errors import StageFailed
 
-LONGEST = 16 * 2**20
+LONGEST = 2**20
 """Bytes of a message; a program of another kind that connects is not read further."""
 # Seconds without an answer, seconds between questions, questions, milliseconds that sent bytes may stay unconfirmed.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
@@ -48,7 +48,7 @@ class Line:
 
     def send(self, kind: str, **values: Any) -> None:
         """Send a message; nothing happens when the other end is gone."""
-        content = json.dumps({"kind": kind, **values}, ensure_ascii=False).encode() + b"\n"
+        content = json.dumps({"kind": kind, **values}).encode() + b"\n"
         try:
             self.socket.setblocking(True)
             self.socket.settimeout(30)
@@ -94,7 +94,7 @@ class Line:
 
 def _message(text: bytes) -> dict[str, Any]:
     """A message; empty for what is none, as when a program of another kind has connected."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         message = json.loads(text)
         if isinstance(message, dict) and isinstance(message.get("kind"), str):
             return message

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, GateClosed, StageFailed
 from pipeline.plan.placing import build_plan
 from pipeline.run.following import follow_leader
 from pipeline.run.leading import Shown, gathered
-from pipeline.run.line import free_port, interface_of
+from pipeline.run.line import Line, free_port, interface_of
 from pipeline.run.machines import Here, contents_of, here, machine_name
 from pipeline.run.process import Stop
 from stages.runtime.errors import Interrupted
@@ -240,6 +240,45 @@ def test_an_environment_that_does_not_say_it_stops_the_run(project, environment,
     project.write("x.yaml", CHAIN)
     assert cli.main(["run", "x.yaml", "--set", "launch.machines=2"]) == 2
     assert project.capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.fixture
+def line():
+    """A line, and the socket at its other end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        other = socket.create_connection(server.getsockname())
+        with other, contextlib.closing(Line(server.accept()[0])) as line:
+            yield line, other
+
+
+def test_text_that_is_no_message_is_passed_over(line):
+    line, other = line
+    for text in (
+        b"[" * 200_000,
+        b'{"kind":' * 50_000,
+        b"9" * 5_000,
+        b"\xff",
+        b"{}",
+        b'{"kind": 1}',
+        b'{"kind": "hello"}',
+    ):
+        other.sendall(text + b"\n")
+    assert line.next(5) == {"kind": "hello"}
+
+
+def test_a_message_that_does_not_end_is_not_read_further(line):
+    line, other = line
+
+    def send():
+        with contextlib.suppress(OSError):
+            other.sendall(b"x" * 2 * 2**20)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    found, closed = line.next(5), line.closed
+    line.close()
+    thread.join()
+    assert (found, closed) == ({}, True)
 
 
 def test_the_interface_of_an_address_is_found():
