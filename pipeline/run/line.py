@@ -47,14 +47,15 @@ class Line:
         return str(self.socket.getsockname()[0])
 
     def send(self, kind: str, **values: Any) -> None:
-        """Send a message; nothing happens when the other end is gone."""
+        """Send a message; nothing happens when the other end is gone, and what it sent before can still be read."""
         content = json.dumps({"kind": kind, **values}).encode() + b"\n"
         try:
             self.socket.setblocking(True)
             self.socket.settimeout(30)
             self.socket.sendall(content)
         except OSError:
-            self.closed = True
+            with contextlib.suppress(OSError):  # a part of the message may be sent: nothing can follow it
+                self.socket.shutdown(socket.SHUT_WR)
         finally:
             self.socket.setblocking(False)
 

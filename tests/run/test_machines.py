@@ -281,6 +281,18 @@ def test_a_message_that_does_not_end_is_not_read_further(line):
     assert (found, closed) == ({}, True)
 
 
+def test_what_the_other_end_sent_before_it_was_gone_is_read_after_a_message_could_not_be_sent(line):
+    line, other = line
+    line.send("step")
+    other.sendall(b'{"kind": "failed", "text": "no room"}\n')
+    other.close()  # a message was not read, so the kernel resets the connection
+    for _ in range(3):
+        line.send("step")
+    assert line.next(5) == {"kind": "failed", "text": "no room"}
+    assert line.new() == []
+    assert line.closed
+
+
 def test_the_interface_of_an_address_is_found():
     assert interface_of("127.0.0.1") == interface_of("::ffff:127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None
