@@ -53,7 +53,9 @@ def _with_setting(text: str, key: Key, value: Any) -> str:
         shared = not outer.start_mark.index <= node.start_mark.index <= outer.end_mark.index
         if shared or (depth + 1 < len(key) and not isinstance(node, yaml.MappingNode)):
             break
-    return text[: node.start_mark.index] + _flow(_nested(key[depth + 1 :], value)) + text[_end(text, node) :]
+    before = text[: node.start_mark.index]
+    blank = " " if before.endswith(":") else ""  # an empty value begins right behind the colon
+    return before + blank + _flow(_nested(key[depth + 1 :], value)) + text[_end(text, node) :]
 
 
 def _pair(node: Any, word: Any) -> tuple[Any, Any] | None:

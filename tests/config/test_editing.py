@@ -66,6 +66,28 @@ def test_a_new_line_ends_as_the_lines_of_the_file_end():
     assert changed == BLOCK.replace("      max_length: 512   # tokens\n", new).replace("\n", "\r\n")
 
 
+@pytest.mark.parametrize(
+    ("empty", "line"),
+    [
+        ("    trainer:\n", "    trainer: {optim: sgd}\n"),
+        ("    trainer:   # none yet\n", "    trainer: {optim: sgd}   # none yet\n"),
+        ("    trainer: ~\n", "    trainer: {optim: sgd}\n"),
+        ("    trainer:", "    trainer: {optim: sgd}"),
+    ],
+)
+def test_a_key_with_nothing_behind_it_gets_a_value(empty, line):
+    text = "stages:\n  sft:\n    data: consult\n" + empty
+    changed = with_settings(text, "x.yaml", {("stages", "sft", "trainer", "optim"): "sgd"})
+    assert changed == text.replace(empty, line)
+
+
+def test_a_key_of_a_flow_mapping_with_nothing_behind_it_gets_a_value():
+    text = "stages: {sft: {data: consult, trainer: , lora:}}\n"
+    keys = {("stages", "sft", "trainer", "optim"): "sgd", ("stages", "sft", "lora", "r"): 8}
+    changed = with_settings(text, "x.yaml", keys)
+    assert changed == "stages: {sft: {data: consult, trainer: {optim: sgd} , lora: {r: 8}}}\n"
+
+
 def test_a_whole_mapping_is_replaced_with_what_is_in_it():
     changed = with_settings(BLOCK, "x.yaml", {("stages", "sft", "trainer"): {"packing": True}})
     assert parse(changed, "x.yaml").data["stages"]["sft"]["trainer"] == {"packing": True}
