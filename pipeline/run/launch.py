@@ -59,8 +59,9 @@ class Launched:
         command += ["-m", "pipeline.run.worker", str(part / SPEC)]
         threads = max(1, (os.cpu_count() or 1) // launch.processes)
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of a launcher around this program
-            environment.pop(name, None)
+        for name in list(environment):  # of a launcher around this program; torchrun takes options from PET_*
+            if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") or name.startswith("PET_"):
+                del environment[name]
         environment[LAUNCHED] = json.dumps(asdict(launch.sharing))
         if not has_gpu():
             # With accelerate's setting for a CPU, DeepSpeed would not be used.

@@ -65,6 +65,31 @@ def test_a_port_that_another_program_uses_is_named_before_anything_starts(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def environment_of(tmp_path, monkeypatch):
+    """Start the launcher, which only shows its environment; returns that."""
+
+    def call(launch):
+        program = tmp_path / "python"
+        program.write_text("#!/bin/sh\nenv\n")
+        program.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(program))
+        launched = Launched(launch, tmp_path)
+        launched.wait(30)
+        assert launched.exit_code() == 0
+        return dict(line.partition("=")[::2] for line in (tmp_path / "log.txt").read_text().splitlines())
+
+    return call
+
+
+def test_a_launcher_around_the_run_does_not_set_options_of_ours(environment_of, monkeypatch):
+    names = ["PET_NNODES", "PET_NODE_RANK", "PET_NPROC_PER_NODE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MINE"]
+    for name in names:
+        monkeypatch.setenv(name, "2")
+    found = environment_of(Launch(processes=2))
+    assert [name for name in names if name in found] == ["MINE"]
+
+
 @pytest.mark.parametrize(
     ("codes", "first", "expected"),
     [
