@@ -145,8 +145,10 @@ class Counts:
         """What follows from the first rows of each data set; None where a data set does not exist yet."""
         draw, limit = training.draw, training.max_length
         samples = [self._sample(step, source) for source in draw.sources]
+        if not samples or None in samples:
+            return None
         counts = [self._count(step, source) for source in draw.sources]
-        if not samples or None in samples or None in counts:
+        if None in counts:
             return None
         there = [sample for sample in samples if sample is not None]
         available = [count for count in counts if count is not None]
@@ -169,7 +171,7 @@ class Counts:
         """The rows of a data set, bad ones included; None where they do not exist yet."""
         file = step.inputs.rows.get(source.path)
         if file is not None:
-            return Path(file).read_bytes().count(b"\n") if Path(file).is_file() else None
+            return lines_in(Path(file)) if Path(file).is_file() else None
         names = [name for name, known in self.plan.pipeline.data.items() if known == source]
         return self.plan.rows.get((names or [source.path])[0])
 
@@ -206,6 +208,12 @@ def _records(saves: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     for file in sorted(saves.glob(f"*/{artifact.RECORD}")):
         if not file.parent.is_symlink() and (record := record_of(file.parent)) is not None:
             yield file.parent, record
+
+
+def lines_in(file: Path) -> int:
+    """The lines of a file, of which memory holds a few at a time."""
+    with open(file, "rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def record_of(folder: Path) -> Mapping[str, Any] | None:

@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import tracemalloc
 from pathlib import Path
 
 import estimated
@@ -16,7 +17,7 @@ from pipeline.plan.estimate import Ask, estimated_and_measured, estimates
 from pipeline.plan.estimate_engine import Engine
 from pipeline.plan.estimate_rates import measured_training, parse_rate, rate_text
 from pipeline.plan.estimate_result import Batches, Device, StageEstimate
-from pipeline.plan.estimate_rows import Rows, packed_rows, work_of
+from pipeline.plan.estimate_rows import Rows, lines_in, packed_rows, work_of
 from pipeline.plan.placing import build_plan
 from stages import pt
 from stages.runtime.events import emit
@@ -177,6 +178,19 @@ def test_a_folder_of_a_later_version_does_not_stop_the_plan(asked, call):
     folder.mkdir()
     (folder / "record.json").write_text(json.dumps({"schema": 99, "files": {}}), encoding="utf-8")
     assert call("plan", "x.yaml", *GPU)[:2] == expected[:2]
+
+
+def test_the_lines_of_a_large_file_are_counted_without_holding_it(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    with open(file, "wb") as rows:
+        for _ in range(10_000):
+            rows.write(b"x" * 999 + b"\n")
+    tracemalloc.start()
+    found = lines_in(file)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == 10_000
+    assert most < 1_000_000, most  # of 10 MB
 
 
 def test_fit_leaves_a_link_the_mode_and_the_byte_order_mark_of_the_file(asked, call):
