@@ -16,6 +16,8 @@ from stages.data.files import FILE_TYPES, file_type
 from stages.data.placeholders import placeholders
 from stages.runtime.errors import nearest
 
+READ = 100_000_000
+"""Bytes of the largest data file that is searched for placeholders."""
 CommitOf = Callable[[str, str], str | None]
 """`model` or `dataset`, and a name on the Hub → its commit; None where it is not known."""
 
@@ -92,12 +94,16 @@ class Sets:
         return settings
 
     def _filled(self, name: str, path: str, place: str) -> dict[str, Any]:
-        """`fill: {}` for a file here whose rows hold placeholders such as `{{name}}`."""
+        """`fill: {}` for a JSON file here whose rows hold placeholders such as `{{name}}`; `plan` reads others."""
+        file = Path(path)
         try:
-            rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError):  # on the Hub, not here, or no JSON: `plan` reads it
+            if file.suffix.lower() != ".json" or file.stat().st_size > READ:
+                return {}
+            rows = json.loads(file.read_text(encoding="utf-8-sig"))
+            found = sorted(placeholders(rows)) if isinstance(rows, list) else []
+        except (OSError, ValueError, RecursionError):  # on the Hub, not here, or no JSON
             return {}
-        if not (found := sorted(placeholders(rows)) if isinstance(rows, list) else []):
+        if not found:
             return {}
         filled = ", ".join(f"{word}: …" for word in found)
         text = f"`{name}`: its rows hold `{{{{{found[0]}}}}}`, which LLaMA-Factory trains as it is written"

@@ -171,6 +171,21 @@ def test_every_entry_of_their_own_file_is_converted_or_refused_for_a_reason():
     assert len(refused) == 14
 
 
+@pytest.mark.parametrize(("limit", "filled"), [(1000, True), (10, False)])
+def test_a_large_file_is_not_searched_for_placeholders(monkeypatch, limit, filled):
+    rows = [{"instruction": "who are you", "output": "I am {{name}}."}]
+    Path("data/x.json").write_text(json.dumps(rows), encoding="utf-8")
+    monkeypatch.setattr("pipeline.tools.convert_datasets.READ", limit)
+    _, pipeline = converted(HERE)
+    assert (pipeline.data["set"].fill == {}) is filled
+
+
+def test_a_file_that_is_nested_too_deeply_is_left_to_the_plan():
+    Path("data/x.json").write_text("[" * 100_000 + "]" * 100_000, encoding="utf-8")
+    _, pipeline = converted(HERE)
+    assert pipeline.data["set"].path == "data/x.json"
+
+
 def test_placeholders_in_rows_stay_as_they_are_trained_there():
     rows = [{"instruction": "who?", "input": "", "output": "I am {{name}}, made by {{author}}."}]
     Path("data/identity.json").write_text(json.dumps(rows), encoding="utf-8")
