@@ -24,7 +24,7 @@ from pipeline.saves import artifact
 from pipeline.saves.artifact import SPEC
 from stages.model.device import has_gpu
 from stages.runtime.events import ENDED, LAUNCHED, LAUNCHER, emit
-from stages.runtime.processes import end_with_parent
+from stages.runtime.processes import end_with_parent, usable_cores
 
 ACCELERATE, DEEPSPEED = "launch.json", "deepspeed.json"
 """Generated settings, kept in the artifact: accelerate's, and DeepSpeed's where it shares the training."""
@@ -57,7 +57,7 @@ class Launched:
             (part / name).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "pipeline.run.launch", str(part), *_arguments(launch, part, place)]
         command += ["-m", "pipeline.run.worker", str(part / SPEC)]
-        threads = max(1, (os.cpu_count() or 1) // launch.processes)
+        threads = max(1, usable_cores() // launch.processes)
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **os.environ}
         for name in list(environment):  # of a launcher around this program; torchrun takes options from PET_*
             if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") or name.startswith("PET_"):

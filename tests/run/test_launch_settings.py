@@ -1,5 +1,6 @@
 """What accelerate and DeepSpeed are told, and which process is said to have ended first."""
 
+import os
 import socket
 
 import pytest
@@ -88,6 +89,17 @@ def test_a_launcher_around_the_run_does_not_set_options_of_ours(environment_of, 
         monkeypatch.setenv(name, "2")
     found = environment_of(Launch(processes=2))
     assert [name for name in names if name in found] == ["MINE"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux gives a process some of the cores")
+def test_the_processes_divide_the_cores_that_the_run_may_use(environment_of, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert environment_of(Launch(processes=1))["OMP_NUM_THREADS"] == "1"
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,21 @@ def test_the_job_for_slurm_says_what_was_asked_for_and_passes_other_options_on(l
     assert "gpus-per-node" not in launch(CHAIN, "--to", "slurm", "--gpus", "0", "--print")[1]
 
 
+def test_srun_is_told_the_cores_that_sbatch_was_asked_for(launch, tmp_path, monkeypatch):
+    """Slurm sets SLURM_CPUS_PER_TASK in a job with `--cpus-per-task`; srun reads SRUN_CPUS_PER_TASK."""
+    assert "#SBATCH --cpus-per-task=8\n" in launch(CHAIN, "--to", "slurm", "--print", "--", "--cpus-per-task=8")[1]
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\necho "cores: ${SRUN_CPUS_PER_TASK-not said}"\n')
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
+    for variables, cores in (({}, "not said"), ({"SLURM_CPUS_PER_TASK": "8"}, "8")):
+        job = subprocess.run(
+            ["bash", "x.slurm.sh"], cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, check=True
+        )
+        assert job.stdout.decode().splitlines()[0] == f"cores: {cores}"
+
+
 def test_without_the_program_of_a_cluster_the_files_are_there_and_the_line_is_named(launch, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert launch(CHAIN, "--to", "slurm")[2] == (
