@@ -163,7 +163,7 @@ def _machine() -> Iterator[Finding]:
     small = memory < _MEMORY
     cure = "the demo needs 4 GB" if small else ""
     yield Finding("memory", "note" if small else "ok", f"{size_of(memory)}, {cores} CPU cores", cure)
-    compiler = os.environ.get("CC", "cc")
+    compiler = os.environ.get("CC", "").strip() or "cc"
     if shutil.which(compiler.split()[0]) is None:
         text = "is not there; Triton, DeepSpeed and GPTQModel compile kernels when they first run"
         yield Finding(f"C compiler `{compiler}`", "note", text, "on Debian and Ubuntu: `apt install build-essential`")

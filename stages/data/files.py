@@ -25,7 +25,6 @@ JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", *BINARY)  # types in which every row has every column
 SHOWN = 6  # data files that are named where the one that was meant is not known
 _FIELD = 64 * 1024 * 1024  # the most characters in a CSV field; a quote that is never closed makes a longer one
-# `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write these next to their .arrow files; none of them holds rows.
 OTHER_TYPES = {
     **dict.fromkeys((".md", ".markdown", ".rst"), "`cp {file} {stem}.txt` makes it a text, with its marks"),
     **dict.fromkeys(
@@ -38,6 +37,7 @@ OTHER_TYPES = {
     **dict.fromkeys((".ndjson", ".jsonlines"), "rename it to `{stem}.jsonl`"),
 }
 """Types of files that people have: how one becomes a file that is read."""
+# `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write these next to their .arrow files; none of them holds rows.
 _STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"
 
 # Paths

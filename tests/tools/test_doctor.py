@@ -119,5 +119,8 @@ def test_a_missing_compiler_is_a_note(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "no-such-compiler")
     finding = found(tmp_path)["C compiler `no-such-compiler`"]
     assert (finding.state, finding.cure) == ("note", "on Debian and Ubuntu: `apt install build-essential`")
+    for empty in ("", "  "):
+        monkeypatch.setenv("CC", empty)
+        assert "memory" in found(tmp_path)
     monkeypatch.setenv("CC", "sh -c")  # a compiler with its options
     assert not [what for what in found(tmp_path) if what.startswith("C compiler")]
