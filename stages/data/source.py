@@ -24,7 +24,7 @@ Format = Literal["text", "alpaca", "prompt_completion", "messages", "sharegpt", 
 CONVERSATIONS: tuple[Format, ...] = ("alpaca", "prompt_completion", "messages", "sharegpt")
 """The formats whose rows become conversations."""
 ROWS_FILE = "rows.jsonl"  # the rows in the folder of a stage that leaves rows
-READER_VERSION = 3  # raise it when the same file would give other rows
+READER_VERSION = 4  # raise it when the same file would give other rows
 
 _COMMON = 10  # a placeholder in at least one of ten rows is meant to be filled in
 # Settings added since the first fingerprints, and their defaults. See `Source._without_unused`.

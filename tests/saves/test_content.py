@@ -8,7 +8,7 @@ import pytest
 from pipeline.saves import content as content_module
 from pipeline.saves.content import Inspection, Inspections
 from stages.data import json_rows
-from stages.data.source import Source
+from stages.data.source import READER_VERSION, Reading, Source
 
 
 def sha256(content):
@@ -58,6 +58,16 @@ def test_good_rows_are_parsed_once_whatever_the_file_is_called(texts, tmp_path, 
     again = texts("a", "b", "c", name="moved.jsonl")
     monkeypatch.setattr(content_module, "Reading", lambda *_: pytest.fail("parsed again"))
     assert inspections.of(*again) == good
+
+
+def test_what_version_3_found_is_read_again_because_pairs_of_openai_are_rows_now(texts, tmp_path, monkeypatch):
+    inspections, given, read = Inspections(tmp_path / "rows"), texts("a", "b"), []
+    monkeypatch.setattr(content_module, "READER_VERSION", 3)
+    inspections.of(*given)
+    monkeypatch.setattr(content_module, "READER_VERSION", READER_VERSION)
+    monkeypatch.setattr(content_module, "Reading", lambda source, *more: read.append(source) or Reading(source, *more))
+    inspections.of(*given)
+    assert read == [given[0]]
 
 
 def test_other_settings_are_other_rows(texts, tmp_path):
