@@ -122,9 +122,17 @@ def write_job(
     `assignments` are those that the plan was made with.
 
     Raises:
-        ConfigError: a file of the user is in the way, or no stage would use the machines.
+        ConfigError: a file of the user is in the way, no stage would use the machines, or the config is not in the
+            folder that SkyPilot copies to the machines.
     """
     config = planned.pipeline.path
+    saves = planned.saves
+    if target == "sky":  # it copies the current folder to the machines, where that has another name
+        found, saves = _in_current(config), _in_current(saves) or saves
+        if found is None:
+            text = f"{config}: SkyPilot copies only the current folder `{Path.cwd()}` to the machines"
+            raise ConfigError([f"{text}; call `launch` in a folder that has the config in it"])
+        config = found
     stem = config.stem.removesuffix(".resolved")
     resolved, suffix = config.with_name(f"{stem}.resolved.yaml"), TEMPLATES[target].removesuffix(".jinja")
     file = config.with_name(f"{stem}.{suffix}")
@@ -136,8 +144,8 @@ def write_job(
         raise ConfigError(
             [f"{text}; only stages that train do, and those with a `launch` of their own follow that one"]
         )
-    logs = planned.saves / folder_name(resolved) / LOGS
-    command = [*_program(), "run", str(resolved), "--saves", str(planned.saves)]
+    logs = saves / folder_name(resolved) / LOGS
+    command = [*_program(), "run", str(resolved), "--saves", str(saves)]
     command += ["--until", until] if until is not None else []
     lines = _lines(target, file, widest)
     text = _rendered(target, wishes, planned, config, file, widest, logs, command, lines)
@@ -145,6 +153,12 @@ def write_job(
     file.write_text(text, encoding="utf-8")
     logs.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
     return Job(target, resolved, file, logs, text, lines, list(_notes(target, wishes, widest)))
+
+
+def _in_current(path: Path) -> Path | None:
+    """The same path relative to the current folder; None if it is in another one."""
+    full, here = path.parent.resolve() / path.name, Path.cwd().resolve()
+    return full.relative_to(here) if full.is_relative_to(here) else None
 
 
 def _check_own(files: Sequence[Path]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.cli import main
-from tests.planned import CHAIN, TOP
+from tests.planned import CHAIN, ROWS, TOP
 
 TRICKY = """\
 x-shared: &shared {learning_rate: 5e-5, num_train_epochs: 2}
@@ -157,6 +157,28 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_meant_is_refused_before_a_file_is_written(launch, tmp_path, words):
     assert launch(CHAIN, *words.split()) == (2, "", f"{REFUSED[words]}\n")
+    assert not (tmp_path / "x.resolved.yaml").exists()
+
+
+def test_the_job_for_skypilot_names_the_config_as_the_machines_find_it(project, tmp_path, monkeypatch):
+    """SkyPilot copies the current folder to the machines, under another name."""
+    project.write("x.yaml", CHAIN)
+    words = ["launch", str(tmp_path / "x.yaml"), "--to", "sky", "--print"]
+    assert main([*words, "--saves", str(tmp_path / "saves")]) == 0
+    run = yaml.safe_load((tmp_path / "x.sky.yaml").read_text(encoding="utf-8"))["run"]
+    assert run.splitlines()[-1] == "exec pipeline run x.resolved.yaml --saves saves"
+    project.capsys.readouterr()
+    (tmp_path / "x.resolved.yaml").unlink()
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for name in ROWS:
+        shutil.copy(name, inner)
+    monkeypatch.chdir(inner)
+    assert main(["launch", "../x.yaml", "--to", "sky", "--print"]) == 2
+    assert project.capsys.readouterr().err == (
+        f"../x.yaml: SkyPilot copies only the current folder `{inner}` to the machines; "
+        "call `launch` in a folder that has the config in it\n"
+    )
     assert not (tmp_path / "x.resolved.yaml").exists()
 
 
