@@ -37,8 +37,10 @@ class Batches:
     """Tokens of the longest row of a batch, which the memory is estimated for."""
     longest_seen: bool
     """Whether there is a row of that length; or else `max_length` allows it."""
+    packed: bool = False
+    """Whether the stage packs its rows."""
     documents: tuple[int, ...] = ()
-    """Lengths of the documents in a packed row; empty for rows that are padded."""
+    """Lengths of the documents in a packed row, where attention keeps them apart; otherwise empty."""
 
     @property
     def of_step(self) -> int:

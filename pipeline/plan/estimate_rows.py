@@ -122,6 +122,7 @@ class Counts:
             on_machine=step.entry.launch.processes,
             row_tokens=room,
             longest_seen=longest is not None and rows is not None and not rows.guessed,
+            packed=packs,
             documents=documents,
         )
         return batches, work_of(rows, batches, training, trainer) if rows is not None else None

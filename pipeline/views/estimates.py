@@ -66,7 +66,7 @@ def _rows(found: StageEstimate) -> Iterator[str]:
     if found.batches is None:
         return
     batches, work = found.batches, found.work
-    packed = ("packed row" if batches.documents else "row") + ("s" if batches.of_step > 1 else "")
+    packed = ("packed row" if batches.packed else "row") + ("s" if batches.of_step > 1 else "")
     longest = f"{batches.row_tokens:,} tokens" if batches.longest_seen else f"up to {batches.row_tokens:,} tokens"
     step = f"{batches.of_step:,} {packed} a step ({batches.rows} × {batches.accumulation} accumulation × "
     step += f"{batches.processes} process{'es' if batches.processes > 1 else ''}), each of {longest}"
@@ -136,7 +136,7 @@ def as_json(found: StageEstimate) -> dict[str, Any]:
             "processes": batches.processes,
             "rows_of_step": batches.of_step,
             "tokens_of_row": batches.row_tokens,
-            "packed": bool(batches.documents),
+            "packed": batches.packed,
         }
         if batches is not None
         else None,

@@ -94,6 +94,22 @@ def test_json_has_all_of_it(asked, call):
     assert (steps["init"]["memory"], steps["init"]["memory_at_least"]) == (None, 5_857_280)
 
 
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_packed_rows_are_named_with_every_strategy(asked, call, project, monkeypatch, strategy):
+    answer = {"memory": {"weights": 10**8}, "parameters": 10**6, "trainable": 10**6, "flops": 1e12}
+    monkeypatch.setattr(Engine, "_asked", lambda engine, question: answer)
+    project.write("notes.txt", "some words\n")
+    head, _, _ = estimated.CONFIG.partition("  sft:\n")
+    trainer = f"{{per_device_train_batch_size: 2, max_length: 128, packing_strategy: {strategy}}}"
+    head = head.replace("data:\n", "data:\n  notes: {path: notes.txt, format: text}\n", 1)
+    project.write("x.yaml", f"{head}  pt: {{data: notes, trainer: {trainer}}}\n")
+    code, out, err = call("plan", "x.yaml", *GPU)
+    assert (code, err) == (0, "")
+    assert "2 packed rows a step (2 × 1 accumulation × 1 process), each of up to 128 tokens" in out
+    _, out, _ = call("plan", "x.yaml", *GPU, "--json")
+    assert json.loads(out)["steps"][-1]["estimate"]["batch"]["packed"] is True
+
+
 def test_a_second_plan_asks_nothing_also_with_another_learning_rate(asked, call):
     first = call("plan", "x.yaml", *GPU)
     assert len(asked) > 5
