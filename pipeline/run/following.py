@@ -15,7 +15,6 @@ from pipeline.run.launch import Launched, Place
 from pipeline.run.line import Line
 from pipeline.run.machines import (
     AGAIN,
-    HANDSHAKE,
     PATIENCE,
     Here,
     Watched,
@@ -32,8 +31,10 @@ from stages.runtime.errors import Interrupted, PipelineError
 
 ERRORS: dict[int, type[PipelineError]] = {3: GateClosed, 75: Interrupted}
 """Exit code of machine 0 → the error with which this machine ends the same way; others are failures."""
+HANDSHAKE = 20.0
+"""Seconds in which machine 0 must answer a connection."""
 DISK = 90.0
-"""Seconds until a folder that another machine has made is seen here: NFS remembers for a minute what was not there."""
+"""Seconds until a file that another machine has made is seen here: NFS remembers for a minute what was not there."""
 
 
 def follow_leader(place: Here, planned: Plan, view: View, stop: Stop) -> list[dict[str, Any]]:
@@ -108,6 +109,8 @@ class _Following:
 
         Raises:
             StageFailed: another program answers, or `saves` is not shared.
+            PipelineError: as machine 0 ended meanwhile.
+            Interrupted: a signal came.
         """
         challenge = self.line.next(HANDSHAKE)
         if challenge.get("kind") != "challenge":
@@ -116,7 +119,7 @@ class _Following:
         self.leader = str(challenge["machine"])
         who: dict[str, Any] = {"rank": self.place.rank, "host": platform.node(), "contents": contents_of(self.planned)}
         file = reports_of(self.planned) / Path(challenge["file"]).name
-        if not file.is_file():
+        if not self.sees(file):
             self.line.send("blind", **who)
             raise StageFailed(not_shared(self.place.name, self.leader, self.planned.saves))
         shown = proof(file.read_text(encoding="utf-8"), challenge["nonce"], self.place.rank)
@@ -134,11 +137,18 @@ class _Following:
                 break
             if self.line.closed:
                 self.lost()
-            if self.stop.count:
-                self.line.send("stopped", text=f"was stopped; {AGAIN}")
-                raise Interrupted(f"stopped while {self.leader} was at work; {AGAIN}")
+            self.check_stop()
             self.line.wait(0.2)
         return self.waiting.pop(0)
+
+    def check_stop(self) -> None:
+        """
+        Raises:
+            Interrupted: a signal came.
+        """
+        if self.stop.count:
+            self.line.send("stopped", text=f"was stopped; {AGAIN}")
+            raise Interrupted(f"stopped while {self.leader} was at work; {AGAIN}")
 
     def lost(self) -> NoReturn:
         raise Interrupted(f"{self.leader} ended without a word; {AGAIN}")
@@ -162,7 +172,10 @@ class _Following:
             PipelineError: as the stage ended on all machines.
         """
         self.reports.mkdir(parents=True, exist_ok=True)
-        self.see(step)
+        if not self.sees(step.part / artifact.SPEC):
+            text = not_shared(self.place.name, self.leader, self.planned.saves)
+            self.line.send("failed", text=text)
+            raise StageFailed(text)
         spec = begin(step, self.planned) | {"out": str(step.part)}
         (self.reports / artifact.SPEC).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         place = Place(self.place.rank, self.place.host, port)
@@ -175,20 +188,26 @@ class _Following:
             self.last_word()
             raise
 
-    def see(self, step: Step) -> None:
-        """Wait until the folder of machine 0 is seen here.
+    def sees(self, file: Path) -> bool:
+        """Whether a file in `saves` that machine 0 has made is seen here, at once or in time.
 
         Raises:
-            StageFailed: it is not seen.
+            PipelineError: as machine 0 ended meanwhile.
+            Interrupted: a signal came.
         """
         end = time.monotonic() + DISK
-        while not (step.part / artifact.SPEC).is_file():
+        while not file.is_file():
             if time.monotonic() > end:
-                text = not_shared(self.place.name, self.leader, self.planned.saves)
-                self.line.send("failed", text=text)
-                raise StageFailed(text)
-            time.sleep(0.5)
-            os.listdir(self.planned.saves)  # lets NFS ask the server again
+                return False
+            self.check_stop()
+            if self.leader_ended():
+                self.last_word()
+            for folder in reversed(file.parents):
+                if folder.is_relative_to(self.planned.saves):
+                    with contextlib.suppress(OSError):
+                        os.listdir(folder)  # lets NFS ask the server again
+            self.line.wait(0.5)
+        return True
 
     def patience(self) -> float | None:
         """Seconds that the processes of this machine have when machine 0 has ended; none if it is lost."""

@@ -14,7 +14,6 @@ from pipeline.run.launch import Launched, Place
 from pipeline.run.line import Line, free_port, listening, token
 from pipeline.run.machines import (
     AGAIN,
-    HANDSHAKE,
     PATIENCE,
     Ending,
     Here,
@@ -56,6 +55,10 @@ class Group:
     def __init__(self, place: Here, planned: Plan) -> None:
         self.place, self.planned = place, planned
         self.followers: dict[int, Follower] = {}
+        self.asked: dict[Line, str] = {}
+        """Connections whose other end has not yet said who it is → what it was given to prove it with."""
+        self.refused: dict[int, str] = {}
+        """Machine → why one that says it is that machine was sent away."""
 
     def meet(self, view: View, stop: Stop) -> None:
         """Wait until every machine is here, sees the same `saves`, and plans the same.
@@ -81,36 +84,64 @@ class Group:
                     if time.monotonic() > end:
                         raise StageFailed(self._missing())
                     with contextlib.suppress(TimeoutError):
-                        self._welcome(Line(server.accept()[0]), secret, file)
+                        self._ask(Line(server.accept()[0]), file)
+                    self._hear(secret)
+        except (StageFailed, Interrupted) as error:
+            for line in self.asked:  # a machine of this run may be among them
+                line.send("end", code=error.exit_code, text=str(error))
+            raise
         finally:
             file.unlink(missing_ok=True)
+            for line in self.asked:
+                line.close()
 
     def _missing(self) -> str:
-        """Which machines did not come."""
-        away = [str(rank) for rank in range(1, self.place.machines) if rank not in self.followers]
-        who = f"machine{'s' if len(away) > 1 else ''} {', '.join(away)} of {self.place.machines}, counted from 0,"
+        """Which machines did not come, and why as far as it is known."""
+        away = [rank for rank in range(1, self.place.machines) if rank not in self.followers]
+        ranks = ", ".join(map(str, away))
+        who = f"machine{'s' if len(away) > 1 else ''} {ranks} of {self.place.machines}, counted from 0,"
+        known = [self.refused[rank] for rank in away if rank in self.refused]
         way = "start the same command there, and look whether that address can be reached from there"
-        return f"{who} did not come to {self.place.where} within {self.place.launch.timeout}; {way}"
+        why = "; ".join(known) if known else way
+        return f"{who} did not come to {self.place.where} within {self.place.launch.timeout}; {why}"
 
-    def _welcome(self, line: Line, secret: str, file: Path) -> None:
-        """Take a machine into the group; a program of another kind is sent away."""
-        nonce = token()
+    def _ask(self, line: Line, file: Path) -> None:
+        """Let the other end of a connection say who it is."""
+        self.asked[line] = nonce = token()
         line.send("challenge", nonce=nonce, file=file.name, machine=self.place.name)
-        hello = line.next(HANDSHAKE)
+
+    def _hear(self, secret: str) -> None:
+        """Read who has said who it is; one that says nothing keeps nobody waiting."""
+        for line in list(self.asked):
+            messages = line.new()
+            if messages or line.closed:
+                nonce = self.asked.pop(line)
+                if not messages or not self._welcome(line, messages[0], secret, nonce):
+                    line.close()
+
+    def _welcome(self, line: Line, hello: dict[str, Any], secret: str, nonce: str) -> bool:
+        """Take a machine into the group; False if it is none of this run.
+
+        Raises:
+            ConfigError, StageFailed: it is one of this run, and the run cannot go on with it.
+        """
         rank, host, contents = hello.get("rank"), hello.get("host"), hello.get("contents")
         if type(rank) is not int or not isinstance(host, str) or not isinstance(contents, dict):
-            line.close()
-            return
+            return False
+        if len(host) > 253 or not host.isprintable():  # no name of a machine
+            return False
         name = machine_name(rank, host)
         shown = str(hello.get("proof")).encode(errors="replace")
         if hello["kind"] == "blind" or not hmac.compare_digest(shown, proof(secret, nonce, rank).encode()):
+            # It may also be a machine of another run, or no machine at all.
             text = not_shared(name, self.place.name, self.planned.saves)
-        elif rank == 0 or (rank in self.followers and not self.followers[rank].ended()):
+            if 0 < rank < self.place.machines:
+                self.refused[rank] = text
+            line.send("end", code=StageFailed.exit_code, text=text)
+            return False
+        if rank == 0 or (rank in self.followers and not self.followers[rank].ended()):
             taken = self.followers[rank].name if rank else self.place.name
             text = f"{host} says that it is machine {rank}, and {taken} is that one; give each machine its own rank"
-        else:
-            text = ""
-        if text:
             line.send("end", code=StageFailed.exit_code, text=text)
             raise StageFailed(text)
         self.followers[rank] = Follower(name, line)
@@ -119,6 +150,7 @@ class Group:
             raise ConfigError([f"{self.place.name} and {name} {found}; {way}"])
         use_interface(line)
         line.send("welcome")
+        return True
 
     def tell(self, kind: str, **values: Any) -> None:
         for follower in self.followers.values():

@@ -28,8 +28,6 @@ from stages.runtime.errors import Interrupted, PipelineError
 RANKS = ("NODE_RANK", "SKYPILOT_NODE_RANK", "SLURM_NODEID", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "RANK")
 """Variables of the environment that `rank: env` reads, the first one that is set. RANK is the last: a cluster that sets
 it starts one program on each machine."""
-HANDSHAKE = 20.0
-"""Seconds in which a machine that has connected must say who it is."""
 PATIENCE = 10.0
 """Seconds that processes have to end by themselves, and machines to say why, after one of them has failed."""
 REPORTS = "logs"

@@ -1,6 +1,7 @@
 """Several machines: how they meet, what they say when they cannot, and that they train as one machine would."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from pipeline import cli
 from pipeline.config.checker import load_config
 from pipeline.errors import ConfigError, GateClosed, StageFailed
 from pipeline.plan.placing import build_plan
-from pipeline.run.following import follow_leader
+from pipeline.run.following import _reached, follow_leader
 from pipeline.run.leading import Shown, gathered
 from pipeline.run.line import Line, free_port, interface_of
 from pipeline.run.machines import Here, contents_of, here, machine_name
@@ -121,13 +122,38 @@ def test_another_version_of_a_library_is_a_disagreement(meet, monkeypatch):
     assert str(found["leader"]) == str(found["follower"])
 
 
-def test_a_saves_folder_that_is_not_shared_is_named_on_both(meet):
-    found, _ = meet(follower=("elsewhere",))
+def test_a_saves_folder_that_is_not_shared_is_named_on_both(meet, monkeypatch):
+    """The follower ends when it knows; machine 0 waits on, since that may have been a machine of another run."""
+    monkeypatch.setattr("pipeline.run.following.DISK", 0.2)
+    port = free_port()
+    found, _ = meet(follower=("elsewhere",), port=port)
     text = f"{OTHER} does not see in `{{}}` what {LEADER} has written there; "
     text += "`saves` must be on a disk that all machines share"
-    assert str(found["leader"]) == text.format("saves")
+    late = f"machine 1 of 2, counted from 0, did not come to 127.0.0.1:{port} within 2s; "
+    assert str(found["leader"]) == late + text.format("saves")
     assert str(found["follower"]) == text.format("elsewhere")
     assert not list(Path("saves/x/logs").iterdir())
+
+
+def test_what_machine_0_has_written_may_be_seen_later(meet, monkeypatch):
+    """As on NFS, which remembers that a file was not there."""
+    looks = []
+    is_file = Path.is_file
+
+    def seen_late(path):
+        if path.name.startswith("meeting-"):
+            looks.append(path)
+        return is_file(path) and len(looks) != 1
+
+    monkeypatch.setattr(Path, "is_file", seen_late)
+    found, _ = meet()
+    assert (found, len(looks)) == ({}, 2)
+
+
+def test_a_machine_that_still_looks_for_the_folder_ends_with_machine_0(meet):
+    found, _ = meet(follower=("elsewhere",))
+    assert (type(found["follower"]), str(found["follower"])) == (StageFailed, str(found["leader"]))
+    assert str(found["leader"]).startswith("machine 1 of 2, counted from 0, did not come to")
 
 
 def test_nobody_waits_longer_than_the_timeout(meet):
@@ -169,6 +195,47 @@ def test_a_program_of_another_kind_is_sent_away_and_the_machines_meet(meet):
     found, _ = meet(port=port)
     thread.join()
     assert found == {}
+
+
+@pytest.fixture
+def before_the_follower(monkeypatch):
+    """Let some connections reach machine 0 before the follower does, each with a text; keep them open."""
+    with contextlib.ExitStack() as opened:
+
+        def call(*texts):
+            def reach(*words):
+                for text in texts:
+                    line = opened.enter_context(contextlib.closing(_reached(*words)))
+                    line.socket.sendall(text)
+                return _reached(*words)
+
+            monkeypatch.setattr("pipeline.run.following._reached", reach)
+
+        yield call
+
+
+def greeting(kind="hello", **values):
+    return json.dumps({"kind": kind, "rank": 1, "host": "other", "contents": {}, **values}).encode() + b"\n"
+
+
+STRANGERS = {
+    "silent": b"",
+    "nested": b"[" * 100_000 + b"\n",
+    "no proof": greeting(),
+    "wrong proof": greeting(proof="0" * 64),
+    "proof not ASCII": greeting(proof="\u00e9" * 64),
+    "proof no text": greeting(proof="\ud800"),
+    "host no text": greeting(host="\ud800"),
+    "other run": greeting("blind"),
+    "other rank": greeting("blind", rank=10**4000),
+}
+
+
+def test_strangers_at_the_port_neither_end_nor_delay_the_meeting(meet, before_the_follower):
+    before_the_follower(*STRANGERS.values())
+    found, views = meet()
+    assert found == {}
+    assert views["follower"].shown[0][1].startswith("waits for machine 0 at")
 
 
 @pytest.mark.parametrize(
