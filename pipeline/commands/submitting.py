@@ -33,12 +33,14 @@ def launch(
     """Write the resolved config and a short job file beside the config, and submit the job."""
     from pipeline.plan.step import refuse_plan
     from pipeline.tools import launch as launching
+    from stages.model.device import planned_for
 
     target = launching.target(to)
     wishes = launching.Wishes(nodes, gpus, time, partition, account, image, extra or ())
     launching.check_wishes(target, wishes)
     given = [*(assignments or ()), *([f"launch.machines={nodes}"] if nodes is not None else [])]
-    planned = planned_steps(config, saves, given, until)
+    with planned_for(launching.gpus_of(target, wishes)):  # the machine that submits the job need not have any
+        planned = planned_steps(config, saves, given, until)
     refuse_plan(planned)
     job = launching.write_job(planned, given, target, wishes, until)
     if print_only:

@@ -114,6 +114,15 @@ def check_wishes(target: Target, wishes: Wishes) -> None:
         raise ConfigError(problems)
 
 
+def gpus_of(target: Target, wishes: Wishes) -> int | None:
+    """The GPUs of each machine of the job; None for machines that the job does not choose."""
+    if "gpus" not in TAKES[target]:
+        return None
+    if wishes.gpus is None:
+        return sys.maxsize if target == "slurm" else 0  # Slurm is asked for one for each process
+    return int(wishes.gpus.rpartition(":")[2])
+
+
 def write_job(
     planned: Plan, assignments: Sequence[str], target: Target, wishes: Wishes, until: str | None = None
 ) -> Job:

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,30 @@ def has_bf16() -> bool:
     return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-@cache
 def gpus() -> int:
-    """The number of GPUs that the installed torch can use, asked of the driver.
+    """The number of GPUs that the installed torch can use, asked of the driver; or that of `planned_for`.
 
     torch is not imported, and no GPU is opened in this process. It is 0 for a torch that was built for CPUs only.
     """
+    return _gpus_here() if _gpus_there is None else _gpus_there
+
+
+_gpus_there: int | None = None  # of the machine that is planned for
+
+
+@contextmanager
+def planned_for(count: int | None) -> Iterator[None]:
+    """Let this process plan for another machine with so many GPUs, as that of a cluster; None for this machine."""
+    global _gpus_there
+    before, _gpus_there = _gpus_there, count
+    try:
+        yield
+    finally:
+        _gpus_there = before
+
+
+@cache
+def _gpus_here() -> int:
     built = _built_for()
     if built == "cuda" and any(Path(file).exists() for file in _NVIDIA):
         asked = subprocess.run([sys.executable, "-I", "-S", "-c", _ASK_CUDA], capture_output=True, check=False)
@@ -54,7 +74,7 @@ def gpus() -> int:
 @cache
 def gpu_memory() -> int | None:
     """The bytes of memory of the first GPU, asked of NVIDIA's driver; None where they are not known."""
-    if not gpus() or _built_for() != "cuda":
+    if not gpus() or _gpus_there is not None or _built_for() != "cuda":
         return None
     asked = subprocess.run([sys.executable, "-I", "-S", "-c", _ASK_MEMORY], capture_output=True, check=False)
     return int(asked.stdout or 0) or None

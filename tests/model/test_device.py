@@ -20,12 +20,12 @@ int cuDeviceGetCount(int *count) { *count = 3; return 0; }
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    device.gpus.cache_clear()
+    device._gpus_here.cache_clear()
     interfaces.source.cache_clear()
     for name in device.VISIBLE:
         monkeypatch.delenv(name, raising=False)
     yield
-    device.gpus.cache_clear()
+    device._gpus_here.cache_clear()
     interfaces.source.cache_clear()
 
 
@@ -75,7 +75,7 @@ def test_without_a_driver_or_its_library_there_is_no_gpu(monkeypatch, tmp_path):
     torch_of(monkeypatch, tmp_path, *CUDA)
     monkeypatch.setattr(device, "_NVIDIA", ())
     assert device.gpus() == 0
-    device.gpus.cache_clear()
+    device._gpus_here.cache_clear()
     monkeypatch.setattr(device, "_NVIDIA", (str(tmp_path),))
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
     assert device.gpus() == 0

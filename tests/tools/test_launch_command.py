@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from pipeline.cli import main
+from pipeline.plan import launching
+from stages.model import device
 from tests.planned import CHAIN, ROWS, TOP
 
 TRICKY = """\
@@ -180,6 +182,22 @@ def test_the_job_for_skypilot_names_the_config_as_the_machines_find_it(project, 
         "call `launch` in a folder that has the config in it\n"
     )
     assert not (tmp_path / "x.resolved.yaml").exists()
+
+
+def test_a_job_for_machines_with_gpus_is_checked_for_them_and_not_for_the_machine_that_submits_it(launch, monkeypatch):
+    monkeypatch.setattr(device, "_gpus_here", lambda: 0)
+    monkeypatch.setattr(launching, "find_spec", lambda name: name)
+    top = "launch: {processes: 8, strategy: zero3, offload: optimizer}\n" + CHAIN
+    for words in (["--gpus", "h100:8"], []):  # Slurm is asked for a GPU a process by default
+        code, out, err = launch(top, "--to", "slurm", "--print", *words)
+        assert (code, err) == (0, "")
+        assert "--gpus-per-node=" in out
+    refused = launch(top, "--to", "slurm", "--print", "--gpus", "4")
+    assert refused[0] == 2
+    assert "`processes` is 8, one for each GPU, and this machine has 4 GPUs" in refused[2]
+    refused = launch(top, "--to", "slurm", "--print", "--gpus", "0")
+    assert refused[0] == 2
+    assert "`offload` moves from the memory of a GPU to main memory, and this machine has no GPU" in refused[2]
 
 
 def test_a_file_of_the_user_is_not_overwritten(launch, tmp_path):
