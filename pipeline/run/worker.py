@@ -76,8 +76,10 @@ def _choose_packages(use: str) -> None:
     if "gptqmodel" in find(use).libraries:
         aside.bring_back(*aside.OPTIONAL)
         return
+    unused = os.environ.get(aside.VARIABLE, "").split()
+    aside.bring_back(*(name for name in aside.OPTIONAL if name not in unused))  # the server may be that of another run
     aside.set_aside()
-    if "torchao" in os.environ.get(aside.VARIABLE, ""):
+    if "torchao" in unused:
         aside.set_aside(aside.QUANTIZED)
 
 

@@ -579,3 +579,27 @@ def test_out_of_memory_names_the_stage_and_what_to_set(tmp_path):
     assert told.startswith("error: stage `init`: out of memory; lower `hidden_size` or `num_hidden_layers`")
     assert least == "it takes at least 10.8 GB of memory"
     assert log.endswith("/log.txt")
+
+
+QLORA = """\
+template: med
+data:
+  consult: {{path: {data}/med_qa.json, format: alpaca, max_samples: 20}}
+stages:
+  init: {{architecture: llama, hidden_size: 64, num_attention_heads: 2, vocab_size: 600, data: [consult]}}
+  sft: {{data: consult, lora: {{r: 4}}, quantized_base: nf4, trainer: {{max_steps: 2, max_length: 128}}}}
+  merge:
+"""
+
+
+def test_an_adapter_on_a_quantized_base_is_merged_by_a_run_that_trains_none(tmp_path):
+    """Such a run sets bitsandbytes aside, which the fold needs."""
+    pytest.importorskip("bitsandbytes")
+    whole, alone, saves = tmp_path / "whole.yaml", tmp_path / "alone.yaml", tmp_path / "saves"
+    whole.write_text(QLORA.format(data=ROOT / "data"), encoding="utf-8")
+    assert run(whole, saves) == 0
+    adapter = (saves / "whole" / "sft").resolve()
+    alone.write_text(f"model: {adapter}\nstages:\n  merge:\n", encoding="utf-8")
+    assert run(alone, saves) == 0
+    merged = [artifact.read((saves / name / "merge").resolve())["files"] for name in ("whole", "alone")]
+    assert merged[0]["model.safetensors"] == merged[1]["model.safetensors"]
