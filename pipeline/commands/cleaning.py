@@ -14,8 +14,8 @@ def gc(
     as_json: AsJson = False,
 ) -> int:
     """Remove finished and unfinished work that no config refers to; asks first."""
-    from pipeline.saves.artifact import size_of
     from pipeline.views import survey
+    from stages.runtime.figures import size_of
 
     leftovers, doubts = survey.find_leftovers(saves)
     rows = [{"folder": str(item.folder), "size": size_of(item.bytes), "why": item.why} for item in leftovers]

@@ -17,6 +17,7 @@ from pipeline.commands.app import (
 from pipeline.commands.using import Stage
 from pipeline.views.controls import without_controls
 from pipeline.views.correction import EXAMPLE
+from stages.runtime.figures import size_of
 
 
 @command("Use", f"push {EXAMPLE} --stage merge --to org/name")
@@ -66,9 +67,8 @@ def _agreed() -> bool:
 
 def _ending(to: str, *, changes: bool, count: int, size: int, address: str | None) -> str:
     """What was done, in one sentence."""
-    from pipeline.saves import artifact
 
     if not changes:
         return f"nothing to upload: {to} has all of it"
-    files = f"{count} file{'s' if count != 1 else ''}, {artifact.size_of(size)}"
+    files = f"{count} file{'s' if count != 1 else ''}, {size_of(size)}"
     return f"nothing was uploaded ({files}); `--yes` uploads" if address is None else f"uploaded {files}: {address}"

@@ -4,22 +4,20 @@ from collections.abc import Iterator
 
 from pipeline.plan.estimate_result import Device
 from pipeline.plan.step import Plan
-from pipeline.saves import artifact
 from stages.model.device import gpu_memory, gpus, main_memory
+from stages.runtime.figures import size_of
 
 
 def device(gpu: int | None = None) -> Device:
     """A GPU with so many bytes of memory; without it the first GPU of this machine, or else its processor."""
     if gpu is not None:
-        return Device(name=f"a GPU of {artifact.size_of(gpu)}", memory=gpu, gpu=True, here=False)
+        return Device(name=f"a GPU of {size_of(gpu)}", memory=gpu, gpu=True, here=False)
     if gpus():
         there = gpu_memory()
-        size = f" of {artifact.size_of(there)}" if there is not None else ""
+        size = f" of {size_of(there)}" if there is not None else ""
         return Device(name=f"the GPU{size} of this machine", memory=there, gpu=True)
     found = main_memory()
-    return Device(
-        name=f"this machine, without a GPU, with {artifact.size_of(found)} of memory", memory=found, gpu=False
-    )
+    return Device(name=f"this machine, without a GPU, with {size_of(found)} of memory", memory=found, gpu=False)
 
 
 def memory_notes(plan: Plan) -> Iterator[str]:
@@ -38,6 +36,6 @@ def memory_notes(plan: Plan) -> Iterator[str]:
             least, taken, there = "at least", step.needs.memory, main_memory()
         if taken > there:
             where = "its GPU" if gpus() else "this machine"
-            sizes = artifact.size_of(taken), artifact.size_of(there)
+            sizes = size_of(taken), size_of(there)
             way = "; `pipeline plan` names what would make it fit" if estimated else ""
             yield f"stage `{step.name}` takes {least} {sizes[0]} of memory, and {where} has {sizes[1]}{way}"

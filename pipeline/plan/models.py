@@ -10,6 +10,7 @@ from stages.model.adapters import base_of, is_adapter, with_adapter
 from stages.model.facts import Facts, Header, chain_of, is_hub_name, locate_model, read_facts
 from stages.model.hub import look_up
 from stages.runtime.errors import StageError
+from stages.runtime.figures import size_of
 from stages.runtime.hashes import Hashes
 
 KINDS = (".safetensors", ".json", ".jinja", ".model")  # files of a model folder that later stages read
@@ -120,7 +121,7 @@ class Models:
         """What is known of a model that is not on this machine."""
         if folder is None:
             return "`run` fetches it, until then it is unchecked"
-        stored = artifact.size_of(sum(size for _, size in self.looked_up[folder].values()))
+        stored = size_of(sum(size for _, size in self.looked_up[folder].values()))
         return f"its config, tokenizer and the shapes of its weights are checked, and `run` fetches {stored} of weights"
 
     def _content(self, folder: Path) -> dict[str, str]:

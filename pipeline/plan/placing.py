@@ -31,6 +31,7 @@ from stages.model.facts import NO_MODEL, Facts, Needs
 from stages.model.inputs import Inputs
 from stages.model.tokens import check_rows
 from stages.runtime.errors import Problem, nearest
+from stages.runtime.figures import size_of
 from stages.runtime.hashes import HASHES, Hashes
 
 
@@ -85,11 +86,11 @@ def _check_disk(plan: Plan) -> None:
             continue
         wanted = kept + step.needs.disk - artifact.size(step.part)
         if wanted > free:
-            taken = f"takes at least {artifact.size_of(step.needs.disk)} of disk"
-            taken += f" after {artifact.size_of(kept)} of the stages before it" if kept else ""
+            taken = f"takes at least {size_of(step.needs.disk)} of disk"
+            taken += f" after {size_of(kept)} of the stages before it" if kept else ""
             way = ", keep fewer checkpoints with `trainer.save_total_limit: 1`" if step.entry.training else ""
             plan.problems.append(
-                f"{plan.saves}: stage `{step.name}` {taken}, and {artifact.size_of(free)} are free; free space{way}, "
+                f"{plan.saves}: stage `{step.name}` {taken}, and {size_of(free)} are free; free space{way}, "
                 "or choose another disk with `--saves DIR`"
             )
             return

@@ -22,6 +22,7 @@ from pipeline.saves.artifact import SPEC
 from stages.model.device import has_gpu
 from stages.runtime.errors import DISK_FULL, OUT_OF_MEMORY, Interrupted
 from stages.runtime.events import ENDED, EVENTS_FILE
+from stages.runtime.figures import size_of
 
 # Only without a GPU: some of these modules open the GPU when they are imported, and CUDA does not survive a fork.
 PRELOAD = [
@@ -149,7 +150,7 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
 
 def _least(step: Step) -> str:
     on_top = ", and activations come on top" if step.entry.training is not None else ""
-    return f"it takes at least {artifact.size_of(step.needs.memory)} of memory{on_top}"
+    return f"it takes at least {size_of(step.needs.memory)} of memory{on_top}"
 
 
 def _death(code: int | None) -> str:

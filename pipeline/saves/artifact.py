@@ -149,12 +149,3 @@ def size(folder: Path) -> int:
 
 
 LOG = "log.txt"
-
-
-def size_of(count: float) -> str:
-    """A size in bytes as text, such as `12.3 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

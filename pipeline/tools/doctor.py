@@ -16,8 +16,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline.saves.artifact import size_of
 from stages.model.device import has_gpu
+from stages.runtime.figures import size_of
 
 State = Literal["ok", "note", "wrong"]
 HUB = "https://huggingface.co"

@@ -14,7 +14,7 @@ from pipeline.config.document import Key
 from pipeline.config.editing import with_settings
 from pipeline.errors import ConfigError
 from pipeline.plan.step import Plan
-from pipeline.saves.artifact import size_of
+from stages.runtime.figures import size_of
 from stages.runtime.files import sync
 
 

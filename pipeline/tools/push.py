@@ -22,6 +22,7 @@ from pipeline.saves import artifact
 from pipeline.serve import models
 from stages.model.facts import HUB_NAME, is_hub_name
 from stages.runtime.errors import StageError
+from stages.runtime.figures import size_of
 from stages.runtime.hub import TOKEN, failures, refusal
 
 MAIN = "main"
@@ -77,7 +78,7 @@ class Push:
         yield f"card        {self.title}"
         yield f"repository  {self.repository} ({state}{branch})"
         for file in self.files:
-            yield f"  {file.state:8}{artifact.size_of(file.size):>10}  {file.path}"
+            yield f"  {file.state:8}{size_of(file.size):>10}  {file.path}"
         yield from (f"  {'delete':20}{path}" for path in self.removed)
         yield from (f"note: {note}" for note in self.notes)
 

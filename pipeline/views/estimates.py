@@ -7,8 +7,8 @@ from typing import Any
 from pipeline.plan.estimate_rates import rate_text
 from pipeline.plan.estimate_result import Change, StageEstimate
 from pipeline.plan.step import Plan, Step
-from pipeline.saves.artifact import size_of
 from pipeline.views.progress import duration
+from stages.runtime.figures import size_of
 
 
 def as_lines(plan: Plan) -> Iterator[str]:

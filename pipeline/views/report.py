@@ -18,6 +18,7 @@ from stages import Report
 from stages.measuring.table import read_answers, read_table
 from stages.model.facts import chain_of
 from stages.runtime.events import read_events
+from stages.runtime.figures import size_of
 
 TEMPLATE = "report.html.jinja"
 SHOWN_ANSWERS = 20  # prompts; answers.jsonl has the others
@@ -110,7 +111,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {"figure": _figure, "count": lambda value: f"{value:,}", "duration": progress.duration}
     environment.filters |= {"breakable": lambda name: Markup("_<wbr>").join(escape(name).split("_"))}
-    environment.filters |= {"percent": lambda value: f"{value:.1%}", "bytes": artifact.size_of}
+    environment.filters |= {"percent": lambda value: f"{value:.1%}", "bytes": size_of}
     return environment
 
 
