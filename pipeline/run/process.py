@@ -20,7 +20,7 @@ from pipeline.run import worker
 from pipeline.saves import artifact
 from pipeline.saves.artifact import SPEC
 from stages.model.device import has_gpu
-from stages.runtime.errors import DISK_FULL, OUT_OF_MEMORY, Interrupted
+from stages.runtime.errors import DISK_FULL, KILLED, OUT_OF_MEMORY, Interrupted
 from stages.runtime.events import ENDED, EVENTS_FILE
 from stages.runtime.figures import size_of
 
@@ -133,7 +133,7 @@ def _result(step: Step, folder: Path, code: int | None, last: dict[str, dict[str
     if "error" in last and not died:
         error = last["error"]
         text = error["text"] or f"{INTERNAL}\n{error['traceback'].rstrip()}"
-        least = f"\n{_least(step)}" if text.startswith(OUT_OF_MEMORY) and step.needs.memory else ""
+        least = f"\n{_least(step)}" if text.startswith((OUT_OF_MEMORY, KILLED)) and step.needs.memory else ""
         raise StageFailed(f"stage `{step.name}`: {text}{least}\n{log}")
     if shutil.disk_usage(folder).free < ROOM:
         raise StageFailed(f"stage `{step.name}`: {DISK_FULL}\n{log}")

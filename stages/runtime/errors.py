@@ -42,10 +42,20 @@ def nearest(word: str, known: Iterable[str], moved: Mapping[str, str] | None = N
     return ""
 
 
-OUT_OF_MEMORY = "out of memory; "
+OUT_OF_MEMORY = "out of memory"
+KILLED = "one of its processes was ended by signal 9 SIGKILL (kill -9, or the system ran out of memory)"
 DISK_FULL = "the disk is full; free space and run again, what was finished is kept"
 MORE_MEMORY = "end other programs, or run on a machine with more memory"
 _NO_MEMORY = "can't allocate memory"  # torch on the CPU, as a RuntimeError
+
+
+class ProcessKilled(MemoryError):
+    """A process that works for this one was killed, as the kernel does when memory runs out."""
+
+
+def lack_of_memory(error: BaseException) -> str:
+    """What is known of an error that means a lack of memory: that memory ran out, or that a process was killed."""
+    return KILLED if isinstance(error, ProcessKilled) else OUT_OF_MEMORY
 
 
 def explain(error: BaseException, memory: str = MORE_MEMORY) -> str | None:
@@ -56,7 +66,7 @@ def explain(error: BaseException, memory: str = MORE_MEMORY) -> str | None:
     if isinstance(error, PipelineError):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
-        return OUT_OF_MEMORY + memory
+        return f"{lack_of_memory(error)}; {memory}"
     if _disk_full(error):
         return DISK_FULL
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -14,6 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stages.runtime.errors import ProcessKilled
+
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
@@ -64,7 +66,7 @@ def parallel_map(
     fork. `work` may be a closure, because the processes are forked. Items and results are pickled.
 
     Raises:
-        MemoryError: a process was killed.
+        ProcessKilled: a process was killed.
     """
     items = iter(items)
     first = list(islice(items, few + 1))
@@ -87,7 +89,7 @@ def in_fork(work: Callable[[], Output]) -> Output:
     The result, and an error of `work`, are pickled. Where the system cannot fork, the work is done in this process.
 
     Raises:
-        MemoryError: the process was killed.
+        ProcessKilled: the process was killed.
     """
     if not hasattr(os, "fork"):
         return work()
@@ -107,7 +109,7 @@ def _forked(work: Callable[[Any], Any], processes: int) -> Iterator["ProcessPool
         with ProcessPoolExecutor(processes, get_context("fork"), _start, (work,)) as pool:
             yield pool
     except BrokenProcessPool:
-        raise MemoryError("a process was killed, as the kernel does when memory runs out") from None
+        raise ProcessKilled("a process was killed, as the kernel does when memory runs out") from None
 
 
 _work: Callable[[Any], Any] = NotImplemented

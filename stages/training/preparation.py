@@ -23,7 +23,7 @@ from stages.chat import encoding
 from stages.data import drawing
 from stages.data.drawing import Draw
 from stages.data.source import READER_VERSION
-from stages.runtime.errors import OUT_OF_MEMORY, StageError
+from stages.runtime.errors import StageError, lack_of_memory
 from stages.runtime.events import emit
 from stages.runtime.files import sha256
 from stages.runtime.processes import parallel_map, usable_cores
@@ -85,8 +85,8 @@ def prepare(
         if account is None:
             try:
                 account = _make(draw, tokenizer, recipe, args, folder)
-            except MemoryError:
-                raise StageError(f"{OUT_OF_MEMORY}{_fewer(args)}") from None
+            except MemoryError as error:
+                raise StageError(f"{lack_of_memory(error)}; {_fewer(args)}") from None
             if identity.key(recipe, draw, out.parent) != key:
                 shutil.rmtree(folder)
                 raise StageError("a data file changed while it was read; run again")

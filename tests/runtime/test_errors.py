@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from stages.runtime.errors import StageError, explain, nearest
+from stages.runtime.errors import ProcessKilled, StageError, explain, nearest
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,9 @@ def test_the_sentence_for_an_error(error, sentence):
 def test_too_little_memory(error):
     assert explain(error) == "out of memory; end other programs, or run on a machine with more memory"
     assert explain(error, "halve `batch_tokens`") == "out of memory; halve `batch_tokens`"
+
+
+def test_a_killed_process_is_named_since_memory_need_not_be_the_reason():
+    found = explain(ProcessKilled("a process was killed"), "halve `batch_tokens`")
+    why = "kill -9, or the system ran out of memory"
+    assert found == f"one of its processes was ended by signal 9 SIGKILL ({why}); halve `batch_tokens`"

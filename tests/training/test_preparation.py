@@ -244,7 +244,8 @@ def test_a_process_that_is_killed_counts_as_out_of_memory(prepared, monkeypatch)
     with pytest.raises(StageError) as caught:
         prepared(processes=2)
     assert str(caught.value) == (
-        "out of memory; rows were being prepared; set `trainer.dataset_num_proc: 1` (it is 2), or use fewer rows with "
+        "one of its processes was ended by signal 9 SIGKILL (kill -9, or the system ran out of memory); rows were "
+        "being prepared; set `trainer.dataset_num_proc: 1` (it is 2), or use fewer rows with "
         "`max_samples` of the data"
     )
     assert [folder.suffix for folder in entries(prepared.saves)] == [".part"]
