@@ -18,7 +18,8 @@ VARIABLE = "PIPELINE_SET_ASIDE"
 
 def choose(needed: Iterable[str]) -> None:
     """Tell the processes of this run what to set aside: what no stage needs."""
-    os.environ[VARIABLE] = " ".join(name for name in OPTIONAL if name not in set(needed))
+    kept = set(needed)
+    os.environ[VARIABLE] = " ".join(name for name in OPTIONAL if name not in kept)
 
 
 def set_aside(names: Iterable[str] | None = None) -> None:

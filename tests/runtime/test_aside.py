@@ -29,6 +29,13 @@ def test_a_package_that_no_stage_needs_is_not_found_until_it_is_brought_back(mod
     assert importlib.util.find_spec("torchao") is not None
 
 
+def test_all_that_the_stages_need_is_kept_however_it_is_told(modules):
+    """The runner hands out the packages of one stage after the other, once."""
+    aside.choose(name for name in ("scipy", "torchao"))
+    aside.set_aside()
+    assert [name for name in aside.OPTIONAL if name in modules] == ["bitsandbytes"]
+
+
 def test_a_package_that_is_imported_stays(modules, monkeypatch):
     monkeypatch.setitem(modules, "torchao", sys)
     aside.set_aside(["torchao"])
